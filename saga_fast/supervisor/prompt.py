@@ -1,0 +1,178 @@
+"""What the supervisor is asked, what it should answer, and the token ids of the question with both images in it.
+
+The structured prompt names an expert role and a fixed attribute list; the answer is one JSON object whose keys come in an
+order that makes the model look before it judges: both descriptions, the differences, and only then the verdict.
+The generic prompt (an ablation) has neither role nor attributes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from saga_fast.errors import InputError
+
+IMAGE_PAD = "<|image_pad|>"
+Order = Literal["images_first", "instruction_first"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question about a pair of images.
+
+    Raises InputError where the answer's keys would collide, or where `generic` and `attributes` contradict each other.
+    """
+
+    role: str
+    item: str
+    verdict_key: str
+    attributes: tuple[str, ...]
+    generic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.generic == bool(self.attributes):
+            raise InputError(
+                f"prompt.attributes: {len(self.attributes)} given with generic={self.generic}; "
+                "a structured prompt needs at least one, a generic prompt takes none"
+            )
+        for field, names in (("attributes", self.attributes), ("verdict_key", self.keys)):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError(f"prompt.{field}: {twice[0]!r} is used twice in one JSON object; rename one of them")
+
+    @property
+    def item_keys(self) -> tuple[str, ...]:
+        """Keys of the two attribute objects, in order; none in the generic prompt."""
+        return () if self.generic else (f"{self.item}_1", f"{self.item}_2")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of the answer, in the order the model is asked to write them."""
+        notes = ("differences", "reasoning") if self.generic else ("differences", "confidence", "reasoning")
+        return (*self.item_keys, *notes, self.verdict_key)
+
+    def as_generic(self) -> Prompt:
+        """The same decision without role and attribute list."""
+        return replace(self, role="", attributes=(), generic=True)
+
+    def instruction(self) -> str:
+        """The text that stands beside the two images. Kept short: it is read once per pair."""
+        decide = f"then decide: {self.verdict_key.replace('_', ' ')} or not."
+        reply = "Reply with one JSON object, keys in order:"
+        if self.generic:
+            return (
+                f"Compare the {self.item} of image 1 with that of image 2: summarise the differences, {decide} "
+                f"{reply} differences, reasoning, {self.verdict_key} (yes/no)."
+            )
+        first, second = self.item_keys
+        return (
+            f"Role: {self.role}. Attributes: {', '.join(self.attributes)}. "
+            f"Describe {self.item} 1 by attribute, describe {self.item} 2 by attribute, summarise the differences, {decide} "
+            f"{reply} {first} (attribute: text), {second} (same attributes), "
+            f"differences, confidence (high/medium/low), reasoning, {self.verdict_key} (yes/no)."
+        )
+
+    def answer(
+        self,
+        attributes_a: dict[str, str],
+        attributes_b: dict[str, str],
+        differences: str,
+        confidence: str,
+        reasoning: str,
+        same: bool,
+    ) -> str:
+        """The one line of JSON a perfect supervisor writes. Raises KeyError if a description lacks an attribute."""
+        described = ({name: item[name] for name in self.attributes} for item in (attributes_a, attributes_b))
+        values = {
+            **dict(zip(self.item_keys, described)),
+            "differences": differences,
+            "confidence": confidence,
+            "reasoning": reasoning,
+            self.verdict_key: "yes" if same else "no",
+        }
+        return json.dumps({key: values[key] for key in self.keys}, ensure_ascii=False)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+PROMPTS = {
+    "birds": Prompt(
+        role="ornithologist",
+        item="bird",
+        verdict_key="same_species",
+        attributes=_names("""
+            bill shape, bill length, bill color, head pattern, crown color, forehead color, eye color, nape color,
+            throat color, breast color, breast pattern, belly color, belly pattern, back color, back pattern,
+            upperparts color, wing color, wing pattern, wing shape, tail shape, tail pattern, upper tail color,
+            under tail color, underparts color, shape, size, primary color, leg color"""),
+    ),
+    "cars": Prompt(
+        role="automotive expert",
+        item="car",
+        verdict_key="same_model",
+        attributes=_names("""
+            body style, number of doors, front grille, headlights, front bumper, side profile, roofline, greenhouse,
+            wheels, fenders and wheel arches, rear lights, rear bumper, exhaust, badging, overall proportions,
+            apparent era, paint finish"""),
+    ),
+    "aircraft": Prompt(
+        role="aviation expert",
+        item="aircraft",
+        verdict_key="same_variant",
+        attributes=_names("""
+            number of engines, engine type, engine mount position, engine nacelle shape and size, wing configuration,
+            wing planform, winglets or wingtip shape, tail configuration, vertical stabilizer shape,
+            fuselage length and proportions, nose shape, cockpit window layout, cabin window count and spacing,
+            landing gear layout, overall size class, apparent era, livery and markings"""),
+    ),
+    "drawn-birds": Prompt(
+        role="ornithologist",
+        item="bird",
+        verdict_key="same_species",
+        attributes=_names("""
+            bill shape, bill length, crown color, breast color, belly color, back color, wing pattern, wing color,
+            tail shape, tail pattern, leg color, eye ring"""),
+    ),
+}
+
+
+class Prefix(NamedTuple):
+    """input_ids: everything before the completion. image_spans: half-open ranges of each image's pads in input_ids."""
+
+    input_ids: list[int]
+    image_spans: tuple[tuple[int, int], tuple[int, int]]
+
+
+def build_prefix(tokenizer, instruction: str, tokens_per_image: int, order: Order = "images_first") -> Prefix:
+    """Chat-templated token ids of one pair, each image standing as `tokens_per_image` pads.
+
+    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. Raises InputError for an unknown order, a
+    tokenizer without a chat template, a template that does not write one `<|image_pad|>` per image, and an instruction
+    that holds one of the tokenizer's special tokens.
+    """
+    images, text = [{"type": "image"}] * 2, [{"type": "text", "text": instruction}]
+    contents = {"images_first": images + text, "instruction_first": text + images}
+    if order not in contents:
+        raise InputError(f"supervisor.order: {order!r} is unknown; use one of {', '.join(contents)}")
+    name = tokenizer.name_or_path or "tokenizer"
+    if tokenizer.chat_template is None:
+        raise InputError(f"{name}: has no chat template; use an instruction-tuned model, or add chat_template.jinja")
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in instruction:
+            raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
+
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": contents[order]}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    pad = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    found = [position for position, token in enumerate(ids) if token == pad]
+    if len(found) != 2:
+        raise InputError(f"{name}: chat template wrote {len(found)} {IMAGE_PAD} for two images; use a Qwen-VL template")
+    first, second = found
+    pads = [pad] * tokens_per_image
+    return Prefix(
+        [*ids[:first], *pads, *ids[first + 1 : second], *pads, *ids[second + 1 :]],
+        ((first, first + tokens_per_image), (second + tokens_per_image - 1, second + 2 * tokens_per_image - 1)),
+    )
