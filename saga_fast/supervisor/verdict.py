@@ -1,0 +1,204 @@
+"""Reading what the supervisor wrote: the verdict, the reward it earns, and where it describes each attribute.
+
+A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no key
+twice in any object. A code fence or prose may stand around that object, but no further bracket of any kind: a verdict
+can be neither hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from json.decoder import scanstring
+from typing import NamedTuple
+
+from saga_fast.errors import InputError
+from saga_fast.supervisor.prompt import Prompt
+
+Span = tuple[int, int]
+
+MAX_DEPTH = 8  # an answer needs 2
+_ATOM = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BRACKETS = re.compile(r"[\[\]{}]")
+
+
+class _String(NamedTuple):
+    """A JSON string: its value, and the half-open range of its source between the quotes."""
+
+    value: str
+    start: int
+    end: int
+
+
+class _Scanner:
+    """Reads JSON from `text`, keeping where strings stand. Objects become dicts, everything but objects and strings None.
+
+    Numbers are never converted (a completion may hold a million digits), and depth is bounded. ValueError if malformed.
+    """
+
+    def __init__(self, text: str, at: int):
+        self.text, self.at = text, at
+
+    def peek(self) -> str:
+        self.at = _SPACE.match(self.text, self.at).end()
+        return self.text[self.at : self.at + 1]
+
+    def take(self, symbol: str) -> None:
+        if self.peek() != symbol:
+            raise ValueError(f"expected {symbol} at {self.at}")
+        self.at += 1
+
+    def string(self) -> _String:
+        self.take('"')
+        start = self.at
+        value, self.at = scanstring(self.text, start, True)
+        return _String(value, start, self.at - 1)
+
+    def members(self, opening: str, closing: str) -> Iterator[None]:
+        """Yields with the scanner before each member."""
+        self.take(opening)
+        if self.peek() != closing:
+            yield
+            while self.peek() == ",":
+                self.take(",")
+                yield
+        self.take(closing)
+
+    def value(self, depth: int) -> dict | _String | None:
+        if depth == 0:
+            raise ValueError("nested too deep")
+        match self.peek():
+            case '"':
+                return self.string()
+            case "{":
+                found = {}
+                for _ in self.members("{", "}"):
+                    key = self.string().value
+                    if key in found:
+                        raise ValueError(f"duplicate key {key!r}")
+                    self.take(":")
+                    found[key] = self.value(depth - 1)
+                return found
+            case "[":
+                for _ in self.members("[", "]"):
+                    self.value(depth - 1)
+            case _:
+                if not (atom := _ATOM.match(self.text, self.at)):
+                    raise ValueError(f"no JSON value at {self.at}")
+                self.at = atom.end()
+        return None
+
+
+def _read(text: str) -> dict[str, dict | _String | None] | None:
+    """The one JSON object in `text`, or None."""
+    start = text.find("{")
+    if start < 0:
+        return None
+    scanner = _Scanner(text, start)
+    try:
+        answer = scanner.value(MAX_DEPTH)
+    except ValueError:
+        return None
+    around = _BRACKETS.search(text, 0, start) or _BRACKETS.search(text, scanner.at)
+    return None if around else answer
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """same: what the supervisor decided. well_formed: the answer has exactly the prompt's keys and attributes, in order
+    and all text, and a confidence of high, medium or low."""
+
+    same: bool
+    well_formed: bool
+
+
+def parse(text: str, prompt: Prompt) -> Verdict | None:
+    """The verdict in a completion, or None where there is no single, unambiguous yes or no (any letter case)."""
+    answer = _read(text)
+    if answer is None:
+        return None
+    said = answer.get(prompt.verdict_key)
+    word = said.value.strip().lower() if isinstance(said, _String) else None
+    return Verdict(word == "yes", _well_formed(answer, prompt)) if word in ("yes", "no") else None
+
+
+def _well_formed(answer: dict, prompt: Prompt) -> bool:
+    if tuple(answer) != prompt.keys:
+        return False
+    described = [answer[key] for key in prompt.item_keys]
+    if not all(isinstance(item, dict) and tuple(item) == prompt.attributes for item in described):
+        return False
+    notes = [answer[key] for key in prompt.keys[len(described) :]]
+    if not all(isinstance(text, _String) for text in (*notes, *(text for item in described for text in item.values()))):
+        return False
+    return prompt.generic or answer["confidence"].value in ("high", "medium", "low")
+
+
+def reward(text: str, prompt: Prompt, same: bool) -> float:
+    """1.0 if the completion's verdict is `same`, else 0.0; 0.0 for anything that `parse` does not accept."""
+    verdict = parse(text, prompt)
+    return float(verdict is not None and verdict.same == same)
+
+
+def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[str, Span]]:
+    """Where the completion describes each attribute: for item 1 and item 2, attribute -> half-open character range of
+    its value, between the quotes. Attributes not described in text are left out; unreadable text gives empty dicts."""
+    answer = _read(text) or {}
+
+    def spans(described: object) -> dict[str, Span]:
+        values = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}
+        return {name: (value.start, value.end) for name, value in values.items() if isinstance(value, _String)}
+
+    return tuple(spans(answer.get(key)) for key in prompt.item_keys) or ({}, {})
+
+
+# Byte-level BPE spells each byte as one printable character (GPT-2's table): a printable Latin-1 byte as itself, the others as
+# the characters from 256 up, in order.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+
+
+def _token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
+    """The bytes each token writes. An id the tokenizer does not know (a padded row of the head) writes none."""
+    added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+    try:
+        return [
+            added[i] if i in added else bytes(_BYTE_OF[symbol] for symbol in tokenizer.convert_ids_to_tokens(i) or "")
+            for i in token_ids
+        ]
+    except KeyError as error:
+        raise InputError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: symbol {error.args[0]!r} is not of a byte-level BPE; "
+            "attribute tokens need one (Qwen, Llama 3, GPT-2 style)"
+        ) from None
+
+
+def tokens_by_attribute(
+    token_ids: Sequence[int], tokenizer, prompt: Prompt
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """For item 1 and item 2: attribute -> ascending positions in `token_ids` of the tokens that write part of its value.
+
+    Works on the sampled ids, never on text encoded anew (which may split differently). A character may be spread over
+    several tokens, and a token may hold a quote and the start of a value: it counts. One that only touches the quotes
+    does not. Raises InputError if the tokenizer is not byte-level.
+    """
+    pieces = _token_bytes(token_ids, tokenizer)
+    ends = list(accumulate(map(len, pieces)))
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")  # one character for each stray byte: nothing shifts
+    byte_at = [0, *accumulate(len(character.encode("utf-8", "surrogateescape")) for character in text)]
+
+    def positions(span: Span) -> list[int]:
+        start, end = byte_at[span[0]], byte_at[span[1]]
+        return [i for i, piece in enumerate(pieces) if max(ends[i] - len(piece), start) < min(ends[i], end)]
+
+    return tuple({name: positions(span) for name, span in item.items()} for item in attribute_spans(text, prompt))
+
+
+def attribute_tokens(token_ids: Sequence[int], tokenizer, prompt: Prompt) -> tuple[list[int], list[int]]:
+    """For item 1 and item 2: ascending positions in `token_ids` that write part of any attribute's value."""
+    by_attribute = tokens_by_attribute(token_ids, tokenizer, prompt)
+    return tuple(sorted({i for tokens in item.values() for i in tokens}) for item in by_attribute)

@@ -1,0 +1,262 @@
+"""The verdict parser against hostile text, and attribute spans against json and the tokenizer's own offsets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from saga_fast.errors import InputError
+from saga_fast.supervisor.prompt import PROMPTS, Prompt
+from saga_fast.supervisor.verdict import Verdict, attribute_spans, attribute_tokens, parse, reward, tokens_by_attribute
+
+PROMPT = Prompt(role="ornithologist", item="bird", verdict_key="same", attributes=("bill", "leg color"))
+RED, BLUE = {"bill": "long", "leg color": "red"}, {"bill": "long", "leg color": "blue"}
+
+
+def answer(same: bool = True, a: dict = RED, b: dict = BLUE, prompt: Prompt = PROMPT) -> str:
+    return prompt.answer(a, b, "none", "high", "alike", same)
+
+
+LAYOUTS = {
+    "one line": lambda text: text,
+    "minified": lambda text: json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False),
+    "pretty": lambda text: json.dumps(json.loads(text), indent=2, ensure_ascii=False),
+    "ascii": lambda text: json.dumps(json.loads(text), indent="\t"),
+    "fenced": lambda text: f"```json\n{json.dumps(json.loads(text), indent=4, ensure_ascii=False)}\n```",
+    "in prose": lambda text: f' Here "it" is: {text}\nThat\'s all.<|im_end|>',
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prompt", [*PROMPTS.values(), *(p.as_generic() for p in PROMPTS.values())])
+def test_every_layout_of_a_good_answer_is_read(layout, prompt):
+    words = dict.fromkeys(prompt.attributes, "a word")
+    for same in (True, False):
+        text = LAYOUTS[layout](answer(same, words, words, prompt))
+        assert parse(text, prompt) == Verdict(same, well_formed=True)
+        assert (reward(text, prompt, same), reward(text, prompt, not same)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("said, same", [("yes", True), (" YES\\n", True), ("No", False)])
+def test_verdict_word_is_read_loosely(said, same):
+    assert parse(f'{{"same": "{said}"}}', PROMPT) == Verdict(same, well_formed=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o: o.pop("confidence"),
+        lambda o: o.update(confidence="sure"),
+        lambda o: o.update(differences=["leg color"]),
+        lambda o: o.update(extra="text"),
+        lambda o: o.update(bird_1="a long red bill"),
+        lambda o: o.update(bird_2={"bill": "long"}),
+        lambda o: o.update(bird_2={"leg color": "blue", "bill": "long"}),
+        lambda o: o.update(bird_2={"bill": "long", "leg color": 3}),
+        lambda o: o.update(differences=o.pop("differences")),
+    ],
+)
+def test_an_answer_in_another_form_is_paid_but_not_well_formed(change):
+    changed = json.loads(answer())
+    change(changed)
+    assert parse(json.dumps(changed), PROMPT) == Verdict(same=True, well_formed=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "yes",
+        '"same": "yes"',
+        "{}",
+        '{"same": true}',
+        '{"same": null}',
+        '{"same": "maybe"}',
+        '{"same": ["yes"]}',
+        '{"same": "yes, no"}',
+        '{"Same": "yes"}',
+        '{"answer": {"same": "yes"}}',
+        '[{"same": "yes"}]',
+        '{"answer": {"same": "yes"}',
+        '{"same": "yes"',
+        '{"same": "yes',
+        '{"same": "yes",}',
+        '{"same" "yes"}',
+        '{same: "yes"}',
+        "{'same': 'yes'}",
+        '{"same": "yes" "x": "y"}',
+        '{"same": "yes"}}',
+        '{"same": "yes", "n": NaN}',
+        '{"same": "yes", "n": -Infinity}',
+        '{"same": "yes", "n": 01}',
+        '{"same": "yes", "n": \u0663}',
+        '{"same": "yes", "n": "raw\nnewline"}',
+        '{"same": "yes", "n": "\\x"}',
+        '{"same": "no", "same": "yes"}',
+        '{"same": "yes", "s\\u0061me": "yes"}',
+        '{"same": "yes", "bird_1": {"bill": "a", "bill": "b"}}',
+        '{"same": "yes", "list": [{"a": 1, "a": 1}]}',
+        '{"same": "no"} {"same": "yes"}',
+        '{"same": "yes"} {"other": 1}',
+        '{"same": "yes"} {"same": "n',
+        '{draft} {"same": "yes"}',
+    ],
+)
+def test_no_single_answer_is_no_verdict(text):
+    assert parse(text, PROMPT) is None
+    assert reward(text, PROMPT, True) == reward(text, PROMPT, False) == 0.0
+    attribute_spans(text, PROMPT)
+
+
+def test_odd_but_legal_json_is_read():
+    digits = "9" * 100_000
+    assert reward(f'{{"n": {digits}, "m": -0.5e+{digits}, "s": "\\ud800", "same": "no"}}', PROMPT, False) == 1.0
+    assert reward('{"a": [[], {}, [1, true, false, null]], "\ud800": "\udfff", "same": "no"}', PROMPT, False) == 1.0
+
+
+@pytest.mark.parametrize(
+    "unit", ["[", "{", '{"a":', '{"a":[', '{"same": "yes", "a": ', "]", "}", '"', "[]", "{}", "\\", '{"']
+)
+def test_a_megabyte_of_nesting_is_refused_without_recursion(unit):
+    bomb = unit * (2**20 // len(unit))
+    for text in (bomb, '{"same": "yes", "a": ' + bomb, '{"same": "yes"}' + bomb):
+        if unit in ('"', "\\") and text.startswith('{"same": "yes"}'):
+            continue  # prose without brackets
+        assert reward(text, PROMPT, True) == 0.0
+        assert attribute_spans(text, PROMPT) == ({}, {})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text(alphabet='{}[]":,\\ yesno0-\n'))
+def test_random_text_never_raises_and_never_pays(text):
+    assert reward(text, PROMPT, True) == reward(text, PROMPT, False) == 0.0
+    attribute_spans(text, PROMPT)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_damaged_answer_never_pays_for_the_verdict_it_did_not_give(data):
+    text = answer(same=True)
+    cut = data.draw(st.integers(0, len(text) - 1))
+    assert reward(text[:cut], PROMPT, True) == 0.0
+    noise = data.draw(st.text(alphabet='{}[]":, \\yesno', min_size=1, max_size=8))
+    assert reward(text[:cut] + noise + text[cut:], PROMPT, False) == 0.0
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def depth(value) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 1 if inner is None else 1 + max(map(depth, inner), default=0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.text(), JSON_VALUES, max_size=4), st.sampled_from(["yes", "no", "maybe", 1, None]), st.booleans()
+)
+def test_agrees_with_json_on_any_object(found, said, pretty):
+    found = {**found, "same": said}
+    text = json.dumps(found, indent=1 if pretty else None)
+    verdict = parse(text, PROMPT)
+    assert (verdict and verdict.same) == ({"yes": True, "no": False}.get(said) if depth(found) <= 8 else None)
+    forged = text[:-1].rstrip() + ', "same": "yes"}'
+    assert parse(forged, PROMPT) is None
+
+
+HARD_TEXT = st.text(max_size=12) | st.text(alphabet='"\\/{}[]:,é猫🐦\u0301\n\t\x7f ', max_size=12)
+VALUES = st.fixed_dictionaries(dict.fromkeys(PROMPT.attributes, HARD_TEXT))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=60, deadline=None)
+@given(a=VALUES, b=VALUES)
+def test_spans_cut_out_exactly_the_values(layout, a, b):
+    text = LAYOUTS[layout](answer(True, a, b))
+    assert reward(text, PROMPT, True) == 1.0
+    for spans, values in zip(attribute_spans(text, PROMPT), (a, b), strict=True):
+        assert {name: json.loads(f'"{text[start:end]}"') for name, (start, end) in spans.items()} == values
+        assert list(spans) == list(PROMPT.attributes)
+
+
+def test_spans_leave_out_what_is_not_a_described_attribute():
+    text = '{"bird_1": {"bill": 3, "song": "loud", "leg color": ""}, "bird_2": "red", "bill": "x", "same": "no"}'
+    first, second = attribute_spans(text, PROMPT)
+    assert list(first) == ["leg color"] and second == {}
+    assert attribute_spans(text, PROMPT.as_generic()) == ({}, {})
+
+
+def bpe(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; with a corpus, its merges run across quotes, colons and spaces."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=["<|im_end|>"],
+        show_progress=False,
+        max_token_length=6,
+    )
+    model.train_from_iterator(corpus, trainer)
+    model.add_tokens(["猫 cat"])  # stands in the vocabulary as itself, not in the byte alphabet
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>")
+
+
+TOKENIZERS = {
+    "single bytes": bpe([]),
+    "merged": bpe(['": "long", ', '": "long"}, ', '"leg color": "red"}', 'blue"}, "', "long é", "é猫", "\\né"] * 9),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=40, deadline=None)
+@given(a=VALUES | st.just(RED), b=VALUES | st.just({**BLUE, "bill": "a 猫 cat's"}))
+def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a, b):
+    tokenizer, text = TOKENIZERS[name], LAYOUTS[layout](answer(True, a, b))
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    found, flat = tokens_by_attribute(ids, tokenizer, PROMPT), attribute_tokens(ids, tokenizer, PROMPT)
+    for spans, tokens, everything in zip(attribute_spans(text, PROMPT), found, flat, strict=True):
+        expected = {
+            attribute: [
+                i for i, (s, e) in enumerate(encoded["offset_mapping"]) if any(start <= c < end for c in range(s, e))
+            ]
+            for attribute, (start, end) in spans.items()
+        }
+        assert tokens == expected
+        assert everything == sorted(set().union(*expected.values()))
+
+
+def test_merges_that_straddle_a_quote_are_exercised():
+    tokenizer = TOKENIZERS["merged"]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(answer())["input_ids"])
+    assert any('"' in token and token.strip('Ġ":,{}') for token in tokens)
+
+
+def test_attribute_tokens_survive_broken_utf8_and_unknown_ids():
+    tokenizer = TOKENIZERS["single bytes"]
+    ids = tokenizer(answer(a={"bill": "é", "leg color": "red"}), add_special_tokens=False)["input_ids"]
+    whole = attribute_tokens(ids, tokenizer, PROMPT)
+    bill = whole[0][0]
+    broken = [*ids[: bill + 1], 10**6, *ids[bill + 2 :]]  # the character's second byte gives way to an id of no token
+    first, second = attribute_tokens(broken, tokenizer, PROMPT)
+    assert first == [i for i in whole[0] if i != bill + 1] and second == whole[1]
+    assert attribute_tokens([], tokenizer, PROMPT) == ([], [])
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused():
+    model = Tokenizer(models.WordLevel({"▁bird": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(InputError, match="▁"):
+        attribute_tokens([0], PreTrainedTokenizerFast(tokenizer_object=model), PROMPT)
