@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoint/
+      step-000123/
+        NAME.safetensors   the tensors of each part (encoder, optimizer, rng, ...)
+        state.json         everything else: step, schedule, sampler, ...
+        manifest.json      format version, and the SHA-256 of every other file
+
+A checkpoint is written to a hidden sibling, flushed to disk and renamed, so a kill or a full disk leaves the earlier
+ones as they were. `latest` checks the hashes and steps over a damaged one. Nothing is pickled, so loading runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saga_fast.errors import InputError
+
+FORMAT = 1
+Parts = dict[str, dict[str, Tensor]]
+
+
+def save(folder: str | os.PathLike[str], step: int, parts: Parts, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write the checkpoint of `step` into `folder`, then drop all but the newest `keep`; return its path.
+
+    parts: {part: {name: tensor}}, one file a part, on any device; state: JSON-able (int keys come back as strings).
+    Checkpoints of later steps, which a resume stepped over as damaged, are dropped too.
+    Raises OSError if the disk is full or read-only; the earlier checkpoints then stand as before.
+    """
+    folder = Path(folder)
+    final = folder / f"step-{step:06d}"
+    aside, old = folder / f".{final.name}.partial", folder / f".{final.name}.old"
+    folder.mkdir(parents=True, exist_ok=True)
+    for remains in folder.glob(".step-*"):
+        shutil.rmtree(remains)
+    try:
+        aside.mkdir()
+        for part, tensors in parts.items():
+            _write(tensors, aside / f"{part}.safetensors")
+        (aside / "state.json").write_text(json.dumps(state))
+        hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+        if final.exists():  # a damaged one that was stepped over, or this very step saved again
+            os.rename(final, old)
+        os.rename(aside, final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
+    others = [path for path in _steps(folder) if path != final]
+    earlier = [path for path in others if _step(path) < step]
+    for path in (old, *others[: len(others) - len(earlier)], *earlier[keep - 1 :]):
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None if there is none at all; damaged ones are named in a warning.
+
+    Raises InputError if there are checkpoints and every one is damaged.
+    """
+    steps = _steps(Path(folder))
+    for path in steps:
+        if not (fault := _fault(path)):
+            return path
+        warnings.warn(f"damaged checkpoint passed over: {fault}", stacklevel=2)
+    if steps:
+        raise InputError(f"{os.fspath(folder)!r}: every checkpoint in it is damaged; start again with another --out")
+    return None
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:
+    """(parts, state) as saved, on the CPU. Raises InputError, naming the file, if it is damaged or foreign."""
+    path = Path(path)
+    if fault := _fault(path):
+        raise InputError(f"{fault}; resume from another checkpoint")
+    parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return parts, json.loads((path / "state.json").read_text())
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state_dict as ({"<parameter number>.<name>": tensor}, JSON-able rest)."""
+    packed = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for number, values in packed["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{number}.{name}"] = value
+    return tensors, {"scalars": scalars, "param_groups": packed["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Load into `optimizer` what `pack_optimizer` gave, also by way of JSON. Raises ValueError if the groups differ."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in (tensors | rest["scalars"]).items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        for group in rest["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The global generators of torch (CPU and every CUDA device), NumPy and Python, as (tensors, JSON-able rest)."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        **{f"cuda.{device}": torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())},
+    }
+    return tensors, {"python": [version, gauss], "numpy": [name, position, has_gauss, cached]}
+
+
+def unpack_rng(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Put the generators where `pack_rng` found them; states of CUDA devices that are not here are passed over."""
+    torch.set_rng_state(tensors["torch"])
+    for device in range(torch.cuda.device_count()):
+        if f"cuda.{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{device}"], device)
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    name, *position = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *position))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, newest first."""
+    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name)]
+    return sorted(steps, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`, naming the file; None if it is whole."""
+    manifest = path / "manifest.json"
+    try:
+        recorded = json.loads(manifest.read_text())
+        version, hashes = recorded["format"], recorded["sha256"]
+        if version != FORMAT:
+            return f"{str(manifest)!r}: format {version!r}, this version reads {FORMAT}"
+        files = sorted(file for file in path.iterdir() if file != manifest)
+        if set(hashes) != {file.name for file in files}:
+            return f"{str(manifest)!r}: lists {sorted(hashes)}, the folder holds {[file.name for file in files]}"
+        for file in files:
+            if _sha256(file) != hashes[file.name]:
+                return f"{str(file)!r}: its SHA-256 is not the manifest's"
+    except OSError as error:
+        return f"{str(error.filename or path)!r}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{str(manifest)!r}: not a checkpoint's manifest"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the file or folder itself written to disk, not only to the page cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(_alone(tensors), path)
+    except SafetensorError as error:  # what its own writer makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+
+
+def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no storage, as safetensors wants them (optimizers share lookup tables)."""
+    alone: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        alone[name] = tensor
+    return alone

@@ -1,0 +1,108 @@
+"""From data set to uint8 batches: decoded once and kept if they fit in memory, else decoded ahead by workers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from saga_fast.data.images import ImageDataset, Subset, check_classes, to_pixels
+from saga_fast.errors import InputError
+
+
+class Batch(NamedTuple):
+    indices: list[int]
+    pixels: Tensor  # uint8 (B, 3, size, size)
+    labels: Tensor  # int64 (B,)
+
+
+class PixelLoader:
+    """Every image of `dataset`, resized to (size, size).
+
+    The constructor decodes each image once, so a broken file is found before anything is trained or written: InputError
+    names it, or with `skip_unreadable` it is left out with a warning and listed in `skipped`. Indices count within the
+    attribute `dataset`, which holds the readable images only. The pixels are kept if they fit in `memory_limit` bytes.
+
+    workers: processes that decode; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        size: int,
+        workers: int = 0,
+        memory_limit: int = 2 * 2**30,
+        skip_unreadable: bool = False,
+        name: str = "data set",
+    ):
+        self.size, self.workers = size, workers
+        count = len(dataset)
+        keep = count * 3 * size * size <= memory_limit
+        kept = torch.empty(count if keep else 0, 3, size, size, dtype=torch.uint8)
+        faults: dict[int, str] = {}
+        self.dataset = dataset
+        with tqdm(total=count, desc=f"reading {name}", unit="image", delay=2, leave=False) as progress:
+            for indices, pixels, broken in self._decode(torch.arange(count).split(32)):
+                if broken and not skip_unreadable:
+                    raise InputError(f"{next(iter(broken.values()))}, or skip such files with --data.skip-unreadable")
+                faults |= broken
+                if keep:
+                    kept[indices] = pixels
+                progress.update(len(indices))
+        self.skipped = [faults[index] for index in sorted(faults)]
+        if faults:
+            warnings.warn(f"{name}: {len(faults)} of {count} images skipped, the first {self.skipped[0]}", stacklevel=2)
+            readable = [index for index in range(count) if index not in faults]
+            self.dataset = Subset(dataset, readable)
+            check_classes(self.dataset, name)
+            kept = kept[readable] if keep else kept
+        self.labels = torch.tensor(self.dataset.labels)
+        self._kept = kept if keep else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The images at `indices`, now."""
+        if self._kept is not None:
+            return Batch(indices, self._kept[indices], self.labels[indices])
+        return self._whole(*_Decoder(self.dataset, self.size)[indices])
+
+    def stream(self, batches: Iterable[list[int]]) -> Iterator[Batch]:
+        """The batches in order. Where pixels are not kept, workers decode ahead: `batches` is read before its time."""
+        if self._kept is not None:
+            return map(self.batch, batches)
+        return (self._whole(*decoded) for decoded in self._decode(batches))
+
+    def _whole(self, indices: list[int], pixels: Tensor, faults: dict[int, str]) -> Batch:
+        if faults:
+            raise InputError(next(iter(faults.values())))
+        return Batch(indices, pixels, self.labels[indices])
+
+    def _decode(self, batches: Iterable[list[int] | Tensor]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        decoder = _Decoder(self.dataset, self.size)
+        apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
+        return iter(DataLoader(decoder, sampler=batches, batch_size=None, num_workers=self.workers, generator=apart))
+
+
+class _Decoder(Dataset):
+    """Maps indices to (indices, pixels, {index: fault}); a worker's exception would arrive wrapped in a traceback."""
+
+    def __init__(self, dataset: ImageDataset, size: int):
+        self.dataset, self.size = dataset, size
+
+    def __getitem__(self, indices: list[int] | Tensor) -> tuple[list[int], Tensor, dict[int, str]]:
+        indices = [int(index) for index in indices]
+        pixels = torch.zeros(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        faults = {}
+        for row, index in enumerate(indices):
+            try:
+                pixels[row] = to_pixels(self.dataset[index][0], self.size)
+            except InputError as error:
+                faults[index] = str(error)
+        return indices, pixels, faults
