@@ -1,0 +1,208 @@
+"""Attention over packed groups: every completion of a group reads the one copy of its prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
+from .layout import GroupLayout
+
+BLOCK_ROWS = 256  # query rows scored at a time: bounds the score matrix and the masked half of a causal square
+
+
+def group_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each prefix, and of each completion onto its prefix and itself (`GroupLayout`).
+
+    Args:
+        q: (tokens, heads, head_dim). k, v: (tokens, kv_heads, head_dim); heads is a multiple of kv_heads, and query
+            head h reads key head h // (heads / kv_heads). All of one floating dtype and device.
+        layout: of exactly these tokens.
+        scale: of the scores; head_dim ** -0.5 by default.
+
+    Returns:
+        o: like q. lse: (heads, tokens), natural-log sum of exponentials of the scaled scores, float32 (float64 for
+        float64), not differentiable. Gradients flow to q, k and v.
+    """
+    expect_tensor("q", q, (layout.tokens, None, None), FLOATS)
+    expect_tensor("k", k, (layout.tokens, None, q.shape[2]), (q.dtype,))
+    expect_tensor("v", v, tuple(k.shape), (q.dtype,))
+    expect(q.shape[1] % k.shape[1] == 0, "q", f"{q.shape[1]} heads", f"a multiple of k's {k.shape[1]}")
+    expect_same_device(q=q, k=k, v=v, layout=layout.segment_offsets)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return _group_attention(q, k, v, layout.segment_offsets, layout.segment_prefix, scale)
+
+
+def attention_onto(
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention of chosen query rows onto chosen key columns, averaged over heads, from the LSE of a finished forward.
+
+    Args:
+        q: (tokens, heads, head_dim). k: (tokens, kv_heads, head_dim). lse: (heads, tokens) of `group_attention`.
+        rows: (R,) int64. columns: (C,) int64, each visible to every row (not checked).
+        scale: as given to `group_attention`.
+
+    Returns:
+        (R, C) probabilities mean_h exp(q_h . k_h * scale - lse_h), of lse's dtype, without gradient. A row sums to the
+        share of its attention that falls on these columns.
+    """
+    expect_tensor("q", q, (None, None, None), FLOATS)
+    expect_tensor("k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
+    expect(q.shape[1] % k.shape[1] == 0, "q", f"{q.shape[1]} heads", f"a multiple of k's {k.shape[1]}")
+    expect_tensor("lse", lse, (q.shape[1], q.shape[0]), (accumulator(q.dtype),))
+    expect_tensor("rows", rows, (None,), (torch.int64,))
+    expect_tensor("columns", columns, (None,), (torch.int64,))
+    expect_same_device(q=q, k=k, lse=lse, rows=rows, columns=columns)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return _attention_onto(q.detach(), k.detach(), lse.detach(), rows, columns, scale)
+
+
+def group_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, segment_offsets: Tensor, segment_prefix: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Forward of `group_attention` in plain PyTorch: blocks of query rows against at most two ranges of keys."""
+    queries, keys, values = _by_kv_head(q, k, v)
+    queries *= scale
+    o, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
+    for rows, ranges in _blocks(segment_offsets, segment_prefix):
+        scores = _masked_scores(queries, keys, rows, ranges)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        block = (weights @ _gather(values, ranges)).div_(total)
+        o[:, :, rows] = block.view_as(o[:, :, rows])
+        lse[:, :, rows] = total.log_().add_(top).view_as(lse[:, :, rows])
+    return _by_token(o).to(q.dtype), lse.flatten(0, 1)
+
+
+def group_attention_backward_reference(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    segment_offsets: Tensor,
+    segment_prefix: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `group_attention`: P from the LSE; dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q."""
+    queries, keys, values = _by_kv_head(q, k, v)
+    d_o, outputs = (_by_kv_head(t, k, v)[0] for t in (do, o))
+    queries *= scale
+    delta = (d_o * outputs).sum(-1)
+    lse = lse.view(delta.shape)
+    dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, ranges in _blocks(segment_offsets, segment_prefix):
+        d_out = d_o[:, :, rows].flatten(1, 2)
+        weights = _masked_scores(queries, keys, rows, ranges).sub_(lse[:, :, rows].flatten(1, 2)[..., None]).exp_()
+        d_value = weights.mT @ d_out
+        d_scores = (d_out @ _gather(values, ranges).mT).sub_(delta[:, :, rows].flatten(1, 2)[..., None]).mul_(weights)
+        d_key = d_scores.mT @ queries[:, :, rows].flatten(1, 2)
+        dq[:, :, rows] = (d_scores @ _gather(keys, ranges)).view_as(dq[:, :, rows])
+        done = 0
+        for columns in ranges:  # blocks come in packed order, so the sums over completions are always taken alike
+            size = columns.stop - columns.start
+            dk[:, columns] += d_key[:, done : done + size]
+            dv[:, columns] += d_value[:, done : done + size]
+            done += size
+    return (
+        _by_token(dq * scale).to(q.dtype),
+        dk.transpose(0, 1).to(k.dtype, copy=True),
+        dv.transpose(0, 1).to(v.dtype, copy=True),
+    )
+
+
+def attention_onto_reference(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """`attention_onto` in plain PyTorch: gathered matmul and the LSE."""
+    queries, keys, _ = _by_kv_head(q[rows], k[columns], k[columns])
+    scores = queries.flatten(1, 2) @ keys.mT
+    scores = scores.view(q.shape[1], len(rows), len(columns)).mul_(scale)
+    return scores.sub_(lse[:, rows, None]).exp_().mean(0)
+
+
+def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh contiguous copies in the accumulator's dtype: (kv_heads, rep, tokens, d) and (kv_heads, tokens, d) twice."""
+    dtype = accumulator(q.dtype)
+    queries = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
+    return tuple(
+        torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t)
+        for t in (queries, k.transpose(0, 1), v.transpose(0, 1))
+    )
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """(kv_heads, rep, tokens, d) -> (tokens, heads, d), contiguous."""
+    return x.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _blocks(segment_offsets: Tensor, segment_prefix: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of query rows, each with the ranges of keys it sees; the last range ends on the block's own diagonal."""
+    offsets, home = segment_offsets.tolist(), segment_prefix.tolist()
+    for segment, prefix in enumerate(home):
+        start, end = offsets[segment : segment + 2]
+        whole_prefix = [] if prefix == segment else [slice(*offsets[prefix : prefix + 2])]
+        for first in range(start, end, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, end)
+            yield slice(first, last), [*whole_prefix, slice(start, last)]
+
+
+def _gather(x: Tensor, ranges: list[slice]) -> Tensor:
+    """The tokens of all ranges, from (kv_heads, tokens, d); a copy only where there are two."""
+    parts = [x[:, columns] for columns in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _masked_scores(queries: Tensor, keys: Tensor, rows: slice, ranges: list[slice]) -> Tensor:
+    """Scores (kv_heads, rep * rows, keys) of scaled queries, -inf above the diagonal.
+
+    Query heads of one key head stand below each other, so GQA is a taller matmul and the keys are never repeated.
+    """
+    scores = queries[:, :, rows].flatten(1, 2) @ _gather(keys, ranges).mT
+    size = rows.stop - rows.start
+    future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
+    scores.unflatten(1, (-1, size))[..., -size:].masked_fill_(future, float("-inf"))
+    return scores
+
+
+_group_attention = torch.library.custom_op("saga_kernels::group_attention", group_attention_reference, mutates_args=())
+_group_attention_backward = torch.library.custom_op(
+    "saga_kernels::group_attention_backward", group_attention_backward_reference, mutates_args=()
+)
+_attention_onto = torch.library.custom_op("saga_kernels::attention_onto", attention_onto_reference, mutates_args=())
+
+
+@_group_attention.register_fake
+def _(q, k, v, segment_offsets, segment_prefix, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        (q.shape[1], q.shape[0]), dtype=accumulator(q.dtype)
+    )
+
+
+@_group_attention_backward.register_fake
+def _(do, q, k, v, o, lse, segment_offsets, segment_prefix, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+@_attention_onto.register_fake
+def _(q, k, lse, rows, columns, scale):
+    return lse.new_empty((rows.shape[0], columns.shape[0]))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, segment_offsets, segment_prefix, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, segment_offsets, segment_prefix)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, do, _):
+    dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale)
+    return dq, dk, dv, None, None, None
+
+
+_group_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,86 @@
+"""Log-probability of chosen tokens and its gradient in one pass, the logits never standing whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
+
+CHUNK_LOGITS = 1 << 25  # 128 MB of float32 logits at a time unless the caller says otherwise
+TILE_ROWS = 1 << 14  # rows of a narrow head widened at a time
+
+
+def token_logprob(
+    h: Tensor, head: Tensor, targets: Tensor, coeff: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log softmax(h @ head.T / temperature) at the targets, and the gradient of sum(coeff * logp) in h.
+
+    The coefficients are known before the backward (advantages are), so each chunk of logits is used for both at once.
+    No graph is built: h is read detached, and the caller runs `h.backward(dh)`.
+
+    Args:
+        h: (N, D). head: (V, D), of h's dtype. targets: (N,) int64, 0 <= target < V (checked on CPU).
+        coeff: (N,) floating. temperature: of the softmax, above 0.
+        chunk: rows whose logits stand at a time; by default as many as 128 MB of float32 hold.
+
+    Returns:
+        logp: (N,) float32 (float64 for float64). dh: like h.
+    """
+    expect_tensor("h", h, (None, None), FLOATS)
+    expect_tensor("head", head, (None, h.shape[1]), (h.dtype,))
+    expect_tensor("targets", targets, (h.shape[0],), (torch.int64,))
+    expect_tensor("coeff", coeff, (h.shape[0],), FLOATS)
+    expect(temperature > 0, "temperature", temperature, "a number above 0")
+    expect(chunk is None or chunk > 0, "chunk", chunk, "1 row or more")
+    expect_same_device(h=h, head=head, targets=targets, coeff=coeff)
+    chunk = chunk or max(1, CHUNK_LOGITS // head.shape[0])
+    return _token_logprob(h.detach(), head.detach(), targets, coeff.detach(), temperature, chunk)
+
+
+def token_logprob_reference(
+    h: Tensor, head: Tensor, targets: Tensor, coeff: Tensor, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`token_logprob` in plain PyTorch: dh = coeff / temperature * (onehot - softmax) @ head, a chunk of rows at a time."""
+    dtype, vocabulary = accumulator(h.dtype), head.shape[0]
+    if targets.device.type == "cpu" and len(targets):
+        low, high = targets.aminmax()
+        expect(low >= 0 and high < vocabulary, "targets", f"{low} to {high}", f"0 to {vocabulary - 1}")
+    logp, dh = h.new_empty(len(h), dtype=dtype), torch.empty_like(h, memory_format=torch.contiguous_format)
+    logits = h.new_empty(min(chunk, len(h)), vocabulary, dtype=dtype)
+    for first in range(0, len(h), chunk):
+        rows = slice(first, min(first + chunk, len(h)))
+        x, target = h[rows].to(dtype), targets[rows, None]
+        scores = logits[: len(x)]
+        for tile, weight in _tiles(head, dtype):
+            torch.mm(x, weight.T, out=scores[:, tile])
+        scores /= temperature
+        lse = scores.logsumexp(-1, keepdim=True)
+        logp[rows] = scores.gather(1, target).sub_(lse)[:, 0]
+        scale = coeff[rows, None].to(dtype) / temperature
+        gradient = scores.sub_(lse).exp_().mul_(-scale).scatter_add_(1, target, scale)
+        total = torch.zeros_like(x)
+        for tile, weight in _tiles(head, dtype):
+            total.addmm_(gradient[:, tile], weight)
+        dh[rows] = total
+    return logp, dh
+
+
+def _tiles(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of the head's rows in `dtype`: the head itself if it is of that dtype, else widened tile by tile."""
+    size = head.shape[0] if head.dtype == dtype else TILE_ROWS
+    for first in range(0, head.shape[0], size):
+        tile = slice(first, min(first + size, head.shape[0]))
+        yield tile, head[tile].to(dtype)
+
+
+_token_logprob = torch.library.custom_op("saga_kernels::token_logprob", token_logprob_reference, mutates_args=())
+
+
+@_token_logprob.register_fake
+def _(h, head, targets, coeff, temperature, chunk):
+    return h.new_empty(h.shape[0], dtype=accumulator(h.dtype)), torch.empty_like(
+        h, memory_format=torch.contiguous_format
+    )

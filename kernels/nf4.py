@@ -1,0 +1,183 @@
+"""Frozen 4-bit NF4 linear layers, read in bitsandbytes' own layout (QLoRA, arXiv 2305.14314), never repacked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, expect, expect_same_device, expect_tensor
+
+BLOCK = 64  # weights that share one absmax
+NESTED_BLOCK = 256  # absmaxes that share one absmax of their own
+CHUNK = 1 << 18  # packed bytes looked up at a time: the reference's scratch stays at 4 MB
+
+# The 16 quantiles of a standard normal that NF4 rounds to, as bitsandbytes has them.
+CODE = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """An (out, in) weight in NF4: blocks of 64 along the flat row-major matrix, the first of two in the high nibble.
+
+    Attributes:
+        packed: uint8 (out * in / 2,).
+        absmax: (ceil(out * in / 64),), float32; nested (double quantisation): uint8 codes, each standing for
+            code2[absmax] * absmax2[index // 256] + offset.
+        code2, absmax2, offset: float32 (256,), (ceil(blocks / 256),) and (); None when not nested.
+        shape: (out, in). dtype: of the dequantised values.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code2: Tensor | None
+    absmax2: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        elements = math.prod(self.shape)
+        expect(len(self.shape) == 2 and elements % 2 == 0, "shape", self.shape, "(out, in) with an even product")
+        blocks = -(-elements // BLOCK)
+        expect_tensor("packed", self.packed, (elements // 2,), (torch.uint8,))
+        nested = self.code2 is not None
+        expect_tensor("absmax", self.absmax, (blocks,), (torch.uint8 if nested else torch.float32,))
+        if nested:
+            expect_tensor("code2", self.code2, (256,), (torch.float32,))
+            expect_tensor("absmax2", self.absmax2, (-(-blocks // NESTED_BLOCK),), (torch.float32,))
+            expect_tensor("offset", self.offset, (), (torch.float32,))
+
+    @classmethod
+    def from_bitsandbytes(cls, parameter: Tensor) -> NF4Weight:
+        """Views of a quantised `bitsandbytes.nn.Params4bit`; nothing is copied.
+
+        Raises:
+            TypeError: the parameter has no quantisation state. ValueError: it is not NF4 in blocks of 64, or
+                `Linear4bit` has repacked it for the CPU, which loses the nested statistics.
+        """
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            raise TypeError(
+                f"parameter: got a {type(parameter).__name__} without quant_state, accepted is a quantised Params4bit"
+            )
+        expect(
+            not getattr(state, "packing_format_for_cpu", False),
+            "parameter",
+            "a weight that Linear4bit repacked for the CPU in an inference forward",
+            "the canonical layout: build the NF4Weight before the layer's first call",
+        )
+        expect(state.quant_type == "nf4", "parameter", f"quant_type {state.quant_type}", "nf4")
+        expect(state.blocksize == BLOCK, "parameter", f"blocksize {state.blocksize}", f"{BLOCK}")
+        second = state.state2 if state.nested else None
+        if second is not None:
+            expect(
+                second.blocksize == NESTED_BLOCK, "parameter", f"nested blocksize {second.blocksize}", f"{NESTED_BLOCK}"
+            )
+        return cls(
+            packed=parameter.detach().as_subclass(Tensor).view(torch.uint8).view(-1),
+            absmax=state.absmax.view(-1),
+            code2=None if second is None else second.code,
+            absmax2=None if second is None else second.absmax.view(-1),
+            offset=None if second is None else state.offset,
+            shape=tuple(state.shape),
+            dtype=state.dtype,
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """packed, absmax, code2, absmax2, offset: as the ops take them."""
+        return self.packed, self.absmax, self.code2, self.absmax2, self.offset
+
+
+def nf4_dequantize(w: NF4Weight, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The (out, in) matrix, bit for bit what `bitsandbytes.functional.dequantize_4bit` gives.
+
+    Args:
+        out: contiguous buffer of w's shape to fill, a run of rows of a larger one perhaps; allocated if None.
+        dtype: of an allocated result; w.dtype by default. float64 holds the float32 values.
+    """
+    if out is None:
+        out = torch.empty(w.shape, dtype=dtype or w.dtype, device=w.packed.device)
+    expect_tensor("out", out, w.shape, FLOATS if dtype is None else (dtype,))
+    expect(out.is_contiguous(), "out", f"strides {out.stride()}", "a contiguous tensor")
+    expect_same_device(packed=w.packed, out=out)
+    _nf4_dequantize(*w.tensors(), out)
+    return out
+
+
+def nf4_matmul(x: Tensor, w: NF4Weight) -> Tensor:
+    """x (..., in) @ W.T -> (..., out), W dequantised to x's dtype. The gradient goes to x alone: W is frozen."""
+    expect_tensor("x", x, (*x.shape[:-1], w.shape[1]), FLOATS)
+    expect_same_device(x=x, packed=w.packed)
+    return _nf4_matmul(x.reshape(-1, w.shape[1]), *w.tensors(), w.shape[0]).view(*x.shape[:-1], w.shape[0])
+
+
+def nf4_dequantize_reference(
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, out: Tensor
+) -> None:
+    """`nf4_dequantize` in plain PyTorch: a byte indexes a table of the two float32 values it holds."""
+    if code2 is not None:
+        scales = absmax2.repeat_interleave(NESTED_BLOCK)[: len(absmax)]
+        absmax = code2[absmax.int()].mul_(scales).add_(offset)
+    code = torch.tensor(CODE, device=packed.device)
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
+    flat, half = out.view(-1), BLOCK // 2
+    whole = len(packed) // half * half  # the last block may be short
+    for first in range(0, len(packed), CHUNK):
+        last = min(first + CHUNK, len(packed))
+        values = pairs.gather(0, packed[first:last].long()).view(torch.float32)
+        body, scale = 2 * (min(last, whole) - first), absmax[first // half : last // half, None]
+        torch.mul(values[:body].view(-1, BLOCK), scale, out=flat[2 * first : 2 * first + body].view(-1, BLOCK))
+        if last > whole:
+            torch.mul(values[body:], absmax[-1], out=flat[2 * whole :])
+
+
+def nf4_matmul_reference(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """`nf4_matmul` in plain PyTorch: dequantise once, then one matmul."""
+    w = x.new_empty(out_features, x.shape[1])
+    nf4_dequantize_reference(packed, absmax, code2, absmax2, offset, w)
+    return x @ w.T
+
+
+_nf4_dequantize = torch.library.custom_op(
+    "saga_kernels::nf4_dequantize", nf4_dequantize_reference, mutates_args=("out",)
+)
+_nf4_matmul = torch.library.custom_op("saga_kernels::nf4_matmul", nf4_matmul_reference, mutates_args=())
+
+
+@_nf4_dequantize.register_fake
+def _(packed, absmax, code2, absmax2, offset, out):
+    return None
+
+
+@_nf4_matmul.register_fake
+def _(x, packed, absmax, code2, absmax2, offset, out_features):
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *weight, out_features = inputs
+    ctx.shape, ctx.weight = (out_features, x.shape[1]), weight
+
+
+def _backward(ctx, dy):
+    w = dy.new_empty(ctx.shape)
+    _nf4_dequantize(*ctx.weight, w)
+    return dy @ w, None, None, None, None, None, None
+
+
+_nf4_matmul.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,17 @@
+"""Builds `saga_kernels._C` from csrc/: C++ always, CUDA too when PyTorch and a toolkit both have it."""
+
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.version import cuda
+
+sources = ["csrc/advantage.cpp"]
+flags = {"cxx": ["-O3"]}
+if cuda is not None and CUDA_HOME is not None:
+    extension, sources, flags = CUDAExtension, [*sources, "csrc/advantage_cuda.cu"], {**flags, "nvcc": ["-O3"]}
+else:
+    extension = CppExtension
+
+setup(
+    ext_modules=[extension("saga_kernels._C", sources, extra_compile_args=flags)],
+    cmdclass={"build_ext": BuildExtension},
+)
