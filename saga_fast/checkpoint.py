@@ -167,7 +167,7 @@ def _fault(path: Path) -> str | None:
             return f"{str(manifest)!r}: lists {sorted(hashes)}, the folder holds {[file.name for file in files]}"
         for file in files:
             if _sha256(file) != hashes[file.name]:
-                return f"{str(file)!r}: its SHA-256 is not the manifest's"
+                return f"{str(file)!r}: its SHA-256 is not the one in manifest.json"
     except OSError as error:
         return f"{str(error.filename or path)!r}: {error.strerror}"
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import faiss
 import numpy as np
 import torch
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 
@@ -45,7 +46,7 @@ def retrieval_metrics(
         **{f"recall_at_{k}": recall / len(queries) for k, recall in zip(ks, recalls.tolist(), strict=True)},
         "map_at_r": average / len(queries),
         "r_precision": precision / len(queries),
-        "nmi": nmi(kmeans(embeddings, len(sizes), seed), classes),
+        "nmi": float(normalized_mutual_info_score(classes.cpu(), kmeans(embeddings, len(sizes), seed))),
     }
 
 
@@ -57,33 +58,19 @@ def nearest(embeddings: Tensor, rows: Tensor, k: int) -> Tensor:
     similarity = embeddings[rows] @ embeddings.T
     similarity[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
     found = similarity.topk(k).indices.sort(1).values
-    found = found.gather(1, similarity.gather(1, found).sort(1, descending=True, stable=True).indices)
+    found = found.gather(1, similarity.gather(1, found).sort(dim=1, descending=True, stable=True).indices)
     # topk takes any of those that tie for the last place: where more tie than fit, sort the whole row
     last = similarity.gather(1, found[:, -1:])
     tied = ((similarity >= last).sum(1) > k).nonzero().squeeze(1)
-    found[tied] = similarity[tied].sort(1, descending=True, stable=True).indices[:, :k]
+    found[tied] = similarity[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return found
 
 
 def kmeans(embeddings: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """int64 (n,): the cluster of each row by faiss's k-means from seeded random points, all rows used, on the CPU."""
+    """int64 (n,): the cluster of each row by faiss's k-means, started from seeded random rows, all rows used, on the CPU."""
     points = np.ascontiguousarray(embeddings.detach().float().cpu().numpy())
     means = faiss.Kmeans(
         points.shape[1], clusters, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(points)
     )
     means.train(points)
     return torch.from_numpy(means.index.search(points, 1)[1][:, 0])
-
-
-def nmi(a: Tensor, b: Tensor) -> float:
-    """Normalised mutual information 2 I(a; b) / (H(a) + H(b)) of two partitions, (n,) integers; 1 if trivial."""
-    a, b = (torch.unique(part.cpu(), return_inverse=True)[1] for part in (a, b))
-    width = int(b.max()) + 1
-    pair_ids, pair_sizes = torch.unique(a * width + b, return_counts=True)
-    joint = pair_sizes.double() / len(a)
-    of_a, of_b = (torch.bincount(part).double() / len(a) for part in (a, b))
-    entropy = -(of_a * of_a.log()).sum() - (of_b * of_b.log()).sum()
-    if entropy == 0:
-        return 1.0
-    information = (joint * (joint / (of_a[pair_ids // width] * of_b[pair_ids % width])).log()).sum()
-    return max(0.0, float(2 * information / entropy))

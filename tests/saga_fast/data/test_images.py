@@ -1,0 +1,155 @@
+"""Every kind of image file becomes the RGB picture a viewer would show, or one line that names it."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from saga_fast.data import MAX_PIXELS, open_rgb, split_classes, to_pixels
+from saga_fast.errors import InputError
+
+
+def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    return image.getpixel(xy)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """A red left column, then blue; 8 x 6."""
+    image = Image.new("RGB", (8, 6), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 1, 6))
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm"])
+def test_rgb_is_unchanged(tmp_path, picture, suffix):
+    picture.save(path := tmp_path / f"a.{suffix}")
+    assert np.array_equal(open_rgb(path), picture)
+
+
+def test_grey_is_the_same_in_three_channels(tmp_path):
+    Image.new("L", (4, 4), 77).save(path := tmp_path / "a.png")
+    assert pixel(open_rgb(path)) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
+    Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)).save(path := tmp_path / f"a.{suffix}")
+    assert np.asarray(open_rgb(path))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path := tmp_path / "a.jpg", quality=95)
+    red, green, blue = pixel(open_rgb(path), (8, 8))
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(tmp_path, mode):
+    image = Image.new(mode, (2, 1), (0,) * len(mode))
+    image.putpixel((1, 0), (0,) * (len(mode) - 1) + (128,))
+    image.save(path := tmp_path / "a.png")
+    assert pixel(open_rgb(path)) == (255, 255, 255)
+    assert pixel(open_rgb(path), (1, 0)) == pytest.approx((127, 127, 127), abs=1)
+
+
+def test_palette_with_and_without_a_transparent_color(tmp_path, picture):
+    palette = picture.quantize(2)
+    palette.save(path := tmp_path / "a.png")
+    assert pixel(open_rgb(path)) == (255, 0, 0) and pixel(open_rgb(path), (5, 0)) == (0, 0, 255)
+    palette.save(path, transparency=palette.getpixel((0, 0)))
+    assert pixel(open_rgb(path)) == (255, 255, 255) and pixel(open_rgb(path), (5, 0)) == (0, 0, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: turn 90 degrees clockwise to view
+    picture.save(path := tmp_path / "a.png", exif=exif)
+    image = open_rgb(path)
+    assert image.size == (6, 8)
+    assert pixel(image, (3, 0)) == (255, 0, 0) and pixel(image, (3, 7)) == (0, 0, 255)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path, picture):
+    picture.save(path := tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (8, 6), "lime")])
+    assert pixel(open_rgb(path)) == (255, 0, 0)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be width x height."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "none of JPEG"),
+        (b"<html>not found</html>", "none of JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG"),
+        (bomb(8193, 8192), f"8193x8192 is more than {MAX_PIXELS} pixels"),
+        (bomb(60000, 60000), "decompression bomb"),
+        (bomb(8, 8), "truncated"),
+    ],
+)
+def test_what_is_not_an_image_is_named_in_one_line(tmp_path, data, cause):
+    (path := tmp_path / "odd\nname.jpg").write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        open_rgb(path)
+    message = str(caught.value)
+    assert "odd\\nname.jpg" in message and cause in message and "\n" not in message
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_a_truncated_file_is_refused(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path := tmp_path / f"a.{suffix}")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=f"a.{suffix}.*unreadable image"):
+        open_rgb(path)
+
+
+def test_missing_looping_and_special_files_are_refused(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, cause in [("none.png", "no such file"), ("loop.png", "not a regular"), ("pipe.png", "not a regular")]:
+        with pytest.raises(InputError, match=f"{name}.*{cause}"):
+            open_rgb(tmp_path / name)
+
+
+def test_names_that_are_not_utf8(tmp_path, picture):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")
+    picture.save(path)
+    assert pixel(open_rgb(path)) == (255, 0, 0)
+    os.truncate(path, 20)
+    with pytest.raises(InputError) as caught:
+        open_rgb(path)
+    str(caught.value).encode()  # printable
+
+
+def test_pixels_are_pillows_bicubic_of_the_whole_picture(picture):
+    pixels = to_pixels(picture, 5)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 5, 5)
+    assert np.array_equal(pixels.permute(1, 2, 0), picture.resize((5, 5), Image.Resampling.BICUBIC))
+    assert np.array_equal(to_pixels(picture.crop((0, 0, 6, 6)), 6).permute(1, 2, 0), picture.crop((0, 0, 6, 6)))
+
+
+def test_classes_are_halved_in_order_and_train_gets_the_odd_one():
+    assert split_classes(["c", "a", "b"]) == (["a", "b"], ["c"])
+    train, test = split_classes([f"{i:04}" for i in range(1017)])
+    assert (len(train), len(test)) == (509, 508) and train[-1] < test[0]
