@@ -1,8 +1,8 @@
 """What the supervisor is asked, what it should answer, and the token ids of the question with both images in it.
 
-The structured prompt names an expert role and a fixed attribute list; the answer is one JSON object whose keys come in an
-order that makes the model look before it judges: both descriptions, the differences, and only then the verdict.
-The generic prompt (an ablation) has neither role nor attributes.
+The structured prompt names an expert role and a fixed attribute list; the answer is one JSON object whose keys come in
+an order that makes the model look before it judges: both descriptions, the differences, and only then the verdict. The
+generic prompt (an ablation) has neither role nor attributes.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Prompt:
         first, second = self.item_keys
         return (
             f"Role: {self.role}. Attributes: {', '.join(self.attributes)}. "
-            f"Describe {self.item} 1 by attribute, describe {self.item} 2 by attribute, summarise the differences, {decide} "
-            f"{reply} {first} (attribute: text), {second} (same attributes), "
+            f"Describe {self.item} 1 by attribute, describe {self.item} 2 by attribute, summarise the differences, "
+            f"{decide} {reply} {first} (attribute: text), {second} (same attributes), "
             f"differences, confidence (high/medium/low), reasoning, {self.verdict_key} (yes/no)."
         )
 
@@ -82,14 +82,11 @@ class Prompt:
         same: bool,
     ) -> str:
         """The one line of JSON a perfect supervisor writes. Raises KeyError if a description lacks an attribute."""
-        described = ({name: item[name] for name in self.attributes} for item in (attributes_a, attributes_b))
-        values = {
-            **dict(zip(self.item_keys, described)),
-            "differences": differences,
-            "confidence": confidence,
-            "reasoning": reasoning,
-            self.verdict_key: "yes" if same else "no",
-        }
+        notes = {"differences": differences, "confidence": confidence, "reasoning": reasoning}
+        values = {**notes, self.verdict_key: "yes" if same else "no"}
+        if not self.generic:
+            for key, described in zip(self.item_keys, (attributes_a, attributes_b), strict=True):
+                values[key] = {name: described[name] for name in self.attributes}
         return json.dumps({key: values[key] for key in self.keys}, ensure_ascii=False)
 
 

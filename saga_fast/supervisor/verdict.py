@@ -1,8 +1,8 @@
 """Reading what the supervisor wrote: the verdict, the reward it earns, and where it describes each attribute.
 
-A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no key
-twice in any object. A code fence or prose may stand around that object, but no further bracket of any kind: a verdict
-can be neither hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises.
+A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no
+key twice in any object. A code fence or prose may stand around that object, but no further bracket of any kind: a
+verdict can be neither hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _String(NamedTuple):
 
 
 class _Scanner:
-    """Reads JSON from `text`, keeping where strings stand. Objects become dicts, everything but objects and strings None.
+    """Reads JSON from `text`, keeping where strings stand. Objects become dicts; all but objects and strings, None.
 
     Numbers are never converted (a completion may hold a million digits), and depth is bounded. ValueError if malformed.
     """
@@ -155,8 +155,8 @@ def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[st
     return tuple(spans(answer.get(key)) for key in prompt.item_keys) or ({}, {})
 
 
-# Byte-level BPE spells each byte as one printable character (GPT-2's table): a printable Latin-1 byte as itself, the others as
-# the characters from 256 up, in order.
+# Byte-level BPE spells each byte as one printable character (GPT-2's table): a printable Latin-1 byte as itself, the
+# others as the characters from 256 up, in order.
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
@@ -180,7 +180,7 @@ def _token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
 def tokens_by_attribute(
     token_ids: Sequence[int], tokenizer, prompt: Prompt
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """For item 1 and item 2: attribute -> ascending positions in `token_ids` of the tokens that write part of its value.
+    """For item 1 and item 2: attribute -> ascending positions in `token_ids` of the tokens that write its value.
 
     Works on the sampled ids, never on text encoded anew (which may split differently). A character may be spread over
     several tokens, and a token may hold a quote and the start of a value: it counts. One that only touches the quotes
