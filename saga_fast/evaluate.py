@@ -1,0 +1,84 @@
+"""How well an encoder retrieves: every image of the test half queries all the others.
+
+    python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from saga_fast.config import DataConfig, parse_flags
+from saga_fast.data import PixelLoader, load_dataset
+from saga_fast.encoder import Encoder
+from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.metrics import retrieval_metrics
+
+COLUMNS = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8", "map_at_r": "MAP@R", "nmi": "NMI"}
+
+
+@torch.no_grad()
+def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor:
+    """(n, D_e) float32 unit vectors of all images, in order."""
+    batches = torch.arange(len(images)).split(batch)
+    stream = images.stream([rows.tolist() for rows in batches])
+    return torch.cat([encoder(part.pixels) for part in tqdm(stream, "embedding", len(batches), leave=False, delay=2)])
+
+
+def evaluate(encoder: Encoder, images: PixelLoader) -> dict[str, float]:
+    """`retrieval_metrics` of all images, each a query against all others."""
+    return retrieval_metrics(embed_all(encoder, images), images.labels)
+
+
+def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:
+    """(train, test) as `data` describes them, at `image_size` pixels a side."""
+    settings = {}
+    if data.name == "drawn-birds":
+        settings = {"species": data.species, "images_per_species": data.images_per_species}
+    train, test = (
+        PixelLoader(part, image_size, skip_unreadable=data.skip_unreadable, name=f"{data.name} {half}")
+        for part, half in zip(load_dataset(data.name, data.root, **settings), ("train", "test"))
+    )
+    return train, test
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A row per name, its metrics in per cent (NMI too), for the terminal."""
+    width = max(map(len, rows))
+    lines = [f"{'':{width}}  " + "  ".join(f"{title:>6}" for title in COLUMNS.values())]
+    for name, metrics in rows.items():
+        lines.append(f"{name:{width}}  " + "  ".join(f"{100 * metrics[key]:6.2f}" for key in COLUMNS))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    encoder: Path = Path()
+    """Folder that holds the encoder, as a run writes it."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="drawn-birds"))
+    json: Path | None = None
+    """File to write the metrics to."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parsed = parse_flags(EvaluateArguments(), arguments, "python -m saga_fast.evaluate", "Evaluate an encoder.")
+    if not (parsed.encoder / "config.json").is_file():
+        raise InputError(f"--encoder: {parsed.encoder} holds no config.json; give the encoder/ folder of a run")
+    encoder = Encoder.from_pretrained(parsed.encoder).eval()
+    _, test = load_images(parsed.data, encoder.image_size)
+    metrics = evaluate(encoder, test)
+    print(table({parsed.data.name: metrics}))
+    if parsed.json:
+        parsed.json.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""The question about one pair of images, ready to be packed. Its text is the same for every pair of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor.prompt import Prefix
+
+
+@dataclass(frozen=True)
+class PairPrefix:
+    """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), M-RoPE.
+
+    next_position: where every completion's positions begin, on all three axes.
+    """
+
+    input_ids: Tensor
+    images: Tensor
+    positions: Tensor
+    next_position: int
+
+    @classmethod
+    def of(cls, prefix: Prefix, grid: tuple[int, int], device: torch.device | str = "cpu") -> PairPrefix:
+        """`grid`: merged tokens per column and row of an image; their product is the length of each image span."""
+        text, images, start, position = [], [], 0, 0
+        for span in prefix.image_spans:
+            before = span[0] - start
+            text.append(torch.arange(before).expand(3, -1) + position)
+            position += before
+            # Qwen's M-RoPE: an image stands at one time, its rows and columns count on from it, and the text after it
+            # continues behind the larger of the two.
+            row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+            text.append(torch.stack([torch.zeros_like(row), row, column]).flatten(1) + position)
+            position += max(grid)
+            images.append(torch.arange(*span))
+            start = span[1]
+        after = len(prefix.input_ids) - start
+        text.append(torch.arange(after).expand(3, -1) + position)
+        return cls(
+            torch.tensor(prefix.input_ids, device=device),
+            torch.stack(images).to(device),
+            torch.cat(text, dim=1).to(device),
+            position + after,
+        )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def visual_rows(self, starts: Tensor) -> Tensor:
+        """Packed rows of the visual tokens of pairs whose prefixes begin at `starts` (n,): (n·2·N,), image a before b."""
+        return (starts[:, None, None] + self.images).flatten()
+
+    def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
+        """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows, keeping their graph."""
+        return decoder.embed(input_ids).index_copy(0, visual_rows, tokens.flatten(0, 1).to(decoder.embedding.dtype))

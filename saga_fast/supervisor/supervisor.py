@@ -1,0 +1,77 @@
+"""The frozen judge: a language model, its question, and the three things asked of it: roll out, judge, replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saga_fast.encoder import VisualFeatures
+from saga_fast.errors import InputError
+from saga_fast.supervisor.decoder import Mllm
+from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
+from saga_fast.supervisor.replay import Group, Replay, replay
+from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.verdict import attribute_tokens, parse
+
+
+class Supervisor:
+    """An MLLM's language model asked one question about pairs of images of `grid` (rows, columns) merged tokens.
+
+    anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
+    Raises InputError for an anchor layer the model does not have.
+    """
+
+    def __init__(
+        self,
+        mllm: Mllm,
+        prompt: Prompt,
+        order: Order,
+        grid: tuple[int, int],
+        sampling: Sampling,
+        anchor_layer: int | None = None,
+        token_budget: int = 1 << 16,
+        recompute: bool = False,
+    ) -> None:
+        self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
+        self.prompt, self.sampling = prompt, sampling
+        prefix = build_prefix(self.tokenizer, prompt.instruction(), grid[0] * grid[1], order)
+        self.prefix = PairPrefix.of(prefix, grid, self.decoder.embedding.device)
+        depth = self.decoder.depth
+        self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
+        if not 0 <= self.anchor_layer < depth:
+            raise InputError(f"supervisor.anchor-layer: {anchor_layer}; the model's layers are 0 to {depth - 1}")
+        self.token_budget, self.recompute = token_budget, recompute
+
+    def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
+        """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""
+        return rollout(self.decoder, self.prefix, features, pair_ids, self.sampling, self.eos_token_ids)
+
+    def text(self, completion: Sequence[int]) -> str:
+        return self.tokenizer.decode(completion, skip_special_tokens=True)
+
+    def judge(self, completions: Sequence[Sequence[Sequence[int]]], same: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """rewards (n, G) fp32, 1 where the verdict is right; well_formed (n, G) bool, for the log."""
+        verdicts = [[parse(self.text(completion), self.prompt) for completion in group] for group in completions]
+        rewards = [[float(v is not None and v.same == truth) for v in group] for group, truth in zip(verdicts, same)]
+        well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
+        return torch.tensor(rewards), torch.tensor(well_formed)
+
+    def described(self, completions: Sequence[Sequence[int]], rewards: Tensor) -> dict[int, tuple[list[int], list[int]]]:
+        """For one pair's rewarded rollouts that describe both images: g → positions of the describing tokens."""
+        tokens = {g: attribute_tokens(completions[g], self.tokenizer, self.prompt) for g in rewards.nonzero().flatten().tolist()}
+        return {g: spans for g, spans in tokens.items() if all(spans)}
+
+    def replay(self, features: VisualFeatures, groups: Sequence[Group]) -> Replay:
+        return replay(
+            self.decoder,
+            self.prefix,
+            features,
+            groups,
+            self.sampling.temperature,
+            self.anchor_layer,
+            self.token_budget,
+            self.recompute,
+        )

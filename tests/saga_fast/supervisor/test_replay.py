@@ -1,0 +1,114 @@
+"""Packed replay against transformers, run rollout by rollout, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.replay import Group, replay
+
+from .tiny_models import TOKENS, decoder_of, float64_transformers, oracle_inputs, pair_prefix, random_features, random_model
+
+TEMPERATURE = 0.7
+ANCHOR = 2
+
+
+@pytest.fixture(autouse=True)
+def float64_norms(monkeypatch):
+    float64_transformers(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+def make_groups(lengths: list[list[int]], seed: int = 0) -> list[Group]:
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for counts in lengths:
+        completions = [torch.randint(10, 61, (n,), generator=generator).tolist() for n in counts]
+        coefficients = [torch.randn((), generator=generator, dtype=torch.float64).expand(n) for n in counts]
+        described = {g: ([n // 3], [0, n - 1]) for g, n in enumerate(counts) if g % 2 == 0}
+        groups.append(Group(completions, coefficients, described))
+    return groups
+
+
+def leaves(features: VisualFeatures) -> VisualFeatures:
+    copy = features.detach()
+    return VisualFeatures(copy.tokens.clone().requires_grad_(), tuple(d.clone().requires_grad_() for d in copy.deepstack))
+
+
+def oracle(model, prefix, features, groups):
+    """Loss, log-probs [group][g], anchor attention by (group, rollout, image); gradients land in `features`."""
+    loss, log_probs, attention = 0.0, [], {}
+    for i, group in enumerate(groups):
+        log_probs.append([])
+        for g, completion in enumerate(group.completions):
+            pair = VisualFeatures(features.tokens[2 * i : 2 * i + 2], tuple(d[2 * i : 2 * i + 2] for d in features.deepstack))
+            out = model(**oracle_inputs(prefix, pair, completion), output_attentions=True)
+            predicted = (out.logits[0, len(prefix) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+            log_prob = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            loss = loss + (group.coefficients[g] * log_prob).sum()
+            log_probs[-1].append(log_prob.detach())
+            for image, positions in enumerate(group.described.get(g, ())):
+                rows = out.attentions[ANCHOR][0].mean(0)[len(prefix) + torch.tensor(positions)]
+                attention[i, g, image] = rows[:, prefix.images[image]].detach()
+    loss.backward()
+    return loss.detach(), log_probs, attention
+
+
+def assert_equal_to_oracle(model, lengths, **settings):
+    prefix, groups = pair_prefix(), make_groups(lengths)
+    ours, theirs = (leaves(random_features(2 * len(groups))) for _ in range(2))
+    result = replay(decoder_of(model), prefix, ours, groups, TEMPERATURE, ANCHOR, **settings)
+    loss, log_probs, attention = oracle(model, prefix, theirs, groups)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.log_probs, log_probs, rtol=1e-9, atol=1e-9)
+    for mine, other in zip((ours.tokens, *ours.deepstack), (theirs.tokens, *theirs.deepstack)):
+        assert other.grad.norm() > 1e-3, "the oracle's gradient must not vanish, or equality says nothing"
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10)
+    assert {(a.group, a.rollout, a.image) for a in result.attention} == set(attention)
+    for entry in result.attention:
+        torch.testing.assert_close(entry.weights, attention[entry.group, entry.rollout, entry.image], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[[5]], [[1, 1]], [[4, 9, 1, 6]], [[3, 5], [7, 2]], [[2, 8, 3], [1], [6, 6]]],
+    ids=["one", "length-1", "ragged", "two-groups", "unequal-G"],
+)
+def test_equals_transformers_rollout_by_rollout(model, lengths):
+    assert_equal_to_oracle(model, lengths)
+
+
+@pytest.mark.parametrize("settings", [{"recompute": True}, {"token_budget": 1}, {"token_budget": 60, "recompute": True}])
+def test_packing_and_recompute_change_nothing(model, settings):
+    assert_equal_to_oracle(model, [[3, 5], [7, 2, 4], [6]], **settings)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3))
+def test_equals_transformers_on_drawn_shapes(lengths):
+    with pytest.MonkeyPatch.context() as patch:
+        float64_transformers(patch)
+        assert_equal_to_oracle(random_model(), lengths)
+
+
+def test_without_gradient_it_only_reads(model):
+    prefix, groups, features = pair_prefix(), make_groups([[4, 3]]), random_features(2)
+    result = replay(decoder_of(model), prefix, features, groups, TEMPERATURE, ANCHOR)
+    assert features.tokens.grad is None and not result.loss.requires_grad
+    assert len(result.attention) == 2 and result.attention[0].weights.shape == (1, TOKENS)
+
+
+def test_no_weight_gets_a_gradient(model):
+    decoder = decoder_of(model)
+    before = decoder.fingerprint()
+    features = leaves(random_features(2))
+    replay(decoder, pair_prefix(), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
+    assert decoder.fingerprint() == before
+    assert all(parameter.grad is None for parameter in model.parameters())
