@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
 from .layout import GroupLayout
 
-BLOCK_ROWS = 256  # query rows scored at a time: bounds the score matrix and the masked half of a causal square
+BLOCK_ROWS = 128  # query rows scored at a time: bounds the score matrix and the masked half of a causal square
 
 
 def group_attention(
@@ -66,8 +66,9 @@ def group_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, segment_offsets: Tensor, segment_prefix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Forward of `group_attention` in plain PyTorch: blocks of query rows against at most two ranges of keys."""
-    queries, keys, values = _by_kv_head(q, k, v)
-    queries *= scale
+    kv_heads = k.shape[1]
+    queries = _by_head(q, kv_heads).mul_(scale)
+    keys, values = _by_head(k, kv_heads)[:, 0], _by_head(v, kv_heads)[:, 0]
     o, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
     for rows, ranges in _blocks(segment_offsets, segment_prefix):
         scores = _masked_scores(queries, keys, rows, ranges)
@@ -91,11 +92,13 @@ def group_attention_backward_reference(
     segment_prefix: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `group_attention`: P from the LSE; dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q."""
-    queries, keys, values = _by_kv_head(q, k, v)
-    d_o, outputs = (_by_kv_head(t, k, v)[0] for t in (do, o))
-    queries *= scale
-    delta = (d_o * outputs).sum(-1)
+    """Backward of `group_attention`: P again from the LSE, then dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), and, times
+    the scale, dQ = dS K and dK = dS^T Q (FlashAttention-2, arXiv 2307.08691).
+    """
+    kv_heads = k.shape[1]
+    queries, d_o = _by_head(q, kv_heads).mul_(scale), _by_head(do, kv_heads)
+    keys, values = _by_head(k, kv_heads)[:, 0], _by_head(v, kv_heads)[:, 0]
+    delta = (d_o * _by_head(o, kv_heads)).sum(-1)
     lse = lse.view(delta.shape)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, ranges in _blocks(segment_offsets, segment_prefix):
@@ -111,34 +114,25 @@ def group_attention_backward_reference(
             dk[:, columns] += d_key[:, done : done + size]
             dv[:, columns] += d_value[:, done : done + size]
             done += size
-    return (
-        _by_token(dq * scale).to(q.dtype),
-        dk.transpose(0, 1).to(k.dtype, copy=True),
-        dv.transpose(0, 1).to(v.dtype, copy=True),
-    )
+    return tuple(_by_token(x).to(q.dtype) for x in (dq.mul_(scale), dk[:, None], dv[:, None]))
 
 
 def attention_onto_reference(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
     """`attention_onto` in plain PyTorch: gathered matmul and the LSE."""
-    queries, keys, _ = _by_kv_head(q[rows], k[columns], k[columns])
-    scores = queries.flatten(1, 2) @ keys.mT
-    scores = scores.view(q.shape[1], len(rows), len(columns)).mul_(scale)
+    queries, keys = _by_head(q[rows], k.shape[1]), _by_head(k[columns], k.shape[1])
+    scores = (queries @ keys.mT).flatten(0, 1).mul_(scale)
     return scores.sub_(lse[:, rows, None]).exp_().mean(0)
 
 
-def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fresh contiguous copies in the accumulator's dtype: (kv_heads, rep, tokens, d) and (kv_heads, tokens, d) twice."""
-    dtype = accumulator(q.dtype)
-    queries = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
-    return tuple(
-        torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t)
-        for t in (queries, k.transpose(0, 1), v.transpose(0, 1))
-    )
+def _by_head(x: Tensor, kv_heads: int) -> Tensor:
+    """(tokens, heads, d) -> a fresh contiguous (kv_heads, rep, tokens, d), wide enough to sum in."""
+    by_head = x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    return torch.empty(by_head.shape, dtype=accumulator(x.dtype), device=x.device).copy_(by_head)
 
 
 def _by_token(x: Tensor) -> Tensor:
     """(kv_heads, rep, tokens, d) -> (tokens, heads, d), contiguous."""
-    return x.permute(2, 0, 1, 3).flatten(1, 2)
+    return x.permute(2, 0, 1, 3).contiguous().flatten(1, 2)
 
 
 def _blocks(segment_offsets: Tensor, segment_prefix: Tensor) -> Iterator[tuple[slice, list[slice]]]:

@@ -43,7 +43,7 @@ def token_logprob(
 def token_logprob_reference(
     h: Tensor, head: Tensor, targets: Tensor, coeff: Tensor, temperature: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprob` in plain PyTorch: dh = coeff / temperature * (onehot - softmax) @ head, a chunk of rows at a time."""
+    """`token_logprob` in plain PyTorch, by chunks: dh = coeff / temperature * (onehot - softmax) @ head."""
     dtype, vocabulary = accumulator(h.dtype), head.shape[0]
     if targets.device.type == "cpu" and len(targets):
         low, high = targets.aminmax()

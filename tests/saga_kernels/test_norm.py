@@ -1,0 +1,40 @@
+import pytest
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+from saga_kernels import rms_norm
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (3, 2, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_transformers(shape, dtype):
+    module = Qwen3VLTextRMSNorm(shape[-1], eps=1e-3).to(dtype).requires_grad_(False)
+    module.weight.uniform_(0.5, 2)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y, expected = rms_norm(x, module.weight, 1e-3), module(x)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn(shape).to(dtype)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g))
+
+
+def test_gradient_in_float64_and_none_for_the_weight():
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight.detach(), 1e-3), x)
+    rms_norm(x, weight, 1e-3).sum().backward()
+    assert weight.grad is None
+
+
+def test_opcheck():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.rand(8)
+    torch.library.opcheck(torch.ops.saga_kernels.rms_norm.default, (x, weight, 1e-6))
+    torch.library.opcheck(
+        torch.ops.saga_kernels.rms_norm_backward.default, (torch.ones(3, 8), x.detach(), weight, 1e-6)
+    )
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"^weight: got shape \(7,\), accepted is shape \(8\)"):
+        rms_norm(torch.randn(3, 8), torch.rand(7), 1e-6)
+    with pytest.raises(TypeError, match="^weight: got dtype float64"):
+        rms_norm(torch.randn(3, 8), torch.rand(8).double(), 1e-6)

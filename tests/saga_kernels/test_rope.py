@@ -1,0 +1,43 @@
+import pytest
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
+
+from saga_kernels import rope
+
+
+def make(dtype=torch.float64):
+    angles = torch.rand(5, 8, dtype=torch.float64) * 6  # halves that differ: more than any model asks
+    return torch.randn(5, 3, 8, dtype=torch.float64).to(dtype).requires_grad_(), angles.cos(), angles.sin()
+
+
+def test_equals_transformers_and_its_gradient():
+    x, cos, sin = make()
+    y = rope(x, cos, sin)
+    expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g))
+
+
+def test_narrow_input_is_rounded_once():
+    x, cos, sin = make(torch.bfloat16)
+    expected, _ = apply_rotary_pos_emb(x.double(), x.double(), cos, sin)
+    y = rope(x, cos, sin)
+    assert torch.equal(y, expected.bfloat16())
+    assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
+
+
+def test_opcheck():
+    x, cos, sin = make()
+    torch.library.opcheck(torch.ops.saga_kernels.rope.default, (x, cos, sin))
+    torch.library.opcheck(torch.ops.saga_kernels.rope_backward.default, (x.detach(), cos, sin))
+
+
+def test_wrong_arguments_are_named():
+    x, cos, sin = make()
+    with pytest.raises(ValueError, match="^x: got head_dim 7"):
+        rope(x[..., 1:], cos, sin)
+    with pytest.raises(ValueError, match="^cos: got shape"):
+        rope(x, cos[1:], sin)
+    with pytest.raises(TypeError, match="^sin: got dtype float32"):
+        rope(x, cos, sin.float())

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, kstest
+
+from saga_kernels import sample_top_p
+from saga_kernels.sampling import SHORTLIST, nucleus_reference, philox4x32, philox_uniform
+
+
+@pytest.mark.parametrize(  # known-answer vectors published with Random123
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, words):
+    got = philox4x32(tuple(torch.tensor([c, 0]) for c in counter), key)
+    assert tuple(w[0].item() for w in got) == words
+
+
+def test_uniforms_are_uniform_and_depend_on_all_three():
+    rows, step = torch.arange(4000), torch.full((4000,), 3)
+    u = philox_uniform(5, rows, step)
+    assert u.min() >= 0 and u.max() < 1
+    assert kstest(u.numpy(), "uniform").pvalue > 1e-3
+    others = philox_uniform(6, rows, step), philox_uniform(5, rows + 4000, step), philox_uniform(5, rows, step + 1)
+    assert all((u != other).all() for other in others)
+    assert (philox_uniform(5 + (1 << 40), rows, step) != u).all() and (
+        philox_uniform(5, rows + (1 << 40), step) != u
+    ).all()
+
+
+def nucleus_by_hand(p: list[float], top_p: float) -> set[int]:
+    kept, total = set(), 0.0
+    for token in sorted(range(len(p)), key=lambda i: (-p[i], i)):
+        if total >= top_p:
+            break
+        kept.add(token)
+        total += p[token]
+    return kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(any),
+    st.sampled_from([1e-9, 0.3, 0.5, 0.75, 0.95, 1.0]),
+)
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(counts, top_p):
+    p = torch.tensor([counts], dtype=torch.float64) / sum(counts)  # small integers: many ties
+    assert set(nucleus_reference(p, top_p)[0].nonzero()[:, 0].tolist()) == nucleus_by_hand(p[0].tolist(), top_p)
+
+
+def test_nucleus_beyond_the_shortlist():
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(3, 6 * SHORTLIST, generator=g, dtype=torch.float64)
+    p[1] *= 8  # a peaked row between two flat ones
+    p = p.softmax(-1)
+    sizes = []
+    for row, kept in zip(p, nucleus_reference(p, 0.9), strict=True):
+        assert set(kept.nonzero()[:, 0].tolist()) == nucleus_by_hand(row.tolist(), 0.9)
+        sizes.append(kept.sum().item())
+    assert sizes[1] < SHORTLIST < min(sizes[0], sizes[2])
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
+def test_draws_follow_the_renormalised_nucleus(temperature, top_p):
+    logits, n = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -3.0]), 20_000
+    p = (logits.double() / temperature).softmax(-1)
+    kept = nucleus_by_hand(p.tolist(), top_p)
+    tokens = sample_top_p(logits.expand(n, -1), temperature, top_p, 11, torch.arange(n), 0)
+    counts = torch.bincount(tokens, minlength=6)
+    assert set(counts.nonzero()[:, 0].tolist()) == kept
+    index = sorted(kept)
+    assert chisquare(counts[index].numpy(), (p[index] / p[index].sum() * n).numpy()).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_its_row_alone():
+    g = torch.Generator().manual_seed(0)
+    logits, rows = torch.randn(40, 300, generator=g), torch.randperm(1000, generator=g)[:40]
+    step = torch.randint(50, (40,), generator=g)
+    together = sample_top_p(logits, 0.8, 0.95, 3, rows, step)
+    alone = [sample_top_p(logits[i : i + 1], 0.8, 0.95, 3, rows[i : i + 1], int(step[i])) for i in range(40)]
+    assert torch.equal(together, torch.cat(alone))
+    order = torch.randperm(40, generator=g)
+    assert torch.equal(together[order], sample_top_p(logits[order], 0.8, 0.95, 3, rows[order], step[order]))
+
+
+def test_temperature_zero_is_greedy_and_barred_tokens_never_come():
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.arange(50)
+    assert torch.equal(sample_top_p(logits, 0, 0.9, 0, rows, 0), logits.argmax(-1))
+    logits[:, 3:] = float("-inf")
+    assert sample_top_p(logits, 5.0, 1.0, 0, rows, 0).max() < 3
+    assert sample_top_p(logits.bfloat16(), 5.0, 1.0, 0, rows, 0).max() < 3
+
+
+def test_opcheck():
+    args = (torch.randn(4, 9), 0.7, 0.9, 1, torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    torch.library.opcheck(torch.ops.saga_kernels.sample_top_p.default, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"top_p": 0.0}, ValueError, "top_p"),
+        ({"top_p": 1.5}, ValueError, "top_p"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"rows": torch.arange(3)}, ValueError, "rows"),
+        ({"rows": torch.arange(2, dtype=torch.int32)}, TypeError, "rows"),
+        ({"step": torch.zeros(1, dtype=torch.int64)}, ValueError, "step"),
+        ({"logits": torch.zeros(2)}, ValueError, "logits"),
+        ({"logits": torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])}, ValueError, "logits"),
+        ({"logits": torch.full((2, 2), float("-inf"))}, ValueError, "logits"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, named):
+    good = {
+        "logits": torch.zeros(2, 4),
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "seed": 0,
+        "rows": torch.arange(2),
+        "step": 0,
+    }
+    with pytest.raises(error, match=f"^{named}: got .*accepted is"):
+        sample_top_p(**{**good, **change})
