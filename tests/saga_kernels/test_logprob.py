@@ -31,7 +31,7 @@ def test_equals_autograd_in_float64(chunk, temperature):
     torch.testing.assert_close(token_logprob(*args, temperature, chunk), autograd_oracle(*args, temperature))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_narrow_dtypes_and_a_head_of_several_tiles(dtype, tolerance):
     args = make(n=6, d=8, vocabulary=2 * TILE_ROWS + 5, dtype=dtype)
     logp, dh = token_logprob(*args, 0.7, 4)
