@@ -67,7 +67,7 @@ def nearest(embeddings: Tensor, rows: Tensor, k: int) -> Tensor:
 
 
 def kmeans(embeddings: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """int64 (n,): the cluster of each row by faiss's k-means, started from seeded random rows, all rows used, on the CPU."""
+    """int64 (n,): the cluster of each row by faiss's k-means from seeded random rows, no row left out, on the CPU."""
     points = np.ascontiguousarray(embeddings.detach().float().cpu().numpy())
     means = faiss.Kmeans(
         points.shape[1], clusters, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(points)
