@@ -14,7 +14,7 @@ class ClassBalancedSampler:
 
     Classes, and the images of each class, are dealt from shuffled decks: none comes again before all have come, and
     none twice in a batch, except that a class with too few images repeats them. The state is how many batches were
-    dealt; restoring deals them again, thousands a second. So a reader that runs ahead saves its own count of those used.
+    dealt; restoring deals them again, thousands a second. So a reader that runs ahead saves its count of those used.
 
     Raises InputError if there are fewer classes than `classes_per_batch` or a class has a single image.
     """
