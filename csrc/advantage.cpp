@@ -3,7 +3,6 @@
 #include <Python.h>
 #include <torch/library.h>
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -25,28 +24,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_advantage(const at::Tensor&
   float* const a = advantages.mutable_data_ptr<float>();
   bool* const mask = contributes.mutable_data_ptr<bool>();
 
-  constexpr int64_t values_per_task = 1 << 14;
-  at::parallel_for(0, pairs, std::max<int64_t>(1, values_per_task / group), [&](int64_t first, int64_t last) {
-    for (int64_t pair = first; pair < last; ++pair) {
-      const float* const row = r + pair * group;
-      double sum = 0;
-      float low = row[0], high = row[0];
-      for (int64_t g = 0; g < group; ++g) {
-        TORCH_CHECK_VALUE(std::isfinite(row[g]), "rewards: got ", row[g], " at (", pair, ", ", g,
-                          "), accepted are finite values");
-        sum += row[g];
-        low = std::min(low, row[g]);
-        high = std::max(high, row[g]);
-      }
-      mask[pair] = low != high;  // exact where std == 0 is not: rounding leaves equal rewards a tiny spread
-      if (low == high) continue;
-      const double mean = sum / group;
-      double squares = 0;
-      for (int64_t g = 0; g < group; ++g) squares += (row[g] - mean) * (row[g] - mean);
-      const double scale = 1 / (std::sqrt(squares / (population ? group : group - 1)) + eps);
-      for (int64_t g = 0; g < group; ++g) a[pair * group + g] = static_cast<float>((row[g] - mean) * scale);
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const float* const row = r + pair * group;
+    double sum = 0;
+    float low = row[0], high = row[0];
+    for (int64_t g = 0; g < group; ++g) {
+      TORCH_CHECK_VALUE(std::isfinite(row[g]), "rewards: got ", row[g], " at (", pair, ", ", g,
+                        "), accepted are finite values");
+      sum += row[g];
+      low = std::min(low, row[g]);
+      high = std::max(high, row[g]);
     }
-  });
+    mask[pair] = low != high;  // exact where std == 0 is not: rounding leaves equal rewards a tiny spread
+    if (low == high) continue;
+    const double mean = sum / group;
+    double squares = 0;
+    for (int64_t g = 0; g < group; ++g) squares += (row[g] - mean) * (row[g] - mean);
+    const double scale = 1 / (std::sqrt(squares / (population ? group : group - 1)) + eps);
+    for (int64_t g = 0; g < group; ++g) a[pair * group + g] = static_cast<float>((row[g] - mean) * scale);
+  }
 
   const int64_t count = std::count(mask, mask + pairs, true);
   return {advantages, contributes, at::scalar_tensor(count, rewards.options().dtype(at::kLong))};

@@ -44,7 +44,7 @@ def test_a_group_of_one_contributes_nothing_and_gives_no_nan():
     assert advantages.tolist() == [[0.0], [0.0]] and not contributes.any() and count == 0
 
 
-def test_many_groups_in_parallel_and_strided_give_the_same_bytes():
+def test_many_groups_and_strided_rewards_give_the_same_bytes():
     rewards = torch.randn(8, 5000, generator=torch.Generator().manual_seed(0)).T
     runs = [group_advantage(rewards), group_advantage(rewards.contiguous())]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -1,0 +1,34 @@
+# `make train` and `make test` set up all they need: a virtual environment, PyTorch, the compiled ops, this package.
+# Say PYTHON=, VENV=, PIP=, EXTRA= or CONSTRAINTS= to choose otherwise; ARGS= goes to the trainer or to pytest.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP ?= $(VENV)/bin/python -m pip install --quiet
+
+# The recorded versions are those of CI, which has no GPU. With one, the newest CUDA builds are taken.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+EXTRA ?= cpu
+CONSTRAINTS ?= -c constraints.txt
+else
+EXTRA ?= gpu
+CONSTRAINTS ?=
+endif
+
+installed := $(VENV)/.saga_fast
+
+.PHONY: train test check
+train: $(installed)
+	$(VENV)/bin/python -m saga_fast.train $(ARGS)
+
+test: $(installed)
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+check: $(installed)
+	$(VENV)/bin/ruff check .
+
+# PyTorch comes first: the extension is compiled against it.
+$(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(CONSTRAINTS) "setuptools>=80" "torch>=2.11" numpy
+	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRA),test]"
+	touch $@
