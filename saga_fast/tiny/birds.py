@@ -1,9 +1,9 @@
 """Drawn birds: a fine-grained retrieval set made by code, whose every image knows its attributes and where they are.
 
 A bird is twelve attributes and a species is one combination of them. Species come in families of siblings that differ
-from one another in one or two attributes, as the hard pairs of real bird sets do. Pose, size, light, clutter, occlusion,
-blur and noise are nuisance, set by a `Nuisance`: EASY is what the tiny supervisor learned from, BENCHMARK is clearly
-shifted. Every picture is a function of (seed, species, index) alone.
+from one another in one or two attributes, as the hard pairs of real bird sets do. Pose, size, light, clutter,
+occlusion, blur and noise are nuisance, set by a `Nuisance`: EASY is what the tiny supervisor learned from, BENCHMARK is
+clearly shifted. Every picture is a function of (seed, species, index) alone.
 
     python -m saga_fast.tiny.birds OUT      # export as an image folder: OUT/{train,test}/CLASS/NNN.png
 """
@@ -85,10 +85,28 @@ class Nuisance:
 
 
 EASY = Nuisance(
-    rotation=12, shift=0.04, scale=(0.85, 1.05), head=0.05, light=0.2, tint=0.1, clutter=6, occlusion=1, blur=0.7, noise=10
+    rotation=12,
+    shift=0.04,
+    scale=(0.85, 1.05),
+    head=0.05,
+    light=0.2,
+    tint=0.1,
+    clutter=6,
+    occlusion=1,
+    blur=0.7,
+    noise=10,
 )
 BENCHMARK = Nuisance(
-    rotation=18, shift=0.06, scale=(0.8, 1.05), head=0.07, light=0.35, tint=0.22, clutter=12, occlusion=2, blur=1.5, noise=22
+    rotation=18,
+    shift=0.06,
+    scale=(0.8, 1.05),
+    head=0.07,
+    light=0.35,
+    tint=0.22,
+    clutter=12,
+    occlusion=2,
+    blur=1.5,
+    noise=22,
 )
 
 
@@ -131,7 +149,9 @@ class _Canvas:
     def _pixels(self, points: np.ndarray) -> list[tuple[float, float]]:
         return [tuple(p) for p in (points @ self.matrix.T + self.offset).tolist()]
 
-    def fill(self, points: np.ndarray, color: tuple[int, int, int], region: str | None = None, outline: bool = False) -> None:
+    def fill(
+        self, points: np.ndarray, color: tuple[int, int, int], region: str | None = None, outline: bool = False
+    ) -> None:
         pixels = self._pixels(points)
         self.paint.polygon(pixels, fill=color)
         if self.mark:
@@ -160,9 +180,13 @@ def _bill(shape: str, long: bool) -> np.ndarray:
 def _tail(shape: str) -> np.ndarray:
     """Outline in tail units, root at the origin, pointing to +x, 0.56 long."""
     if shape == "fan":
-        return np.array([(0.0, -0.10), (0.44, -0.31), (0.53, -0.17), (0.56, 0.0), (0.53, 0.17), (0.44, 0.31), (0.0, 0.10)])
+        return np.array(
+            [(0.0, -0.10), (0.44, -0.31), (0.53, -0.17), (0.56, 0.0), (0.53, 0.17), (0.44, 0.31), (0.0, 0.10)]
+        )
     if shape == "forked":
-        return np.array([(0.0, -0.12), (0.60, -0.29), (0.54, -0.10), (0.22, 0.0), (0.54, 0.10), (0.60, 0.29), (0.0, 0.12)])
+        return np.array(
+            [(0.0, -0.12), (0.60, -0.29), (0.54, -0.10), (0.22, 0.0), (0.54, 0.10), (0.60, 0.29), (0.0, 0.12)]
+        )
     return np.array([(0.0, -0.13), (0.28, -0.15), (0.62, 0.0), (0.28, 0.15), (0.0, 0.13)])
 
 
@@ -200,7 +224,12 @@ def _bird(canvas: _Canvas, a: dict[str, str], rng: np.random.Generator, nuisance
     canvas.fill(_clip(body, -0.13 * normal, -normal), COLORS[a["back color"]], "back", outline=True)
 
     skull = _ellipse(*head, 0.29, 0.28)
-    canvas.fill(_turned(_bill(a["bill shape"], a["bill length"] == "long"), gaze, head + (0.25, 0.06)), _BILL, "bill", outline=True)
+    canvas.fill(
+        _turned(_bill(a["bill shape"], a["bill length"] == "long"), gaze, head + (0.25, 0.06)),
+        _BILL,
+        "bill",
+        outline=True,
+    )
     canvas.fill(skull, _FACE, outline=True)
     up = np.array([np.sin(gaze) - 0.15, -np.cos(gaze)])
     canvas.fill(_clip(skull, head + 0.02 * up, up), COLORS[a["crown color"]], "crown", outline=True)
@@ -222,7 +251,18 @@ def _bird(canvas: _Canvas, a: dict[str, str], rng: np.random.Generator, nuisance
             canvas.fill(_turned(_ellipse(u, v, 0.05, 0.05, steps=10), wing_tilt, wing_at), mark, "wing")
 
 
-_WING = np.array([(-0.52, 0.03), (-0.25, -0.13), (0.05, -0.20), (0.28, -0.17), (0.38, 0.0), (0.30, 0.16), (0.08, 0.21), (-0.25, 0.14)])
+_WING = np.array(
+    [
+        (-0.52, 0.03),
+        (-0.25, -0.13),
+        (0.05, -0.20),
+        (0.28, -0.17),
+        (0.38, 0.0),
+        (0.30, 0.16),
+        (0.08, 0.21),
+        (-0.25, 0.14),
+    ]
+)
 
 
 def _blob(rng: np.random.Generator, x: float, y: float, size: float) -> np.ndarray:
@@ -238,7 +278,7 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def draw(attributes: dict[str, str], nuisance: Nuisance, rng: np.random.Generator, masks: bool = False) -> Drawing:
-    """One picture of a bird with these attributes; all chance comes from `rng`, and asking for masks changes nothing else."""
+    """One picture of a bird with these attributes; all chance is `rng`'s, and asking for masks changes nothing else."""
     side = SIZE * SUPERSAMPLE
     angle = np.deg2rad(rng.uniform(-1, 1) * nuisance.rotation)
     unit = side * 0.43 * rng.uniform(*nuisance.scale)
@@ -311,7 +351,9 @@ def species(count: int = 100, seed: int = 0) -> list[dict[str, str]]:
     for half in (count // 2, count):
         while len(found) < half:
             founder = random_attributes(rng)
-            if any(len(differing(founder, other)) < 5 + 2 for other in founders):  # a sibling strays by one on each side
+            if any(
+                len(differing(founder, other)) < 5 + 2 for other in founders
+            ):  # a sibling strays by one on each side
                 continue
             founders.append(founder)
             family = [founder]
@@ -334,7 +376,14 @@ class DrawnBirds(Sequence):
         nuisance: how hard the pictures are.
     """
 
-    def __init__(self, split: str, species: int = 100, images_per_species: int = 30, seed: int = 0, nuisance: Nuisance = BENCHMARK):
+    def __init__(
+        self,
+        split: str,
+        species: int = 100,
+        images_per_species: int = 30,
+        seed: int = 0,
+        nuisance: Nuisance = BENCHMARK,
+    ):
         if split not in ("train", "test"):
             raise InputError(f"split: found {split!r}; accepted are 'train' and 'test'")
         if species < 4 or images_per_species < 2:
@@ -372,7 +421,9 @@ class DrawnBirds(Sequence):
 _species = cache(species)
 
 
-def export(out: Path, species: int = 100, images_per_species: int = 30, seed: int = 0, nuisance: Nuisance = BENCHMARK) -> int:
+def export(
+    out: Path, species: int = 100, images_per_species: int = 30, seed: int = 0, nuisance: Nuisance = BENCHMARK
+) -> int:
     """Write both splits as PNG class folders, OUT/{train,test}/CLASS/NNN.png; returns the number of pictures."""
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: found a folder that is not empty; name a new one")
@@ -388,7 +439,9 @@ def export(out: Path, species: int = 100, images_per_species: int = 30, seed: in
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m saga_fast.tiny.birds", description="Export the drawn birds as image folders.")
+    parser = argparse.ArgumentParser(
+        prog="python -m saga_fast.tiny.birds", description="Export the drawn birds as image folders."
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--species", type=int, default=100)
     parser.add_argument("--images-per-species", type=int, default=30)

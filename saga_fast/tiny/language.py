@@ -1,0 +1,465 @@
+"""Second half of the recipe: tokenizer and language model, taught to write the answer from the frozen tower's tokens.
+
+Teacher forcing on answers about same birds, siblings and strangers, in both prompt orders and now and then the generic
+prompt. Some descriptions are miswritten on purpose (and not learned from), with differences and verdict following what
+is written, so that the verdict rests on the text, not on a second look. Feature noise keeps the reading unsure where
+the picture is poor. The last layer's attention at a value is drawn to where the tower's own heads looked for it. The
+last part trains through NF4 (straight-through), as bitsandbytes will store the weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
+
+from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.prompt import PROMPTS, Prompt, build_prefix
+from saga_fast.supervisor.verdict import tokens_by_attribute
+from saga_fast.tiny.birds import ATTRIBUTES, EASY, Nuisance, change, differing
+from saga_fast.tiny.tower import (
+    GRID,
+    VISION,
+    WIDTH,
+    Log,
+    TowerTrainer,
+    held_out,
+    learning_rate,
+    render,
+    seen_attributes,
+)
+
+PROMPT = PROMPTS["drawn-birds"]
+ORDERS = ("images_first", "instruction_first")
+VOCABULARY = 1024
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def answer(prompt: Prompt, a: dict[str, str], b: dict[str, str]) -> str:
+    """What a perfect supervisor writes of two birds: it names the differing attributes before it judges."""
+    names = differing(a, b)
+    confidence, reasoning = {
+        0: ("high", "no attribute differs"),
+        1: ("low", "one attribute differs"),
+        2: ("medium", "two attributes differ"),
+    }.get(len(names), ("high", "many attributes differ"))
+    return prompt.answer(a, b, ", ".join(names) or "none", confidence, reasoning, same=not names)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that spells anything, and writes an attribute, a value or what stands between them as one token.
+
+    Words are cut where letters and spaces meet punctuation: `bill shape`, `": "`, `cone` and `", "` are one word each.
+    """
+    rng = np.random.default_rng(0)
+    corpus = []
+    for prompt in (PROMPT, PROMPT.as_generic()):
+        corpus += [prompt.instruction()] * 20
+        for differences in (0, 0, 1, 1, 2, 3, 6):
+            for _ in range(300):
+                bird = seen_attributes(rng)
+                corpus.append(answer(prompt, bird, change(bird, differences, rng)))
+    corpus += ["user\n", "assistant\n", "\n"] * 100
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\w[\w ]*|\W+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[token for token in SPECIAL if token not in ("<|im_end|>", "<|endoftext|>")],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
+    """The tiny Qwen3-VL with random weights, float32."""
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=32,
+            max_position_embeddings=2048,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True
+            ),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        ),
+        vision_config=VISION,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.update(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+    )
+    return model
+
+
+class Seen(NamedTuple):
+    """What the language model knows of n images: features, and where the tower's heads looked (n, 12, tokens)."""
+
+    features: VisualFeatures
+    looked: Tensor
+
+    def select(self, images: Tensor) -> Seen:
+        return Seen(self.features.select(images), self.looked[images])
+
+
+@torch.no_grad()
+def see(tower: TowerTrainer, pixels: Tensor, size: int = 128) -> Seen:
+    """The frozen tower over many pictures, `size` at a time, in bf16 autocast; features and attention are bf16."""
+    parts = []
+    for chunk in pixels.split(size):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tower.tower(chunk)
+            looked = tower.heads[0](features.tokens)[1].exp()
+        parts.append((*(level.bfloat16() for level in (features.tokens, *features.deepstack)), looked.bfloat16()))
+    tokens, *deepstack, looked = (torch.cat(part) for part in zip(*parts))
+    return Seen(VisualFeatures(tokens, tuple(deepstack)), looked)
+
+
+class FamilyPool:
+    """The last `capacity` families of an endless seeded stream, seen through the frozen tower.
+
+    A family is four pictures: one bird twice, a sibling one attribute away, and one two away.
+    """
+
+    def __init__(self, tower: TowerTrainer, seed: int, capacity: int, nuisance: Nuisance = EASY):
+        self.tower, self.seed, self.capacity, self.nuisance, self.drawn = tower, seed, capacity, nuisance, 0
+        self.birds: list[dict[str, str]] = [{}] * (4 * capacity)
+        self.seen: Seen | None = None
+        self.barred = held_out()
+
+    def _family(self, n: int) -> list[dict[str, str]]:
+        rng = np.random.default_rng((self.seed, n, 3))
+        while True:
+            bird = seen_attributes(rng)
+            family = [bird, bird, change(bird, 1, rng), change(bird, 2, rng)]
+            if not any(tuple(member.values()) in self.barred for member in family):
+                return family
+
+    def grow_to(self, count: int) -> None:
+        """Draw and look at families until `count` of the stream have been, skipping those that would be overwritten."""
+        numbers = range(max(self.drawn, count - self.capacity), count)
+        for start in range(0, len(numbers), 64):
+            some = numbers[start : start + 64]
+            birds = [bird for n in some for bird in self._family(n)]
+            pixels = render(birds, self.nuisance, [(self.seed, n, 4, i) for n in some for i in range(4)]).pixels
+            fresh = see(self.tower, pixels)
+            rows = torch.tensor([n % self.capacity * 4 + i for n in some for i in range(4)])
+            if self.seen is None:
+
+                def empty(x: Tensor) -> Tensor:
+                    return x.new_zeros(4 * self.capacity, *x.shape[1:])
+
+                features = VisualFeatures(empty(fresh.features.tokens), tuple(map(empty, fresh.features.deepstack)))
+                self.seen = Seen(features, empty(fresh.looked))
+            for stored, new in zip(_flat(self.seen), _flat(fresh)):
+                stored[rows] = new
+            for row, bird in zip(rows.tolist(), birds):
+                self.birds[row] = bird
+        self.drawn = max(self.drawn, count)
+
+    def pairs(self, count: int, rng: np.random.Generator) -> Tensor:
+        """(count, 2) picture numbers: 40% same bird, 40% siblings, 20% strangers, either way round."""
+        families = min(self.drawn, self.capacity)
+        pairs = []
+        for kind in rng.random(count):
+            family = int(rng.integers(families)) * 4
+            if kind < 0.4:
+                pair = (family, family + 1)
+            elif kind < 0.8:
+                pair = (family + int(rng.integers(2)), family + int(rng.integers(2, 4)))
+            else:
+                pair = (family + int(rng.integers(4)), int(rng.integers(families)) * 4 + int(rng.integers(4)))
+            pairs.append(pair if rng.random() < 0.5 else pair[::-1])
+        return torch.tensor(pairs)
+
+
+def _flat(seen: Seen) -> tuple[Tensor, ...]:
+    return (seen.features.tokens, *seen.features.deepstack, seen.looked)
+
+
+class Question(NamedTuple):
+    """A prompt in one order, tokenised: the prefix, and where each item's values stand in every structured answer."""
+
+    prompt: Prompt
+    prefix: PairPrefix
+    values: Tensor  # (2, 12) int64, positions in the completion; (2, 0) for the generic prompt
+
+
+def questions(tokenizer: PreTrainedTokenizerFast) -> dict[tuple[str, bool], Question]:
+    """By (order, generic)."""
+    found = {}
+    bird = seen_attributes(np.random.default_rng(0))
+    for order, prompt in itertools.product(ORDERS, (PROMPT, PROMPT.as_generic())):
+        prefix = PairPrefix.of(build_prefix(tokenizer, prompt.instruction(), GRID**2, order), (GRID, GRID))
+        example = tokenizer.encode(answer(prompt, bird, bird), add_special_tokens=False)
+        items = tokens_by_attribute(example, tokenizer, prompt)
+        values = torch.tensor([[at for name in item for at in item[name]] for item in items], dtype=torch.int64)
+        found[order, prompt.generic] = Question(prompt, prefix, values)
+    return found
+
+
+def miswrite(bird: dict[str, str], rng: np.random.Generator, rate: float = 0.15) -> dict[str, str]:
+    """The bird with one or two values wrong, now and then."""
+    return change(bird, int(rng.integers(1, 3)), rng) if rng.random() < rate else bird
+
+
+class Example(NamedTuple):
+    """A batch of pairs as the language model is taught them."""
+
+    input_ids: Tensor  # (B, L), prefix and answer, padded at the end
+    labels: Tensor  # (B, L), the token itself where it is learned from, else -100
+    features: VisualFeatures  # of 2B images
+    looked: Tensor  # (B, 2, 12, tokens)
+
+
+def write(question: Question, tokenizer, pool: FamilyPool, count: int, rng: np.random.Generator) -> Example:
+    """`count` pairs with their answers, some miswritten: what is written wrong is read, not learned from."""
+    pairs = pool.pairs(count, rng)
+    rows, marks = [], []
+    start = len(question.prefix)
+    for a, b in pairs.tolist():
+        true = (pool.birds[a], pool.birds[b])
+        written = true if question.prompt.generic else tuple(miswrite(bird, rng) for bird in true)
+        ids = tokenizer.encode(answer(question.prompt, *written), add_special_tokens=False) + [tokenizer.eos_token_id]
+        learned = np.ones(len(ids), bool)
+        if not question.prompt.generic:
+            for item, at in enumerate(question.values.numpy()):
+                learned[at] = [true[item][name] == written[item][name] for name in ATTRIBUTES]
+        rows.append(torch.tensor(ids))
+        marks.append(torch.from_numpy(learned))
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    learned = nn.utils.rnn.pad_sequence(marks, batch_first=True, padding_value=False)
+    input_ids = torch.cat([question.prefix.input_ids.expand(count, -1), ids], 1)
+    labels = F.pad(torch.where(learned, ids, -100), (start, 0), value=-100)
+    seen = pool.seen.select(pairs.flatten())
+    return Example(input_ids, labels, seen.features, seen.looked.unflatten(0, (count, 2)))
+
+
+def blur_features(
+    features: VisualFeatures, generator: torch.Generator, noise: float = 0.5, drop: float = 0.15
+) -> VisualFeatures:
+    """Each image's features with noise up to `noise` of their size, and up to `drop` of its tokens zeroed."""
+    images, tokens, _ = features.tokens.shape
+    strength = torch.rand(images, 1, 1, generator=generator) * noise
+    kept = torch.rand(images, tokens, 1, generator=generator) >= torch.rand(images, 1, 1, generator=generator) * drop
+
+    def one(x: Tensor) -> Tensor:
+        x = x.float()
+        size = x.square().mean((1, 2), keepdim=True).sqrt()
+        return (x + torch.randn(x.shape, generator=generator) * size * strength) * kept
+
+    return VisualFeatures(one(features.tokens), tuple(one(level) for level in features.deepstack))
+
+
+class FakeNF4(nn.Module):
+    """A weight as bitsandbytes gives it back (NF4, blocks of 64, nested absmax); gradients pass straight through."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            packed, state = bnb.quantize_4bit(
+                weight.bfloat16().float(), blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            error = bnb.dequantize_4bit(packed, state).to(weight.dtype) - weight
+        return weight + error
+
+
+def quantized_linears(model: Qwen3VLForConditionalGeneration) -> list[nn.Linear]:
+    """The linear layers that bitsandbytes will quantise: the decoder's, neither tower nor head."""
+    return [module for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
+
+
+def attention_of_rows(layer: nn.Module, h: Tensor, cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
+    """Head-averaged causal attention (B, R, L) of positions `rows` (R,) in a decoder layer with input h (B, L, D)."""
+    attention = layer.self_attn
+    x = layer.input_layernorm(h)
+    q = attention.q_norm(attention.q_proj(x[:, rows]).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
+    k = attention.k_norm(attention.k_proj(x).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
+    cos, sin = cos[:, None], sin[:, None]
+    q = q * cos[:, :, rows] + rotate_half(q) * sin[:, :, rows]
+    k = (k * cos + rotate_half(k) * sin).repeat_interleave(attention.num_key_value_groups, 1)
+    scores = (q @ k.transpose(-1, -2)).float() * attention.scaling
+    later = torch.arange(h.shape[1]) > rows[:, None]
+    return scores.masked_fill(later, -torch.inf).softmax(-1).mean(1)
+
+
+class LanguageTrainer:
+    """The language model's loss on examples: its answer's tokens, and where its last layer looks at a value."""
+
+    POINT = 0.1
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration):
+        self.model, self.language = model, model.model.language_model
+        self.last: dict[str, object] = {}
+        self.language.layers[-1].register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.last = {"h": args[0], "rotation": kwargs["position_embeddings"]}
+
+    def hidden(self, question: Question, input_ids: Tensor, features: VisualFeatures) -> Tensor:
+        """Final hidden states (B, L, D)."""
+        count, length = input_ids.shape
+        prefix = question.prefix
+        completion = torch.arange(length - len(prefix)).expand(3, -1) + prefix.next_position
+        positions = torch.cat([prefix.positions, completion], 1)[:, None].expand(3, count, -1)
+        columns = prefix.images.flatten()
+        embedded = self.language.embed_tokens(input_ids)
+        tokens = features.tokens.to(embedded.dtype).reshape(count, len(columns), -1)
+        embedded = embedded.index_copy(1, columns, tokens)
+        visual = torch.zeros(count, length, dtype=torch.bool)
+        visual[:, columns] = True
+        return self.language(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            visual_pos_masks=visual,
+            deepstack_visual_embeds=[level.flatten(0, 1) for level in features.deepstack],
+            use_cache=False,
+        ).last_hidden_state
+
+    def looking(self, question: Question, ahead: int) -> Tensor:
+        """After `hidden`: the last layer's attention (B, 2, 12, tokens), renormalised over the described image.
+
+        ahead 0: of the rows of the value tokens; 1: of the rows before them, whose output is the value.
+        """
+        prefix = question.prefix
+        rows = (question.values + len(prefix) - ahead).flatten()
+        attention = attention_of_rows(self.language.layers[-1], self.last["h"], *self.last["rotation"], rows)
+        attention = attention.unflatten(1, question.values.shape)
+        onto = torch.stack([attention[:, item][..., prefix.images[item]] for item in range(2)], 1)
+        return onto / onto.sum(-1, keepdim=True)
+
+    def loss(self, question: Question, example: Example, features: VisualFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss to minimise, cross-entropy a learned token, pointing cross-entropy)."""
+        h = self.hidden(question, example.input_ids, features)[:, len(question.prefix) - 1 : -1]
+        labels = example.labels[:, len(question.prefix) :]
+        name = F.cross_entropy(self.model.lm_head(h).flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        point = torch.zeros(())
+        if not question.prompt.generic:
+            target = example.looked.float()
+            looks = [self.looking(question, ahead) for ahead in (0, 1)]
+            point = -torch.stack([(target * (look + 1e-6).log()).sum(-1).mean() for look in looks]).mean()
+        return name + self.POINT * point, name, point
+
+
+def train_language(
+    out: Path,
+    tower: TowerTrainer,
+    seed: int = 0,
+    steps: int = 700,
+    quantized_steps: int = 150,
+    size: int = 24,
+    peak: float = 2e-3,
+    capacity: int = 1536,
+    fresh: int = 4,
+) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast]:
+    """Train the language model on the frozen tower, logging to OUT/language.jsonl; resumes from OUT/language.pt."""
+    torch.manual_seed(seed + 1)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    model.model.visual.load_state_dict(tower.tower.model.state_dict())
+    trainer = LanguageTrainer(model)
+    parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
+    log, checkpoint, start = Log(out / "language.jsonl"), out / "language.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    asked = questions(tokenizer)
+    pool = FamilyPool(tower, seed + 1, capacity)
+    for step in range(start, steps):
+        if step >= steps - quantized_steps and not parametrize.is_parametrized(quantized_linears(model)[0]):
+            for linear in quantized_linears(model):
+                parametrize.register_parametrization(linear, "weight", FakeNF4())
+        pool.grow_to(768 + fresh * step)
+        rng = np.random.default_rng((seed, step, 5))
+        question = asked[ORDERS[step % 2], step % 10 >= 8]
+        example = write(question, tokenizer, pool, size, rng)
+        features = blur_features(example.features, torch.Generator().manual_seed(seed * steps + step))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 50)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, name, point = trainer.loss(question, example, features)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 10 in (6, 7, 9):
+            log(
+                step=step + 1,
+                question=[ORDERS[step % 2], question.prompt.generic],
+                loss=name.item(),
+                point=point.item(),
+            )
+        if (step + 1) % 100 == 0 and step + 1 <= steps - quantized_steps:
+            scratch = checkpoint.with_suffix(".part")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, scratch)
+            scratch.replace(checkpoint)
+    for linear in quantized_linears(model):
+        if parametrize.is_parametrized(linear):
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    return model, tokenizer
+
+
+def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write a model folder that transformers loads: bf16 safetensors, configuration, tokenizer and chat template."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
