@@ -154,7 +154,7 @@ class FrozenDecoder:
         """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA."""
         digest = hashlib.sha256()
         for tensor in self._tensors():
-            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
+            digest.update(tensor.flatten().view(torch.uint8).cpu().numpy())
         return digest.hexdigest()
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -187,7 +187,7 @@ def load_mllm(name: str | Path, quantize: bool = True, dtype: torch.dtype = torc
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["visual", "lm_head"],
+        llm_int8_skip_modules=["model.visual", "lm_head"],
     )
     try:
         model = Qwen3VLForConditionalGeneration.from_pretrained(

@@ -1,0 +1,181 @@
+"""Where the credit goes: as the drawings know their attributes and where they are, what the paper argues can be counted.
+
+    python -m bench.credit [--run runs/drawn-birds] [--pairs 32] [--json FILE]
+
+On pairs of sibling species of the test half, before and after a run, from rollouts whose rewards differ:
+
+  gradient   the share of the advantage-weighted log-prob gradient on value tokens of attributes in which the two birds
+             differ, beside the share of value tokens that those are (an even spread). *At the token* it is |A (1 - π)|,
+             the gradient of A log π in the token's own logit, summed over rollouts. *At the images* it is the norm of the
+             gradient that arrives in the visual tokens and DeepStack features, after rollouts have cancelled out.
+  attention  the share, of the supervisor's attention target and of the pooler's β, on the tokens that the mask of the
+             named attribute touches, beside the share of tokens it touches (looking everywhere alike).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import write_json
+from saga_fast.config import TINY, Config
+from saga_fast.data import to_pixels
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.losses.policy import token_coefficients
+from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.replay import Group
+from saga_fast.supervisor.rollout import Sampling
+from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.supervisor.verdict import tokens_by_attribute
+from saga_fast.tiny import SUPERVISOR
+from saga_fast.tiny.birds import DrawnBirds, differing
+from saga_kernels import group_advantage
+
+WAVE = 16  # pairs rolled out at a time
+
+
+def sibling_pairs(birds: DrawnBirds, seed: int):
+    """Endless pairs (i, j) of images of two species that differ in one or two attributes."""
+    rng = np.random.default_rng(seed)
+    while True:
+        i, j = (int(k) for k in rng.integers(len(birds), size=2))
+        if 1 <= len(differing(birds.attributes(i), birds.attributes(j))) <= 2:
+            yield i, j
+
+
+def touched(birds: DrawnBirds, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Per attribute which visual tokens (N,) its mask touches; attributes that cannot be seen are left out."""
+    cells = {}
+    for name, mask in birds.masks(image).items():
+        rows, columns = grid
+        cell = mask.reshape(rows, mask.shape[0] // rows, columns, mask.shape[1] // columns).any((1, 3)).flatten()
+        if cell.any():
+            cells[name] = cell
+    return cells
+
+
+def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted: int, seed: int) -> dict[str, float]:
+    """Shares of gradient and attention over `wanted` contributing sibling pairs."""
+    grid = encoder.tower.grid(encoder.image_size, encoder.image_size)
+    share, found, drawn = defaultdict(list), 0, 0
+    stream = sibling_pairs(birds, seed)
+    while found < wanted and drawn < 40 * wanted:
+        pairs = [next(stream) for _ in range(WAVE)]
+        pixels = torch.stack([to_pixels(birds[i][0], encoder.image_size) for pair in pairs for i in pair])
+        with torch.no_grad():
+            features = encoder.tower(pixels)
+            beta = encoder.pooler.attention(features.tokens) if encoder.pooler.kind == "attention" else None
+        completions = supervisor.roll_out(features, drawn + torch.arange(WAVE))
+        rewards, _ = supervisor.judge(completions, [False] * WAVE)
+        advantages, contributes, _ = group_advantage(rewards)
+        drawn += WAVE
+        for p in contributes.nonzero().flatten().tolist()[: wanted - found]:
+            found += 1
+            pair = features.select(torch.tensor([2 * p, 2 * p + 1]))
+            gradient_shares(supervisor, pair, completions[p], advantages[p], differing(*map(birds.attributes, pairs[p])), share)
+            cells = [touched(birds, image, grid) for image in pairs[p]]
+            attention_shares(supervisor, pair, completions[p], rewards[p], cells, share)
+            for image in (0, 1):
+                for cell in cells[image].values():
+                    if beta is not None:
+                        share["pooler, inside the mask"].append(float(beta[2 * p + image].numpy()[cell].sum()))
+                    share["even attention, inside the mask"].append(float(cell.mean()))
+    figures = {name: float(np.mean(values)) for name, values in share.items()}
+    return {"pairs drawn": drawn, "pairs contributing": found, **figures}
+
+
+def gradient_shares(supervisor, pair: VisualFeatures, completions, advantages, differ: list[str], share) -> None:
+    """Share on tokens of attributes that differ: of the tokens, of the gradient at the token, and at the images."""
+    lengths = [len(completion) for completion in completions]
+    coefficients = token_coefficients(advantages, lengths, sum(lengths)).split(lengths)
+    where = [tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt) for completion in completions]
+    log_probs = supervisor.replay(pair, [Group(completions, coefficients, {})]).log_probs[0]
+
+    tokens, at_token, at_images = ({True: 0.0, False: 0.0} for _ in range(3))
+    for name in supervisor.prompt.attributes:
+        only = [torch.zeros_like(c) for c in coefficients]
+        for g, items in enumerate(where):
+            positions = [t for item in items for t in item.get(name, [])]
+            only[g][positions] = coefficients[g][positions]
+            tokens[name in differ] += len(positions)
+            at_token[name in differ] += float((only[g].abs() * (1 - log_probs[g].exp())).sum())
+        leaves = pair.detach()
+        for leaf in (leaves.tokens, *leaves.deepstack):
+            leaf.requires_grad_()
+        supervisor.replay(leaves, [Group(completions, only, {})])
+        squared = sum(leaf.grad.square().sum() for leaf in (leaves.tokens, *leaves.deepstack))
+        at_images[name in differ] += float(squared.sqrt())
+    for title, sums in (("tokens", tokens), ("gradient at the token", at_token), ("gradient at the images", at_images)):
+        if total := sums[True] + sums[False]:
+            share[f"{title}, on attributes that differ"].append(sums[True] / total)
+
+
+def attention_shares(supervisor, pair: VisualFeatures, completions, rewards, cells, share) -> None:
+    """Share of each value token's attention, renormalised over its image, that its attribute's mask touches."""
+    described, names = {}, {}
+    for g in rewards.nonzero().flatten().tolist():
+        items = tokens_by_attribute(completions[g], supervisor.tokenizer, supervisor.prompt)
+        named = [[(name, t) for name, tokens in item.items() for t in tokens] for item in items]
+        if all(named):
+            described[g] = tuple([t for _, t in item] for item in named)
+            names[g] = [[name for name, _ in item] for item in named]
+    none = [torch.zeros(len(completion)) for completion in completions]
+    for entry in supervisor.replay(pair, [Group(completions, none, described)]).attention:
+        weights = (entry.weights / entry.weights.sum(1, keepdim=True)).numpy()
+        for name, row in zip(names[entry.rollout][entry.image], weights):
+            if name in cells[entry.image]:
+                share["attention target, inside the mask"].append(float(row[cells[entry.image][name]].sum()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/drawn-birds"))
+    parser.add_argument("--pairs", type=int, default=32, help="contributing pairs to measure")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not (options.run / "encoder").is_dir():
+        raise InputError(f"--run: {options.run} holds no encoder/; train one with `python -m saga_fast.train`")
+    config = Config.from_dict(json.loads((options.run / "config.json").read_text())["config"])
+    if config.data.name != "drawn-birds":
+        raise InputError(f"--run: {options.run} was trained on {config.data.name!r}; only drawn-birds knows its attributes")
+
+    mllm = load_mllm(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model, config.supervisor.quantize)
+    torch.manual_seed(config.seed)
+    encoders = {
+        "before": Encoder.from_tower(
+            mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
+        ),
+        "after": Encoder.from_pretrained(options.run / "encoder"),
+    }
+    rollout = config.rollout
+    supervisor = Supervisor(
+        mllm,
+        PROMPTS[config.supervisor.prompt],
+        config.supervisor.order,
+        encoders["before"].tower.grid(config.data.image_size, config.data.image_size),
+        Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, options.seed),
+        config.supervisor.anchor_layer,
+    )
+    birds = DrawnBirds("test", config.data.species, config.data.images_per_species)
+    figures = {when: measure(encoder.eval(), supervisor, birds, options.pairs, options.seed) for when, encoder in encoders.items()}
+    names = list(dict.fromkeys(name for measured in figures.values() for name in measured))
+    width = max(map(len, names))
+    print(f"{'':{width}}  {'before':>8}  {'after':>8}")
+    for name in names:
+        cells = [figures[when].get(name, float("nan")) for when in figures]
+        shown = [f"{cell:8d}" if isinstance(cell, int) else f"{100 * cell:7.1f}%" for cell in cells]
+        print(f"{name:{width}}  {'  '.join(shown)}")
+    write_json(options.json, {"run": str(options.run), "figures": figures})
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

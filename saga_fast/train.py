@@ -1,0 +1,411 @@
+"""Train a retrieval encoder with SAGA: a frozen multimodal model judges pairs, its gradient teaches the encoder.
+
+    python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
+
+One optimizer step has three phases. A embeds a class-balanced micro-batch and takes the metric loss's gradient. B draws
+pairs from it and lets the frozen language model describe and judge each pair G times; pairs it gets both right and wrong
+are kept, until there are K. C replays those with gradient: GRPO into the vision tower, attention alignment into the pooler.
+Left out, as the one update per draw is on policy: importance ratio, clipping, a reference model.
+
+A run's folder: config.json, metrics.jsonl (a line a step), final.json, encoder/, checkpoint/, TensorBoard events.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from saga_fast import checkpoint
+from saga_fast.config import PRESETS, TINY, Config, parse
+from saga_fast.data import ClassBalancedSampler
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.errors import exit_on_input_error
+from saga_fast.evaluate import evaluate, load_images, table
+from saga_fast.losses import metric_loss
+from saga_fast.losses.alignment import alignment_kl, attention_target
+from saga_fast.losses.policy import token_coefficients
+from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.replay import Group
+from saga_fast.supervisor.rollout import Sampling
+from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.tiny import SUPERVISOR
+from saga_kernels import group_advantage
+
+MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
+
+
+class Diverged(RuntimeError):
+    """Losses or gradients stayed non-finite; what was saved before stands."""
+
+
+class Pair(NamedTuple):
+    """A contributing pair as it is buffered between roll-out and replay. pixels: uint8 (2, 3, S, S); the rest per rollout."""
+
+    pixels: Tensor
+    completions: list[list[int]]
+    rewards: Tensor
+    advantages: Tensor
+
+
+@dataclass
+class Draw:
+    """What became of the pairs drawn in a step (for `log`), or so far in the run (to size the next draw)."""
+
+    drawn: int = 0
+    contributing: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Share of pairs that contribute; half before anything is known."""
+        return (self.contributing + 1) / (self.drawn + 2)
+
+
+def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Runs (or resumes) `config` in the folder `out`; returns what final.json holds. Raises InputError, Diverged."""
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.optim.precision == "bf16", cache_enabled=False)
+
+    # Data, split by class: no class of the test half is ever trained on.
+    train_images, test_images = load_images(config.data, config.data.image_size)
+    sampler = ClassBalancedSampler(
+        train_images.labels.tolist(), config.data.classes_per_batch, config.data.images_per_class, config.seed
+    )
+    steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
+
+    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
+    name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
+    mllm = load_mllm(name, config.supervisor.quantize, dtype, device.type)
+    encoder = Encoder.from_tower(
+        mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
+    ).to(device)
+    supervisor = make_supervisor(config, mllm, encoder) if config.uses_supervisor else None
+    frozen = supervisor and supervisor.decoder.fingerprint()
+    settings = {}
+    if config.dml.loss == "potential-field":
+        settings = dict(alpha=config.dml.alpha, delta=config.dml.delta, proxies_per_class=config.dml.proxies_per_class)
+    classes = len(train_images.dataset.classes)
+    dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
+    del mllm
+
+    groups = [
+        {"params": list(encoder.tower.parameters()), "lr": config.optim.encoder_lr},
+        {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
+        {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    run = Run(out, config, encoder, dml, optimizer, schedule, sampler)
+    if resume:
+        run.restore()
+    else:
+        run.begin(before=evaluate(encoder.eval(), test_images))
+    encoder.train()
+    batches = train_images.stream(sampler)
+    progress = tqdm(range(run.step, steps), "training", steps, initial=run.step, unit="step", dynamic_ncols=True)
+
+    for step in progress:
+        started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        log: dict[str, float] = {}
+        buffer: list[Pair] = []
+        draw, used = Draw(), 0
+        loss_dml = torch.zeros((), device=device)
+        while True:
+            # ── A. Embed ────────────────────────────────────────────────────────────────────────────────────────────
+            batch = next(batches)
+            used += 1
+            pixels, labels = batch.pixels.to(device), batch.labels.to(device)
+            with autocast:
+                features = encoder.tower(pixels)
+                embeddings = encoder.pooler(features.tokens)
+            batch_loss = dml(embeddings, labels)
+            if config.lambda_.dml > 0:
+                (config.lambda_.dml * batch_loss).backward()
+            loss_dml += batch_loss.detach()
+            if supervisor is None:
+                break
+
+            # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
+            buffer += roll_out(config, supervisor, features.detach(), pixels, labels, step, draw, run.draw, len(buffer), log)
+            if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
+                break
+        # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= used
+        log |= {"loss_dml": loss_dml.item() / used, "micro_batches": used}
+        rolled_out = time.perf_counter()
+
+        # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
+        measured = step % config.log.gradients_every == 0
+        gradient_dml = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters] if measured else []
+        if buffer:
+            log |= replay(config, supervisor, encoder, buffer, autocast)
+        if measured:
+            log |= gradient_terms(encoder, parameters, gradient_dml)
+
+        # ── Update ──────────────────────────────────────────────────────────────────────────────────────────────────
+        norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip).item()
+        losses = [value for name, value in log.items() if name.startswith("loss_")]
+        finite = all(map(math.isfinite, [norm, *losses]))
+        if finite:
+            optimizer.step()
+        schedule.step()
+        run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
+        run.skipped += not finite
+
+        log |= {
+            "grad_norm": norm,
+            "lr": schedule.get_last_lr()[0],
+            "pairs_drawn": draw.drawn,
+            "pairs_contributing": draw.contributing,
+            "pairs_replayed": len(buffer),
+            "skipped": run.skipped,
+            "seconds_embed_and_roll_out": rolled_out - started,
+            "seconds_replay_and_update": time.perf_counter() - rolled_out,
+        }
+        run.record(step, used, log)
+        shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
+        progress.set_postfix({short: f"{log[name]:.3g}" for short, name in shown.items() if name in log} | {"pairs": f"{len(buffer)}/{draw.drawn}"})
+        if run.skipped_in_a_row == MAX_SKIPPED:
+            raise Diverged(f"{MAX_SKIPPED} steps in a row were not finite (step {step}); lower the learning rates, go on with --resume")
+        if run.step % config.log.checkpoint_every == 0 or run.step == steps:
+            run.save()
+
+    if supervisor and supervisor.decoder.fingerprint() != frozen:
+        raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
+    return run.finish(after=evaluate(encoder.eval(), test_images), supervisor=frozen)
+
+
+def make_supervisor(config: Config, mllm, encoder: Encoder) -> Supervisor:
+    prompt = PROMPTS[config.supervisor.prompt]
+    rollout = config.rollout
+    return Supervisor(
+        mllm,
+        prompt.as_generic() if config.supervisor.generic else prompt,
+        config.supervisor.order,
+        encoder.tower.grid(config.data.image_size, config.data.image_size),
+        Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
+        config.supervisor.anchor_layer,
+        rollout.token_budget,
+        rollout.recompute,
+    )
+
+
+def roll_out(
+    config: Config,
+    supervisor: Supervisor,
+    features: VisualFeatures,
+    pixels: Tensor,
+    labels: Tensor,
+    step: int,
+    draw: Draw,
+    so_far: Draw,
+    buffered: int,
+    log: dict[str, float],
+) -> Iterator[Pair]:
+    """Rolls out pairs of one micro-batch in waves until K contribute in all or its pairs are spent; yields those kept.
+
+    Half of a wave's pairs are of one class, half of two. Its size is what the running contribution rate makes necessary.
+    """
+    queue = draw_pairs(labels, config.rollout.pairs_per_batch, seed=(config.seed << 40) + (step << 20) + draw.drawn)
+    while len(queue) and buffered < config.rollout.pairs:
+        need = math.ceil((config.rollout.pairs - buffered) / so_far.rate)
+        wave, queue = queue.split([size := min(len(queue), need + need % 2), len(queue) - size])
+        same = labels[wave[:, 0]] == labels[wave[:, 1]]
+        pair_ids = (step << 20) + draw.drawn + torch.arange(size)
+        completions = supervisor.roll_out(features.select(wave.flatten()), pair_ids)
+        rewards, well_formed = supervisor.judge(completions, same.tolist())
+        advantages, contributes, count = group_advantage(rewards)
+        for tally in (draw, so_far):
+            tally.drawn += size
+            tally.contributing += int(count)
+        same = same.cpu()
+        for name, values in (("reward", rewards), ("reward_same", rewards[same]), ("reward_different", rewards[~same])):
+            log[name] = values.mean().item()
+        log["well_formed"] = well_formed.float().mean().item()
+        log["completion_tokens"] = sum(len(c) for group in completions for c in group) / rewards.numel()
+        for i in contributes.nonzero().flatten().tolist()[: config.rollout.pairs - buffered]:
+            buffered += 1
+            yield Pair(pixels[wave[i]], completions[i], rewards[i], advantages[i])
+
+
+def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
+    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.combinations(torch.arange(len(labels)))
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    same = labels.cpu()[pairs[:, 0]] == labels.cpu()[pairs[:, 1]]
+    half = min(count // 2, int(same.sum()), int((~same).sum()))
+    return torch.stack([pairs[same][:half], pairs[~same][:half]], 1).flatten(0, 1).to(labels.device)
+
+
+def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast) -> dict[str, float]:
+    """Adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of the buffered pairs."""
+    weight = config.lambda_
+    with autocast, torch.set_grad_enabled(weight.lm > 0):
+        features = encoder.tower(torch.cat([pair.pixels for pair in buffer]))
+    leaves = features.detach()
+    for leaf in (leaves.tokens, *leaves.deepstack):
+        leaf.requires_grad_(weight.lm > 0)
+
+    lengths = [[len(completion) for completion in pair.completions] for pair in buffer]
+    total = sum(map(sum, lengths))
+    groups = [
+        Group(
+            pair.completions,
+            token_coefficients(pair.advantages, count, total).split(count),
+            supervisor.described(pair.completions, pair.rewards) if weight.kl > 0 else {},
+        )
+        for pair, count in zip(buffer, lengths)
+    ]
+    result = supervisor.replay(leaves, groups)
+    log = {"loss_lm": result.loss.item()}
+    if weight.lm > 0:
+        tensors = [features.tokens, *features.deepstack]
+        torch.autograd.backward(tensors, [weight.lm * leaf.grad for leaf in (leaves.tokens, *leaves.deepstack)])
+    if result.attention:
+        targets = torch.stack([attention_target(entry.weights) for entry in result.attention])
+        with autocast:
+            beta = encoder.pooler.attention(features.tokens.detach())
+        beta = beta[[2 * entry.group + entry.image for entry in result.attention]]
+        # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
+        loss_kl = 2 * alignment_kl(targets, beta).mean()
+        (weight.kl * loss_kl).backward()
+        log["loss_kl"] = loss_kl.item()
+    return log
+
+
+def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dml: list[Tensor]) -> dict[str, float]:
+    """Norm of each term's gradient, and the cosine between them where they meet: DML and GRPO in the tower, DML and L_KL in the pooler."""
+    terms = {}
+    for part, other, owned in (("tower", "lm", encoder.tower), ("pooler", "kl", encoder.pooler)):
+        mine = {id(parameter) for parameter in owned.parameters()}
+        pairs = [(p, g) for p, g in zip(parameters, gradient_dml) if id(p) in mine and p.grad is not None]
+        dml = torch.cat([g.flatten() for _, g in pairs])
+        rest = torch.cat([p.grad.flatten() for p, _ in pairs]) - dml
+        terms[f"grad_{part}_dml"], terms[f"grad_{part}_{other}"] = dml.norm().item(), rest.norm().item()
+        terms[f"cosine_{part}_dml_{other}"] = nn.functional.cosine_similarity(dml, rest, 0).item()
+    return terms
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first share of the steps, then a cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+class Run:
+    """A run's folder and its place in it: what `--resume` needs to go on to the same bytes."""
+
+    def __init__(self, out: Path, config: Config, encoder: Encoder, dml: nn.Module, optimizer, schedule, sampler) -> None:
+        self.out, self.config = out, config
+        self.encoder, self.dml, self.optimizer, self.schedule, self.sampler = encoder, dml, optimizer, schedule, sampler
+        self.step = self.batches = self.skipped = self.skipped_in_a_row = 0
+        self.draw = Draw()
+        self.before: dict[str, float] = {}
+
+    def begin(self, before: dict[str, float]) -> None:
+        self.before = before
+        self.out.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        described = {"config": self.config.to_dict(), "versions": versions, "commit": git_commit()}
+        (self.out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        self.save()
+        self.board = SummaryWriter(self.out)
+
+    def restore(self) -> None:
+        folder = checkpoint.latest(self.out / "checkpoint")
+        parts, state = checkpoint.load(folder)
+        self.encoder.load_state_dict(parts["encoder"])
+        self.dml.load_state_dict(parts["dml"])
+        checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.sampler.load_state_dict(state["sampler"])
+        checkpoint.unpack_rng(parts["rng"], state["rng"])
+        self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.draw = Draw(**state["draw"])
+        # Steps after the checkpoint are run again, so their lines go.
+        metrics = self.out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True)[: self.step] if metrics.exists() else []
+        metrics.write_text("".join(lines))
+        self.board = SummaryWriter(self.out, purge_step=self.step)
+
+    def save(self) -> None:
+        optimizer, optimizer_rest = checkpoint.pack_optimizer(self.optimizer)
+        rng, rng_rest = checkpoint.pack_rng()
+        parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
+        state = {
+            "step": self.step,
+            "batches": self.batches,
+            "before": self.before,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "draw": vars(self.draw),
+            "optimizer": optimizer_rest,
+            "schedule": self.schedule.state_dict(),
+            "sampler": self.sampler.state_dict(self.batches),
+            "rng": rng_rest,
+        }
+        checkpoint.save(self.out / "checkpoint", self.step, parts, state)
+
+    def record(self, step: int, batches: int, log: dict[str, float]) -> None:
+        """One more step is done: a line of metrics.jsonl, and the same numbers to TensorBoard."""
+        self.step, self.batches = step + 1, self.batches + batches
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **log}) + "\n")
+        for name, value in log.items():
+            self.board.add_scalar(name, value, step)
+
+    def finish(self, after: dict[str, float], supervisor: str | None) -> dict[str, Any]:
+        self.encoder.save_pretrained(self.out / "encoder")
+        final = {"before": self.before, "after": after, "steps": self.step, "skipped": self.skipped, "supervisor_sha256": supervisor}
+        (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
+        self.board.close()
+        return final
+
+
+def git_commit() -> str | None:
+    """The commit of the source that runs, if it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main() -> None:
+    with exit_on_input_error():
+        config, out, resume = parse(sys.argv[1:])
+        try:
+            final = train(config, out, resume)
+        except Diverged as error:
+            sys.exit(f"error: {error}")
+    print(f"\nRetrieval on classes never seen in training, per cent\n{table({when: final[when] for when in ('before', 'after')})}")
+    print(f"\nrun: {out}   encoder: {out / 'encoder'}")
+
+
+if __name__ == "__main__":
+    main()
