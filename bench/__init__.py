@@ -1,4 +1,4 @@
-"""Scripts that measure, run as `python -m bench.NAME`: each prints a table and, with `--json FILE`, writes what it saw."""
+"""Scripts that measure, run as `python -m bench.NAME`: each prints a table and, with `--json FILE`, writes it too."""
 
 from __future__ import annotations
 

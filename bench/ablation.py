@@ -3,8 +3,8 @@
     python -m bench.ablation [--seeds 3] [--jobs 2] [--out runs/ablation] [--json FILE] [-- TRAIN FLAGS]
 
 Every row takes the same number of optimizer steps over the same micro-batches; the seed draws the pooler, the proxies,
-the batches and the rollouts. Rows differ in the weights λ of the loss terms and in nothing else. Each run is a process of its own;
-finished runs are kept, unfinished ones resumed, so the script can be stopped and started again.
+the batches and the rollouts. Rows differ in the weights λ of the loss terms and in nothing else. Each run is a process
+of its own; finished runs are kept, unfinished ones resumed, so the script can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def run(row: str, seed: int, out: Path, threads: int, flags: list[str]) -> dict:
             command += ["--seed", str(seed), *flags]
         out.mkdir(parents=True, exist_ok=True)
         with open(out / f"{folder.name}.log", "w") as log:
-            subprocess.run(command, stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            subprocess.run(
+                command, stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+            )
     return json.loads((folder / "final.json").read_text())
 
 
@@ -68,7 +70,9 @@ def main() -> None:
     figures = {}
     for row, runs in results.items():
         figures[row] = {key: [100 * metrics[key] for metrics in runs] for key in METRICS.values()}
-        spread = {key: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for key, v in figures[row].items()}
+        spread = {
+            key: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for key, v in figures[row].items()
+        }
         print(f"{row:10}" + "".join(f"{spread[key][0]:>10.2f} ±{spread[key][1]:4.2f}" for key in METRICS.values()))
     write_json(options.json, {"seeds": options.seeds, "flags": options.flags, "per_cent": figures})
 

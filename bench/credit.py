@@ -1,4 +1,4 @@
-"""Where the credit goes: as the drawings know their attributes and where they are, what the paper argues can be counted.
+"""Where the credit goes: drawings know their attributes and where they are, so what the paper argues can be counted.
 
     python -m bench.credit [--run runs/drawn-birds] [--pairs 32] [--json FILE]
 
@@ -6,8 +6,8 @@ On pairs of sibling species of the test half, before and after a run, from rollo
 
   gradient   the share of the advantage-weighted log-prob gradient on value tokens of attributes in which the two birds
              differ, beside the share of value tokens that those are (an even spread). *At the token* it is |A (1 - π)|,
-             the gradient of A log π in the token's own logit, summed over rollouts. *At the images* it is the norm of the
-             gradient that arrives in the visual tokens and DeepStack features, after rollouts have cancelled out.
+             the gradient of A log π in the token's own logit, summed over rollouts. *At the images* it is the norm of
+             the gradient that arrives in visual tokens and DeepStack features, after rollouts have cancelled out.
   attention  the share, of the supervisor's attention target and of the pooler's β, on the tokens that the mask of the
              named attribute touches, beside the share of tokens it touches (looking everywhere alike).
 """
@@ -24,9 +24,9 @@ import torch
 
 from bench import write_json
 from saga_fast.config import TINY, Config
-from saga_fast.data import to_pixels
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.images import to_pixels
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.supervisor.decoder import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
@@ -79,7 +79,9 @@ def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted:
         for p in contributes.nonzero().flatten().tolist()[: wanted - found]:
             found += 1
             pair = features.select(torch.tensor([2 * p, 2 * p + 1]))
-            gradient_shares(supervisor, pair, completions[p], advantages[p], differing(*map(birds.attributes, pairs[p])), share)
+            gradient_shares(
+                supervisor, pair, completions[p], advantages[p], differing(*map(birds.attributes, pairs[p])), share
+            )
             cells = [touched(birds, image, grid) for image in pairs[p]]
             attention_shares(supervisor, pair, completions[p], rewards[p], cells, share)
             for image in (0, 1):
@@ -145,9 +147,13 @@ def main() -> None:
         raise InputError(f"--run: {options.run} holds no encoder/; train one with `python -m saga_fast.train`")
     config = Config.from_dict(json.loads((options.run / "config.json").read_text())["config"])
     if config.data.name != "drawn-birds":
-        raise InputError(f"--run: {options.run} was trained on {config.data.name!r}; only drawn-birds knows its attributes")
+        raise InputError(
+            f"--run: {options.run} was trained on {config.data.name!r}; only drawn-birds knows its attributes"
+        )
 
-    mllm = load_mllm(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model, config.supervisor.quantize)
+    mllm = load_mllm(
+        SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model, config.supervisor.quantize
+    )
     torch.manual_seed(config.seed)
     encoders = {
         "before": Encoder.from_tower(
@@ -165,7 +171,10 @@ def main() -> None:
         config.supervisor.anchor_layer,
     )
     birds = DrawnBirds("test", config.data.species, config.data.images_per_species)
-    figures = {when: measure(encoder.eval(), supervisor, birds, options.pairs, options.seed) for when, encoder in encoders.items()}
+    figures = {
+        when: measure(encoder.eval(), supervisor, birds, options.pairs, options.seed)
+        for when, encoder in encoders.items()
+    }
     names = list(dict.fromkeys(name for measured in figures.values() for name in measured))
     width = max(map(len, names))
     print(f"{'':{width}}  {'before':>8}  {'after':>8}")

@@ -1,6 +1,6 @@
 """A run's configuration: one small dataclass per component, the paper's settings as defaults, presets by name.
 
-    python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
+python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
 """
 
 from __future__ import annotations
@@ -144,16 +144,18 @@ class Config:
         """Raises InputError for fields that contradict each other."""
         if self.supervisor.generic and self.lambda_.kl > 0:
             raise InputError(
-                f"lambda.kl: {self.lambda_.kl} with supervisor.generic; the generic prompt names no attributes to attend to: "
+                f"lambda.kl: {self.lambda_.kl} with supervisor.generic, whose prompt names no attributes to attend to: "
                 "pass --lambda.kl 0"
             )
         if self.encoder.pooler != "attention" and self.lambda_.kl > 0:
             raise InputError(
-                f"lambda.kl: {self.lambda_.kl} with encoder.pooler {self.encoder.pooler!r}, which has no attention to align: "
+                f"lambda.kl: {self.lambda_.kl} with encoder.pooler {self.encoder.pooler!r}, which has no attention: "
                 "pass --lambda.kl 0, or --encoder.pooler attention"
             )
         if self.rollout.group_size < 2 and self.uses_supervisor:
-            raise InputError(f"rollout.group-size: {self.rollout.group_size}; an advantage needs at least 2 rollouts a pair")
+            raise InputError(
+                f"rollout.group-size: {self.rollout.group_size}; an advantage needs at least 2 rollouts a pair"
+            )
         for name, value in (
             ("lambda.dml", self.lambda_.dml),
             ("lambda.lm", self.lambda_.lm),
@@ -234,7 +236,7 @@ class _Arguments(Config):
 
 
 def parse(arguments: Sequence[str]) -> Invocation:
-    """Raises InputError for an unknown preset or flag, a bad value, a contradiction, and a folder that may not be used."""
+    """Raises InputError for an unknown preset or flag, a bad value, a contradiction, a folder that may not be used."""
     arguments = list(arguments)
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "drawn-birds"
     if preset not in PRESETS:
@@ -244,13 +246,17 @@ def parse(arguments: Sequence[str]) -> Invocation:
     config_file = out / "config.json"
     if parsed.resume:
         if not config_file.is_file():
-            raise InputError(f"--resume: {out} holds no run (no config.json); leave --resume out, or name the run's folder")
+            raise InputError(
+                f"--resume: {out} holds no run (no config.json); leave --resume out, or name the run's folder"
+            )
         stored = Config.from_dict(json.loads(config_file.read_text())["config"])
         # The run's own configuration is the default now, so that only flags typed this time can differ from it.
         parsed = _parse(arguments, stored)
         for name, value in _config(parsed).to_dict().items():
             if value != stored.to_dict()[name]:
-                raise InputError(f"--{name}: differs from {config_file}; a resumed run keeps its configuration: leave it out")
+                raise InputError(
+                    f"--{name}: differs from {config_file}; a resumed run keeps its configuration: leave it out"
+                )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} exists; go on with --resume, or name a new folder")
     return Invocation(_config(parsed), out, parsed.resume)
@@ -267,7 +273,7 @@ def _parse(arguments: list[str], default: Config) -> _Arguments:
 
 
 def parse_flags(default: Arguments, arguments: Sequence[str], program: str, description: str) -> Arguments:
-    """Flags of a (nested) dataclass over its defaults. Raises InputError, in one line, for what tyro frames in a box."""
+    """Flags of a (nested) dataclass over its defaults. Raises InputError, in a line, for what tyro frames in a box."""
     screen = io.StringIO()
     try:
         with contextlib.redirect_stderr(screen):

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
@@ -29,6 +28,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 from saga_fast.errors import InputError
+from saga_fast.images import open_rgb, to_pixels, to_rgb
 
 POOLERS = ("attention", "mean", "max")
 
@@ -45,12 +45,6 @@ class VisualFeatures(NamedTuple):
     def select(self, images: Tensor) -> VisualFeatures:
         """The features of `images` (n,) int64, in that order."""
         return VisualFeatures(self.tokens[images], tuple(level[images] for level in self.deepstack))
-
-
-def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """An upright RGB copy of `image` resized to (size, size) by Pillow's bicubic filter: uint8 (3, size, size)."""
-    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 class VisionTower(nn.Module):
@@ -102,7 +96,7 @@ class VisionTower(nn.Module):
         return F.linear(x, proj.weight.sum(2).flatten(1), proj.bias)
 
     def _grid_positions(self, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Of one image's patches: which entries of the learned grid to mix (n, 4), their weights, rotary cos and sin."""
+        """For each patch: which entries of the learned grid to mix (n, 4), their weights, rotary cos and sin."""
         model, config = self.model, self.model.config
         grid = torch.tensor([[1, height // config.patch_size, width // config.patch_size]], device=device)
         indices, weights = get_vision_interpolation_indices_and_weights(
@@ -132,8 +126,8 @@ class Pooler(nn.Module):
     """Pools tokens (B, N, D) into unit vectors (B, D_e), and says where it looked.
 
     attention: β = softmax(q W_k Xᵀ / √D) with a learnable query q and key projection W_k, pooled = βX (the paper's);
-    mean, max: its baselines. All are followed by a linear map to D_e and L2 normalisation. The query starts at zero,
-    so that training starts from mean pooling; the linear map starts orthogonal, so that it starts from the tower's geometry.
+    mean, max: its baselines. All are followed by a linear map to D_e and L2 normalisation. The query starts at zero, so
+    that training starts from mean pooling; the linear map starts orthogonal, so that it starts from the tower's space.
     """
 
     def __init__(self, width: int, embedding_dim: int, kind: str = "attention") -> None:
@@ -163,13 +157,15 @@ class Pooler(nn.Module):
 
 
 class Encoder(nn.Module, PyTorchModelHubMixin):
-    """Images in, unit vectors out: an ordinary module with the hub's `from_pretrained`, `save_pretrained`, `push_to_hub`.
+    """Images in, unit vectors out: a plain module with the hub's `from_pretrained`, `save_pretrained`, `push_to_hub`.
 
     vision_config: the tower's configuration as a dict; pooler: "attention", "mean" or "max"; embedding_dim: D_e;
     image_size: the side in pixels that images are resized to.
     """
 
-    def __init__(self, vision_config: dict, pooler: str = "attention", embedding_dim: int = 4096, image_size: int = 224):
+    def __init__(
+        self, vision_config: dict, pooler: str = "attention", embedding_dim: int = 4096, image_size: int = 224
+    ):
         super().__init__()
         self.image_size = image_size
         self.tower = VisionTower(Qwen3VLVisionModel(Qwen3VLVisionConfig(**vision_config)))
@@ -186,6 +182,6 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
     def forward(self, images: Tensor | Sequence[Image.Image | str | Path]) -> Tensor:
         """uint8 pixels (B, 3, S, S), or a sequence of PIL images or paths → unit vectors (B, D_e), float32."""
         if not isinstance(images, Tensor):
-            opened = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
+            opened = [to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image) for image in images]
             images = torch.stack([to_pixels(image, self.image_size) for image in opened])
         return self.pooler(self.tower(images.to(self.pooler.project.weight.device)).tokens)

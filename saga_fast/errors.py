@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr and exit code 2; every other exception is a bug and keeps its trace."""
+    """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace."""
     try:
         yield
     except InputError as error:

@@ -1,6 +1,6 @@
 """How well an encoder retrieves: every image of the test half queries all the others.
 
-    python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
+python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.metrics import retrieval_metrics
 
-COLUMNS = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8", "map_at_r": "MAP@R", "nmi": "NMI"}
+COLUMNS = {
+    "recall_at_1": "R@1",
+    "recall_at_2": "R@2",
+    "recall_at_4": "R@4",
+    "recall_at_8": "R@8",
+    "map_at_r": "MAP@R",
+    "nmi": "NMI",
+}
 
 
 @torch.no_grad()

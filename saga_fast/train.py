@@ -3,9 +3,9 @@
     python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
 
 One optimizer step has three phases. A embeds a class-balanced micro-batch and takes the metric loss's gradient. B draws
-pairs from it and lets the frozen language model describe and judge each pair G times; pairs it gets both right and wrong
-are kept, until there are K. C replays those with gradient: GRPO into the vision tower, attention alignment into the pooler.
-Left out, as the one update per draw is on policy: importance ratio, clipping, a reference model.
+pairs from it and lets the frozen language model describe and judge each pair G times; pairs it judges both right and
+wrong are kept, until there are K. C replays those with gradient: GRPO into the vision tower, attention alignment into
+the pooler. Left out, as the one update per draw is on policy: importance ratio, clipping, a reference model.
 
 A run's folder: config.json, metrics.jsonl (a line a step), final.json, encoder/, checkpoint/, TensorBoard events.
 """
@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from saga_fast import checkpoint
-from saga_fast.config import PRESETS, TINY, Config, parse
+from saga_fast.config import TINY, Config, parse
 from saga_fast.data import ClassBalancedSampler
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import exit_on_input_error
@@ -54,7 +54,7 @@ class Diverged(RuntimeError):
 
 
 class Pair(NamedTuple):
-    """A contributing pair as it is buffered between roll-out and replay. pixels: uint8 (2, 3, S, S); the rest per rollout."""
+    """A contributing pair, kept between roll-out and replay. pixels: uint8 (2, 3, S, S); the rest per rollout."""
 
     pixels: Tensor
     completions: list[list[int]]
@@ -80,7 +80,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.optim.precision == "bf16", cache_enabled=False)
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=config.optim.precision == "bf16", cache_enabled=False
+    )
 
     # Data, split by class: no class of the test half is ever trained on.
     train_images, test_images = load_images(config.data, config.data.image_size)
@@ -110,7 +112,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     run = Run(out, config, encoder, dml, optimizer, schedule, sampler)
@@ -145,7 +149,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 break
 
             # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
-            buffer += roll_out(config, supervisor, features.detach(), pixels, labels, step, draw, run.draw, len(buffer), log)
+            buffer += roll_out(
+                config, supervisor, features.detach(), pixels, labels, step, draw, run.draw, len(buffer), log
+            )
             if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
                 break
         # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
@@ -157,7 +163,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
         # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
         measured = step % config.log.gradients_every == 0
-        gradient_dml = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters] if measured else []
+        gradient_dml = (
+            [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters] if measured else []
+        )
         if buffer:
             log |= replay(config, supervisor, encoder, buffer, autocast)
         if measured:
@@ -185,9 +193,15 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         }
         run.record(step, used, log)
         shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
-        progress.set_postfix({short: f"{log[name]:.3g}" for short, name in shown.items() if name in log} | {"pairs": f"{len(buffer)}/{draw.drawn}"})
+        progress.set_postfix(
+            {short: f"{log[name]:.3g}" for short, name in shown.items() if name in log}
+            | {"pairs": f"{len(buffer)}/{draw.drawn}"}
+        )
         if run.skipped_in_a_row == MAX_SKIPPED:
-            raise Diverged(f"{MAX_SKIPPED} steps in a row were not finite (step {step}); lower the learning rates, go on with --resume")
+            raise Diverged(
+                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint stands: "
+                "lower the learning rates"
+            )
         if run.step % config.log.checkpoint_every == 0 or run.step == steps:
             run.save()
 
@@ -225,7 +239,7 @@ def roll_out(
 ) -> Iterator[Pair]:
     """Rolls out pairs of one micro-batch in waves until K contribute in all or its pairs are spent; yields those kept.
 
-    Half of a wave's pairs are of one class, half of two. Its size is what the running contribution rate makes necessary.
+    Half of a wave's pairs are of one class, half of two. Its size follows from the running contribution rate.
     """
     queue = draw_pairs(labels, config.rollout.pairs_per_batch, seed=(config.seed << 40) + (step << 20) + draw.drawn)
     while len(queue) and buffered < config.rollout.pairs:
@@ -296,7 +310,7 @@ def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: lis
 
 
 def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dml: list[Tensor]) -> dict[str, float]:
-    """Norm of each term's gradient, and the cosine between them where they meet: DML and GRPO in the tower, DML and L_KL in the pooler."""
+    """Norms of the terms' gradients, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
     terms = {}
     for part, other, owned in (("tower", "lm", encoder.tower), ("pooler", "kl", encoder.pooler)):
         mine = {id(parameter) for parameter in owned.parameters()}
@@ -319,7 +333,9 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 class Run:
     """A run's folder and its place in it: what `--resume` needs to go on to the same bytes."""
 
-    def __init__(self, out: Path, config: Config, encoder: Encoder, dml: nn.Module, optimizer, schedule, sampler) -> None:
+    def __init__(
+        self, out: Path, config: Config, encoder: Encoder, dml: nn.Module, optimizer, schedule, sampler
+    ) -> None:
         self.out, self.config = out, config
         self.encoder, self.dml, self.optimizer, self.schedule, self.sampler = encoder, dml, optimizer, schedule, sampler
         self.step = self.batches = self.skipped = self.skipped_in_a_row = 0
@@ -329,7 +345,11 @@ class Run:
     def begin(self, before: dict[str, float]) -> None:
         self.before = before
         self.out.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         described = {"config": self.config.to_dict(), "versions": versions, "commit": git_commit()}
         (self.out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         self.save()
@@ -381,7 +401,13 @@ class Run:
 
     def finish(self, after: dict[str, float], supervisor: str | None) -> dict[str, Any]:
         self.encoder.save_pretrained(self.out / "encoder")
-        final = {"before": self.before, "after": after, "steps": self.step, "skipped": self.skipped, "supervisor_sha256": supervisor}
+        final = {
+            "before": self.before,
+            "after": after,
+            "steps": self.step,
+            "skipped": self.skipped,
+            "supervisor_sha256": supervisor,
+        }
         (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         self.board.close()
         return final
@@ -403,7 +429,8 @@ def main() -> None:
             final = train(config, out, resume)
         except Diverged as error:
             sys.exit(f"error: {error}")
-    print(f"\nRetrieval on classes never seen in training, per cent\n{table({when: final[when] for when in ('before', 'after')})}")
+    rows = {when: final[when] for when in ("before", "after")}
+    print(f"\nRetrieval on classes never seen in training, per cent\n{table(rows)}")
     print(f"\nrun: {out}   encoder: {out / 'encoder'}")
 
 

@@ -10,15 +10,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from saga_fast.data.dataset import ImageDataset, Subset, check_classes, split_classes
 from saga_fast.data.folder import ImageFolder, class_folders, load_folder
-from saga_fast.data.images import MAX_PIXELS, ImageDataset, Subset, check_classes, open_rgb, split_classes, to_pixels
 from saga_fast.data.loader import Batch, PixelLoader
 from saga_fast.data.sampler import ClassBalancedSampler
 from saga_fast.errors import InputError
 
 __all__ = [
     "DATASETS",
-    "MAX_PIXELS",
     "Batch",
     "ClassBalancedSampler",
     "ImageDataset",
@@ -29,9 +28,7 @@ __all__ = [
     "class_folders",
     "load_dataset",
     "load_folder",
-    "open_rgb",
     "split_classes",
-    "to_pixels",
 ]
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from saga_fast.data.images import SUFFIXES, check_classes, open_rgb, split_classes
+from saga_fast.data.dataset import check_classes, split_classes
 from saga_fast.errors import InputError
+from saga_fast.images import SUFFIXES, open_rgb
 
 
 class ImageFolder:

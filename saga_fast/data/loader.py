@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from saga_fast.data.images import ImageDataset, Subset, check_classes, to_pixels
+from saga_fast.data.dataset import ImageDataset, Subset, check_classes
 from saga_fast.errors import InputError
+from saga_fast.images import to_pixels
 
 
 class Batch(NamedTuple):

@@ -1,8 +1,8 @@
 """The frozen language model of an MLLM, run by our ops over packed tokens.
 
 `FrozenDecoder` holds the weights of a loaded transformers model (NF4 where bitsandbytes quantised them) and knows one
-thing: how to carry packed hidden states (tokens, D) through the layers. Which token may attend to which is the caller's:
-a prefill, a decode step and a replay differ only in the `attend` they pass. Its oracle is the transformers model itself.
+thing: how to carry packed hidden states (tokens, D) through the layers. Which token may attend to which is the
+caller's: a prefill, a decode step and a replay differ only in the `attend` they pass. Its oracle is transformers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.errors import InputError
@@ -75,7 +82,9 @@ class DecoderLayer:
     @classmethod
     def of(cls, layer: nn.Module) -> DecoderLayer:
         attention, mlp = layer.self_attn, layer.mlp
-        head_norm = [norm.weight.detach() if (norm := getattr(attention, name, None)) else None for name in ("q_norm", "k_norm")]
+        head_norm = [
+            norm.weight.detach() if (norm := getattr(attention, name, None)) else None for name in ("q_norm", "k_norm")
+        ]
         return cls(
             layer.input_layernorm.weight.detach(),
             *(Projection.of(getattr(attention, f"{name}_proj")) for name in "qkv"),
@@ -172,16 +181,17 @@ class FrozenDecoder:
 def load_mllm(name: str | Path, quantize: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Mllm:
     """Load a Qwen3-VL from a folder or the hub and take it apart.
 
-    quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); embedding, head and tower stay
-    in `dtype`. Raises InputError for a missing folder, one that holds no model, or a model of another kind.
+    quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); embedding, head and tower
+    stay in `dtype`. Raises InputError for a missing folder, one that holds no model, or a model of another kind.
     """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"supervisor.model: {name} holds no readable model ({reason}); give a Qwen3-VL folder or hub id")
+        raise InputError(
+            f"supervisor.model: {name} is no model ({_first_line(error)}); give a folder or hub id"
+        ) from None
     if config.model_type != "qwen3_vl":
-        raise InputError(f"supervisor.model: {name} is a {config.model_type!r} model; a multimodal 'qwen3_vl' is needed")
+        raise InputError(f"supervisor.model: {name} is a {config.model_type!r}; a multimodal 'qwen3_vl' is needed")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -194,9 +204,13 @@ def load_mllm(name: str | Path, quantize: bool = True, dtype: torch.dtype = torc
             name, dtype=dtype, device_map=device, quantization_config=quantization if quantize else None
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"supervisor.model: {name}: {str(error).strip().splitlines()[0]}; restore the missing file")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
     generation: GenerationConfig = model.generation_config
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     decoder = FrozenDecoder(model.model.language_model, model.lm_head)
     return Mllm(model.model.visual, decoder, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

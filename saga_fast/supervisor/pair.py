@@ -51,9 +51,9 @@ class PairPrefix:
         return len(self.input_ids)
 
     def visual_rows(self, starts: Tensor) -> Tensor:
-        """Packed rows of the visual tokens of pairs whose prefixes begin at `starts` (n,): (n·2·N,), image a before b."""
+        """Packed rows (n·2·N,) of the visual tokens of pairs whose prefixes begin at `starts` (n,); image a, then b."""
         return (starts[:, None, None] + self.images).flatten()
 
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
-        """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows, keeping their graph."""
+        """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D), with their graph, in their rows."""
         return decoder.embed(input_ids).index_copy(0, visual_rows, tokens.flatten(0, 1).to(decoder.embedding.dtype))

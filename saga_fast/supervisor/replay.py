@@ -1,8 +1,8 @@
 """Phase C: the policy gradient of buffered groups, from the completions' log-probabilities back into the visual tokens.
 
 Whole groups (one prefix, then its G completions) lie end to end in one packed sequence, so a prefix is computed once,
-not G times. Only rows that predict a generated token meet the head; the gradient into them comes out of the same pass as
-the log-probabilities, as every token's coefficient is known by then. Left out: importance ratio, clip, reference
+not G times. Only rows that predict a generated token meet the head; the gradient into them comes out of the same pass
+as the log-probabilities, as every token's coefficient is known by then. Left out: importance ratio, clip, reference
 model, KL to it: one on-policy update needs none.
 """
 
@@ -65,7 +65,7 @@ def replay(
     """Teacher-forces `groups` and adds d loss / d features to the `.grad` of `features`, where they require it.
 
     features: of 2n images, a and b of group 0, of group 1, …; leaves, so that each pack's backward ends there.
-    token_budget: packed tokens that stand in memory at once (a group is never split). recompute: keep only layer inputs.
+    token_budget: packed tokens that stand in memory at once (no group is split). recompute: keep only layer inputs.
     """
     loss, log_probs, attention = torch.zeros((), device=decoder.embedding.device), [], []
     for first, last in _packs(groups, len(prefix), token_budget):
@@ -131,7 +131,7 @@ def _replay_pack(
 
 
 def _pack(prefix: PairPrefix, groups: Sequence[Group], layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (tokens,), positions (3, tokens), and for every generated token the row (generated,) that predicts it."""
+    """input_ids (tokens,), positions (3, tokens), and the rows (generated,) that predict each generated token."""
     device = prefix.input_ids.device
     input_ids, positions, rows = [], [], []
     for i, group in enumerate(groups):

@@ -1,7 +1,7 @@
 """Phase B: sample G completions for each of many pairs, without gradient.
 
 The prefix of a pair is prefilled once and its keys and values are stored once, read by all G rollouts. All rows of all
-pairs decode in one batch. Left out: speculative decoding (rollouts must be exact samples), beam search, logits processors.
+pairs decode in one batch. Left out: speculative decoding, beam search, logits processors: rollouts are plain samples.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def rollout(
     lengths = torch.full((pairs, group), sampling.max_new_tokens, dtype=torch.int64, device=device)
     live = torch.arange(pairs, device=device)
     for step in range(sampling.max_new_tokens):
-        token = sample_top_p(hidden @ decoder.head.T, sampling.temperature, sampling.top_p, sampling.seed, row_ids, step)
+        token = sample_top_p(
+            hidden @ decoder.head.T, sampling.temperature, sampling.top_p, sampling.seed, row_ids, step
+        )
         tokens[live, :, step] = token.unflatten(0, (-1, group))
         newly = torch.isin(token, eos).unflatten(0, (-1, group)) & ~ended[live]
         lengths[live] = torch.where(newly, step + 1, lengths[live])
@@ -98,7 +100,8 @@ def _prefill(decoder: FrozenDecoder, prefix: PairPrefix, features: VisualFeature
 class SharedPrefixCache:
     """Keys and values of a decode batch: per layer one prefix a pair, read by its G rollouts, and each rollout's own.
 
-    Prefix keys (pairs, kv_heads, head_dim, P) stand transposed for the score GEMM; own ones are (pairs, kv_heads, G, T, head_dim).
+    Prefix keys (pairs, kv_heads, head_dim, P) stand transposed for the score GEMM; own ones are
+    (pairs, kv_heads, G, T, head_dim).
     """
 
     def __init__(self, decoder: FrozenDecoder, pairs: int, group: int, prefix: int, max_new_tokens: int) -> None:
@@ -116,7 +119,7 @@ class SharedPrefixCache:
         self.prefix_v[layer].copy_(v.unflatten(0, (pairs, -1)).transpose(1, 2))
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token a row: stores its k, v (rows, kv_heads, head_dim) at `length`, attends over prefix and own tokens."""
+        """One token a row: stores its k, v (rows, kv_heads, head_dim) at `length`, attends to prefix and own tokens."""
         end = self.length + 1
         own_k, own_v = self.own_k[layer], self.own_v[layer]
         own_k[:, :, :, self.length] = k.unflatten(0, (-1, self.group)).transpose(1, 2)

@@ -59,9 +59,14 @@ class Supervisor:
         well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
         return torch.tensor(rewards), torch.tensor(well_formed)
 
-    def described(self, completions: Sequence[Sequence[int]], rewards: Tensor) -> dict[int, tuple[list[int], list[int]]]:
+    def described(
+        self, completions: Sequence[Sequence[int]], rewards: Tensor
+    ) -> dict[int, tuple[list[int], list[int]]]:
         """For one pair's rewarded rollouts that describe both images: g → positions of the describing tokens."""
-        tokens = {g: attribute_tokens(completions[g], self.tokenizer, self.prompt) for g in rewards.nonzero().flatten().tolist()}
+        tokens = {
+            g: attribute_tokens(completions[g], self.tokenizer, self.prompt)
+            for g in rewards.nonzero().flatten().tolist()
+        }
         return {g: spans for g, spans in tokens.items() if all(spans)}
 
     def replay(self, features: VisualFeatures, groups: Sequence[Group]) -> Replay:

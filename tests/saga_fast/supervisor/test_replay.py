@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.replay import Group, replay
 
-from .tiny_models import TOKENS, decoder_of, float64_transformers, oracle_inputs, pair_prefix, random_features, random_model
+from .tiny_models import (
+    TOKENS,
+    decoder_of,
+    float64_transformers,
+    oracle_inputs,
+    pair_prefix,
+    random_features,
+    random_model,
+)
 
 TEMPERATURE = 0.7
 ANCHOR = 2
@@ -39,7 +47,9 @@ def make_groups(lengths: list[list[int]], seed: int = 0) -> list[Group]:
 
 def leaves(features: VisualFeatures) -> VisualFeatures:
     copy = features.detach()
-    return VisualFeatures(copy.tokens.clone().requires_grad_(), tuple(d.clone().requires_grad_() for d in copy.deepstack))
+    return VisualFeatures(
+        copy.tokens.clone().requires_grad_(), tuple(d.clone().requires_grad_() for d in copy.deepstack)
+    )
 
 
 def oracle(model, prefix, features, groups):
@@ -48,7 +58,9 @@ def oracle(model, prefix, features, groups):
     for i, group in enumerate(groups):
         log_probs.append([])
         for g, completion in enumerate(group.completions):
-            pair = VisualFeatures(features.tokens[2 * i : 2 * i + 2], tuple(d[2 * i : 2 * i + 2] for d in features.deepstack))
+            pair = VisualFeatures(
+                features.tokens[2 * i : 2 * i + 2], tuple(d[2 * i : 2 * i + 2] for d in features.deepstack)
+            )
             out = model(**oracle_inputs(prefix, pair, completion), output_attentions=True)
             predicted = (out.logits[0, len(prefix) - 1 : -1] / TEMPERATURE).log_softmax(-1)
             log_prob = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -73,7 +85,9 @@ def assert_equal_to_oracle(model, lengths, **settings):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10)
     assert {(a.group, a.rollout, a.image) for a in result.attention} == set(attention)
     for entry in result.attention:
-        torch.testing.assert_close(entry.weights, attention[entry.group, entry.rollout, entry.image], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            entry.weights, attention[entry.group, entry.rollout, entry.image], rtol=1e-8, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +99,9 @@ def test_equals_transformers_rollout_by_rollout(model, lengths):
     assert_equal_to_oracle(model, lengths)
 
 
-@pytest.mark.parametrize("settings", [{"recompute": True}, {"token_budget": 1}, {"token_budget": 60, "recompute": True}])
+@pytest.mark.parametrize(
+    "settings", [{"recompute": True}, {"token_budget": 1}, {"token_budget": 60, "recompute": True}]
+)
 def test_packing_and_recompute_change_nothing(model, settings):
     assert_equal_to_oracle(model, [[3, 5], [7, 2, 4], [6]], **settings)
 

@@ -1,4 +1,4 @@
-"""Shared-prefix rollouts: greedy equals transformers' generate, samples have the model's distribution, neighbours do not matter."""
+"""Shared-prefix rollouts: greedy equals transformers' generate, samples fit the model's distribution."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def random_model(dtype: torch.dtype = torch.float64, layers: int = 4, seed: int 
         text_config=dict(
             vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=6,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.15,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
         ),
         vision_config=dict(
             depth=4, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from saga_fast.data import MAX_PIXELS, open_rgb, split_classes, to_pixels
+from saga_fast.data import split_classes
 from saga_fast.errors import InputError
+from saga_fast.images import MAX_PIXELS, open_rgb, to_pixels
 
 
 def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:

@@ -1,0 +1,57 @@
+"""What a data set is, and how its classes are split and checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from saga_fast.errors import InputError
+from saga_fast.images import SUFFIXES
+
+
+class ImageDataset(Protocol):
+    """Labelled images. `labels[i]`, known without decoding, is the index in `classes` of the class of image i."""
+
+    labels: list[int]
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class Subset:
+    """The images of `dataset` at `indices`, in that order, under the same classes."""
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, list(indices)
+        self.labels = [dataset.labels[i] for i in self.indices]
+        self.classes = dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[self.indices[index]]
+
+
+def split_classes(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sorted names cut in halves, (train, test); of an odd number train gets the one over."""
+    names = sorted(names)
+    middle = (len(names) + 1) // 2
+    return names[:middle], names[middle:]
+
+
+def check_classes(dataset: ImageDataset, source: str | Path) -> None:
+    """Raise InputError, naming `source` and the class, if a class has fewer than two images: a query needs a match."""
+    counts = Counter(dataset.labels)
+    for label, name in enumerate(dataset.classes):
+        if counts[label] < 2:
+            raise InputError(
+                f"{str(source)!r}: class {name!r} has {counts[label]} readable image{'s' * (counts[label] != 1)}"
+                f" ({' '.join(SUFFIXES)}), retrieval needs 2 or more; add images or remove the class"
+            )
