@@ -3,7 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-PIP ?= $(VENV)/bin/python -m pip install --quiet
+PIP ?= $(VENV)/bin/python -m pip install -qq
 
 # The recorded versions are those of CI, which has no GPU. With one, the newest CUDA builds are taken.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
@@ -28,6 +28,7 @@ check: $(installed)
 
 # PyTorch comes first: the extension is compiled against it.
 $(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@echo "Setting up $(VENV): this takes some minutes, once."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(CONSTRAINTS) "setuptools>=80" "torch>=2.11" numpy
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRA),test]"
