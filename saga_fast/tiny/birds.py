@@ -2,8 +2,9 @@
 
 A bird is twelve attributes and a species is one combination of them. Species come in families of siblings that differ
 from one another in one or two attributes, as the hard pairs of real bird sets do. Pose, size, light, clutter,
-occlusion, blur and noise are nuisance, set by a `Nuisance`: EASY is what the tiny supervisor learned from, BENCHMARK is
-clearly shifted. Every picture is a function of (seed, species, index) alone.
+occlusion, blur and noise are nuisance, set by a `Nuisance`: the tiny supervisor's tower learned from EASY pictures, its
+language model from MODERATE ones; BENCHMARK is clearly shifted. Every picture is a function of (seed, species, index)
+alone.
 
     python -m saga_fast.tiny.birds OUT      # export as an image folder: OUT/{train,test}/CLASS/NNN.png
 """
@@ -96,17 +97,29 @@ EASY = Nuisance(
     blur=0.7,
     noise=10,
 )
+MODERATE = Nuisance(
+    rotation=14,
+    shift=0.05,
+    scale=(0.83, 1.05),
+    head=0.06,
+    light=0.25,
+    tint=0.14,
+    clutter=8,
+    occlusion=2,
+    blur=1.0,
+    noise=14,
+)
 BENCHMARK = Nuisance(
-    rotation=18,
+    rotation=16,
     shift=0.06,
     scale=(0.8, 1.05),
     head=0.07,
-    light=0.35,
-    tint=0.22,
+    light=0.3,
+    tint=0.18,
     clutter=12,
     occlusion=2,
-    blur=1.5,
-    noise=22,
+    blur=1.3,
+    noise=18,
 )
 
 
