@@ -160,10 +160,13 @@ class Config:
             ("lambda.dml", self.lambda_.dml),
             ("lambda.lm", self.lambda_.lm),
             ("lambda.kl", self.lambda_.kl),
-            ("rollout.temperature", self.rollout.temperature),
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}: {value}; give a finite number, 0 or more")
+        if not (math.isfinite(self.rollout.temperature) and self.rollout.temperature > 0):
+            raise InputError(
+                f"rollout.temperature: {self.rollout.temperature}; greedy rollouts are all alike: give more than 0"
+            )
         if not 0 < self.rollout.top_p <= 1:
             raise InputError(f"rollout.top-p: {self.rollout.top_p}; give a number above 0 and up to 1")
         for name, count in (

@@ -18,8 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,17 +60,37 @@ class Pair(NamedTuple):
     advantages: Tensor
 
 
-@dataclass
 class Draw:
-    """What became of the pairs drawn in a step (for `log`), or so far in the run (to size the next draw)."""
+    """What became of the pairs drawn in a step: per wave rewards (n, G), and per pair or rollout what is logged."""
 
-    drawn: int = 0
-    contributing: int = 0
+    def __init__(self) -> None:
+        self.rewards: list[Tensor] = []
+        self.well_formed: list[Tensor] = []
+        self.same: list[Tensor] = []
+        self.contributes: list[Tensor] = []
+        self.tokens = 0
 
     @property
-    def rate(self) -> float:
-        """Share of pairs that contribute; half before anything is known."""
-        return (self.contributing + 1) / (self.drawn + 2)
+    def drawn(self) -> int:
+        return sum(map(len, self.rewards))
+
+    @property
+    def contributing(self) -> int:
+        return sum(int(wave.sum()) for wave in self.contributes)
+
+    def summary(self) -> dict[str, float]:
+        if not self.rewards:
+            return {"pairs_drawn": 0, "pairs_contributing": 0}
+        rewards, same = torch.cat(self.rewards), torch.cat(self.same)
+        return {
+            "pairs_drawn": self.drawn,
+            "pairs_contributing": self.contributing,
+            "reward": rewards.mean().item(),
+            "reward_same": rewards[same].mean().item(),
+            "reward_different": rewards[~same].mean().item(),
+            "well_formed": torch.cat(self.well_formed).float().mean().item(),
+            "completion_tokens": self.tokens / rewards.numel(),
+        }
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -129,7 +147,6 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     for step in progress:
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        log: dict[str, float] = {}
         buffer: list[Pair] = []
         draw, used = Draw(), 0
         loss_dml = torch.zeros((), device=device)
@@ -149,23 +166,20 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 break
 
             # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
-            buffer += roll_out(
-                config, supervisor, features.detach(), pixels, labels, step, draw, run.draw, len(buffer), log
-            )
+            wanted = config.rollout.pairs - len(buffer)
+            buffer += roll_out(config, supervisor, features.detach(), pixels, labels, step, wanted, draw, run)
             if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
                 break
         # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= used
-        log |= {"loss_dml": loss_dml.item() / used, "micro_batches": used}
+        log = {"loss_dml": loss_dml.item() / used, "micro_batches": used, **draw.summary()}
         rolled_out = time.perf_counter()
 
         # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
         measured = step % config.log.gradients_every == 0
-        gradient_dml = (
-            [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters] if measured else []
-        )
+        gradient_dml = [0 if p.grad is None else p.grad.clone() for p in parameters] if measured else []
         if buffer:
             log |= replay(config, supervisor, encoder, buffer, autocast)
         if measured:
@@ -177,15 +191,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         finite = all(map(math.isfinite, [norm, *losses]))
         if finite:
             optimizer.step()
+        log |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         schedule.step()
         run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
         run.skipped += not finite
 
         log |= {
-            "grad_norm": norm,
-            "lr": schedule.get_last_lr()[0],
-            "pairs_drawn": draw.drawn,
-            "pairs_contributing": draw.contributing,
             "pairs_replayed": len(buffer),
             "skipped": run.skipped,
             "seconds_embed_and_roll_out": rolled_out - started,
@@ -232,35 +243,33 @@ def roll_out(
     pixels: Tensor,
     labels: Tensor,
     step: int,
+    wanted: int,
     draw: Draw,
-    so_far: Draw,
-    buffered: int,
-    log: dict[str, float],
-) -> Iterator[Pair]:
-    """Rolls out pairs of one micro-batch in waves until K contribute in all or its pairs are spent; yields those kept.
+    run: Run,
+) -> list[Pair]:
+    """Rolls out pairs of one micro-batch in waves until `wanted` contribute or its pairs are spent; returns those.
 
-    Half of a wave's pairs are of one class, half of two. Its size follows from the running contribution rate.
+    Half of a wave's pairs are of one class, half of two. Its size follows from the run's contribution rate.
     """
+    kept: list[Pair] = []
     queue = draw_pairs(labels, config.rollout.pairs_per_batch, seed=(config.seed << 40) + (step << 20) + draw.drawn)
-    while len(queue) and buffered < config.rollout.pairs:
-        need = math.ceil((config.rollout.pairs - buffered) / so_far.rate)
+    while len(queue) and len(kept) < wanted:
+        need = math.ceil((wanted - len(kept)) / run.contribution_rate)
         wave, queue = queue.split([size := min(len(queue), need + need % 2), len(queue) - size])
-        same = labels[wave[:, 0]] == labels[wave[:, 1]]
+        same = (labels[wave[:, 0]] == labels[wave[:, 1]]).cpu()
         pair_ids = (step << 20) + draw.drawn + torch.arange(size)
         completions = supervisor.roll_out(features.select(wave.flatten()), pair_ids)
         rewards, well_formed = supervisor.judge(completions, same.tolist())
         advantages, contributes, count = group_advantage(rewards)
-        for tally in (draw, so_far):
-            tally.drawn += size
-            tally.contributing += int(count)
-        same = same.cpu()
-        for name, values in (("reward", rewards), ("reward_same", rewards[same]), ("reward_different", rewards[~same])):
-            log[name] = values.mean().item()
-        log["well_formed"] = well_formed.float().mean().item()
-        log["completion_tokens"] = sum(len(c) for group in completions for c in group) / rewards.numel()
-        for i in contributes.nonzero().flatten().tolist()[: config.rollout.pairs - buffered]:
-            buffered += 1
-            yield Pair(pixels[wave[i]], completions[i], rewards[i], advantages[i])
+        draw.rewards.append(rewards)
+        draw.well_formed.append(well_formed)
+        draw.same.append(same)
+        draw.contributes.append(contributes)
+        draw.tokens += sum(len(completion) for group in completions for completion in group)
+        run.drawn, run.contributing = run.drawn + size, run.contributing + int(count)
+        for i in contributes.nonzero().flatten().tolist()[: wanted - len(kept)]:
+            kept.append(Pair(pixels[wave[i]], completions[i], rewards[i], advantages[i]))
+    return kept
 
 
 def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -314,9 +323,11 @@ def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dm
     terms = {}
     for part, other, owned in (("tower", "lm", encoder.tower), ("pooler", "kl", encoder.pooler)):
         mine = {id(parameter) for parameter in owned.parameters()}
-        pairs = [(p, g) for p, g in zip(parameters, gradient_dml) if id(p) in mine and p.grad is not None]
-        dml = torch.cat([g.flatten() for _, g in pairs])
-        rest = torch.cat([p.grad.flatten() for p, _ in pairs]) - dml
+        pairs = [(p.grad, g) for p, g in zip(parameters, gradient_dml) if id(p) in mine and p.grad is not None]
+        if not pairs:
+            continue
+        dml = torch.cat([torch.zeros_like(total).add_(g).flatten() for total, g in pairs])
+        rest = torch.cat([total.flatten() for total, _ in pairs]) - dml
         terms[f"grad_{part}_dml"], terms[f"grad_{part}_{other}"] = dml.norm().item(), rest.norm().item()
         terms[f"cosine_{part}_dml_{other}"] = nn.functional.cosine_similarity(dml, rest, 0).item()
     return terms
@@ -339,8 +350,13 @@ class Run:
         self.out, self.config = out, config
         self.encoder, self.dml, self.optimizer, self.schedule, self.sampler = encoder, dml, optimizer, schedule, sampler
         self.step = self.batches = self.skipped = self.skipped_in_a_row = 0
-        self.draw = Draw()
+        self.drawn = self.contributing = 0
         self.before: dict[str, float] = {}
+
+    @property
+    def contribution_rate(self) -> float:
+        """Share of the pairs drawn so far that contributed; half before anything is known."""
+        return (self.contributing + 1) / (self.drawn + 2)
 
     def begin(self, before: dict[str, float]) -> None:
         self.before = before
@@ -366,7 +382,7 @@ class Run:
         checkpoint.unpack_rng(parts["rng"], state["rng"])
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.draw = Draw(**state["draw"])
+        self.drawn, self.contributing = state["drawn"], state["contributing"]
         # Steps after the checkpoint are run again, so their lines go.
         metrics = self.out / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True)[: self.step] if metrics.exists() else []
@@ -383,7 +399,8 @@ class Run:
             "before": self.before,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "draw": vars(self.draw),
+            "drawn": self.drawn,
+            "contributing": self.contributing,
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(self.batches),

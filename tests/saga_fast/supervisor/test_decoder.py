@@ -1,0 +1,93 @@
+"""The frozen decoder, loaded and quantised as in a run, against transformers with the same bitsandbytes weights."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+
+from saga_fast.encoder import VisualFeatures
+from saga_fast.errors import InputError
+from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.prompt import PROMPTS, build_prefix
+from saga_fast.supervisor.replay import Group, replay
+from saga_fast.tiny import SUPERVISOR
+
+from .tiny_models import GRID, IMAGE, pair_prefix, qwen, random_model
+
+
+def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
+    """Log-probs through NF4: exact values are bitsandbytes' own, so only the order of float32 sums differs."""
+    mllm = load_mllm(SUPERVISOR)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+    model = Qwen3VLForConditionalGeneration.from_pretrained(
+        SUPERVISOR, dtype=torch.float32, device_map="cpu", quantization_config=quantization
+    )
+    instruction = PROMPTS["drawn-birds"].instruction()
+    prefix = PairPrefix.of(build_prefix(mllm.tokenizer, instruction, 49, "images_first"), (7, 7))
+    torch.manual_seed(0)
+    levels = [torch.randn(2, 49, 192) for _ in range(4)]
+    completion = torch.randint(10, 400, (20,)).tolist()
+    ids = torch.cat([prefix.input_ids, torch.tensor(completion)])[None]
+    image = mllm.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    logits = model(
+        input_ids=ids,
+        mm_token_type_ids=(ids == image).int(),
+        image_grid_thw=torch.tensor([[1, 14, 14]] * 2),
+        mm_encoder_outputs={
+            "image": qwen.BaseModelOutputWithDeepstackFeatures(
+                pooler_output=tuple(levels[0]), deepstack_features=[tuple(level) for level in levels[1:]]
+            )
+        },
+    ).logits[0, len(prefix) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    features = VisualFeatures(levels[0], tuple(levels[1:]))
+    (ours,) = replay(mllm.decoder, prefix, features, [Group([completion], [torch.ones(20)], {})], 1.0, 3).log_probs[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    assert expected.std() > 0.1, "log-probs that are all alike would hide an error"
+
+    dense = load_mllm(SUPERVISOR, quantize=False)
+    (other,) = replay(dense.decoder, prefix, features, [Group([completion], [torch.ones(20)], {})], 1.0, 3).log_probs[0]
+    assert (other - ours).abs().max() > 1e-2, "the language model was not quantised at all"
+
+
+def test_positions_equal_transformers():
+    model, prefix = random_model(), pair_prefix()
+    ids = prefix.input_ids[None]
+    grid = torch.tensor([[1, 2 * GRID[0], 2 * GRID[1]]] * 2)
+    positions, delta = model.model.get_rope_index(ids, (ids == IMAGE).int(), grid)
+    assert torch.equal(prefix.positions, positions[:, 0])
+    assert prefix.next_position == int(delta) + len(prefix)
+
+
+def test_fingerprint_sees_a_single_bit():
+    mllm = load_mllm(SUPERVISOR)
+    before = mllm.decoder.fingerprint()
+    assert load_mllm(SUPERVISOR).decoder.fingerprint() == before
+    mllm.decoder.layers[2].down.weight.packed.view(-1)[7] ^= 1
+    assert mllm.decoder.fingerprint() != before
+
+
+def test_clear_errors(tmp_path):
+    with pytest.raises(InputError, match="supervisor.model: .* is no model"):
+        load_mllm(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(InputError, match="is a 'qwen3'; a multimodal 'qwen3_vl' is needed"):
+        load_mllm(tmp_path)
+    partial = shutil.copytree(SUPERVISOR, tmp_path / "partial")
+    weights = partial / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="is not whole"):
+        load_mllm(partial)
+    weights.unlink()
+    with pytest.raises(InputError, match="is not whole"):
+        load_mllm(partial)
