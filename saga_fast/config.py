@@ -210,15 +210,17 @@ PRESETS: dict[str, Config] = {
         encoder=EncoderConfig(embedding_dim=192),
         supervisor=SupervisorConfig(model=TINY, prompt="drawn-birds"),
         rollout=RolloutConfig(max_new_tokens=192),
-        dml=DmlConfig(proxies_per_class=4),
-        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=60, precision="fp32"),
+        # On 50 species Potential Field's gradient is a thousand times that of the other two terms.
+        dml=DmlConfig(loss="multi-similarity"),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=24, precision="fp32"),
+        log=LogConfig(checkpoint_every=12, gradients_every=4),
     ),
     "folder": Config(
         data=DataConfig(image_size=112),
         encoder=EncoderConfig(embedding_dim=192),
         supervisor=SupervisorConfig(model=TINY, prompt="drawn-birds"),
-        rollout=RolloutConfig(max_new_tokens=192, max_batches=1),
-        dml=DmlConfig(proxies_per_class=1),
+        rollout=RolloutConfig(max_new_tokens=192, max_batches=1, pairs_per_batch=16),
+        dml=DmlConfig(loss="multi-similarity"),
         optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, precision="fp32"),
     ),
 }
