@@ -1,0 +1,242 @@
+"""The loop on a handful of drawn birds: resume to the same bytes, a frozen supervisor, each λ alone, clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from saga_fast import train as trainer
+from saga_fast.config import PRESETS, Config
+from saga_fast.encoder import Encoder
+from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.tiny import SUPERVISOR
+
+
+def small(**sections: dict) -> Config:
+    """The default preset on 16 species of 4 images: 4 steps of 2 contributing pairs."""
+    changes = {
+        "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2},
+        "rollout": {"pairs": 2, "group_size": 4, "max_batches": 2, "pairs_per_batch": 8},
+        "optim": {"steps": 4},
+        "log": {"checkpoint_every": 2, "gradients_every": 2},
+    }
+    config = PRESETS["drawn-birds"]
+    for name in changes.keys() | sections.keys():
+        values = {**changes.get(name, {}), **sections.get(name, {})}
+        config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
+    return config
+
+
+def lines(run: Path) -> list[dict]:
+    timed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in timed]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    return out, trainer.train(small(), out)
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    out, final = unbroken
+    assert json.loads((out / "final.json").read_text()) == final
+    for metrics in (final["before"], final["after"]):
+        assert {"recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r", "nmi"} <= metrics.keys()
+    assert Config.from_dict(json.loads((out / "config.json").read_text())["config"]) == small()
+    assert [line["step"] for line in lines(out)] == [0, 1, 2, 3]
+    assert any(line["pairs_replayed"] for line in lines(out)), "a run in which no pair contributes tests nothing"
+    assert {"loss_dml", "reward_same", "reward_different", "grad_tower_lm", "cosine_tower_dml_lm"} <= lines(out)[
+        0
+    ].keys()
+    assert list(out.glob("events.out.tfevents*"))
+    assert Encoder.from_pretrained(out / "encoder").image_size == 112
+
+
+def test_the_supervisor_stays_frozen_and_the_tower_does_not(unbroken):
+    out, final = unbroken
+    mllm = load_mllm(SUPERVISOR)
+    assert final["supervisor_sha256"] == mllm.decoder.fingerprint()
+    trained = Encoder.from_pretrained(out / "encoder").tower.model.state_dict()
+    moved = [name for name, value in mllm.visual.state_dict().items() if not torch.equal(value, trained[name])]
+    assert any("deepstack_merger_list" in name for name in moved), "no gradient came through DeepStack"
+    assert any(name.startswith("patch_embed") for name in moved)
+
+
+def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    record = trainer.Run.record
+
+    def dies(self, step, *rest):
+        record(self, step, *rest)
+        if step == 2:  # one step after the checkpoint
+            raise Killed
+
+    out, final = tmp_path / "broken", unbroken[1]
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(trainer.Run, "record", dies)
+        trainer.train(small(), out)
+    assert not (out / "final.json").exists()
+    assert trainer.train(small(), out, resume=True) == final
+    ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (out, unbroken[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert lines(out) == lines(unbroken[0])
+
+
+@pytest.fixture(scope="module")
+def phase_c():
+    """An encoder, its supervisor and two buffered pairs with made-up verdicts on real completions."""
+    config = small()
+    torch.manual_seed(0)
+    mllm = load_mllm(SUPERVISOR)
+    encoder = Encoder.from_tower(mllm.visual, "attention", 32, 112)
+    supervisor = trainer.make_supervisor(config, mllm, encoder)
+    pixels = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8)
+    with torch.no_grad():
+        completions = supervisor.roll_out(encoder.tower(pixels), torch.arange(2))
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    advantages = torch.tensor([0.9, -0.9, 0.9, -0.9])
+    buffer = [trainer.Pair(pixels[2 * i : 2 * i + 2], completions[i], rewards, advantages) for i in range(2)]
+    return encoder, supervisor, buffer
+
+
+@pytest.mark.parametrize("lm,kl", [(1.0, 0.0), (0.0, 1.0), (2.0, 3.0)])
+def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
+    encoder, supervisor, buffer = phase_c
+    weights = {"lambda_": {"lm": lm, "kl": kl}}
+
+    def gradients(**sections):
+        encoder.zero_grad(set_to_none=True)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
+        trainer.replay(small(**sections), supervisor, encoder, buffer, autocast)
+        return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+    got, unit = gradients(**weights), gradients(lambda_={"lm": 1.0, "kl": 1.0})
+    assert any(name.startswith("tower") for name in got) == (lm > 0)
+    assert any(name.startswith("pooler") for name in got) == (kl > 0)
+    assert "pooler.project.weight" not in got, "L_KL and L_GRPO both bypass the projection"
+    for name, gradient in got.items():
+        torch.testing.assert_close(
+            gradient, unit[name] * (lm if name.startswith("tower") else kl), rtol=1e-4, atol=1e-7
+        )
+
+
+def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, embeddings, labels):
+            return embeddings.sum() * float("nan")
+
+    monkeypatch.setattr(trainer, "metric_loss", lambda *_, **__: Broken())
+    config = small(optim={"steps": 20}, lambda_={"lm": 0.0, "kl": 0.0})
+    with pytest.raises(trainer.Diverged, match="5 steps in a row were not finite"):
+        trainer.train(config, tmp_path / "run")
+    assert [line["skipped"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    saved = load_file(tmp_path / "run/checkpoint/step-000004/encoder.safetensors")
+    original = load_mllm(SUPERVISOR).visual.state_dict()
+    assert all(torch.equal(saved[f"tower.model.{name}"], value) for name, value in original.items())
+
+
+def test_a_draw_without_contributing_pairs_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Supervisor, "judge", lambda self, completions, same: (torch.ones(len(same), 4),) * 2)
+    config = small(optim={"steps": 1})
+    trainer.train(config, tmp_path / "run")
+    (line,) = lines(tmp_path / "run")
+    assert line["micro_batches"] == 2 and line["pairs_drawn"] == 16 and line["pairs_replayed"] == 0
+
+
+def test_pairs_are_balanced_and_distinct():
+    labels = torch.arange(8).repeat_interleave(4)
+    pairs = trainer.draw_pairs(labels, 32, seed=3)
+    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    assert same.tolist() == [True, False] * 16
+    assert len({tuple(pair) for pair in pairs.tolist()}) == 32 and (pairs[:, 0] != pairs[:, 1]).all()
+    assert not torch.equal(pairs, trainer.draw_pairs(labels, 32, seed=4))
+
+
+def test_learning_rate_warms_up_then_falls_to_zero():
+    factors = [trainer.learning_rate_factor(step, 100, 0.05) for step in range(101)]
+    assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0] and factors[100] < 1e-9
+    assert all(a > b for a, b in zip(factors[5:], factors[6:]))
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    root = tmp_path / "pictures"
+    for name in "abcd":
+        for i in range(3):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (60 * i, 40, 90)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["mars"], "preset: 'mars' is unknown; use one of drawn-birds, folder"),
+        (["--optim.stps", "3"], "--optim.stps: unknown flag; did you mean --optim.steps?"),
+        (["--optim.steps", "three"], "--optim.steps"),
+        (["--encoder.pooler", "median"], "--encoder.pooler"),
+        (["--supervisor.generic"], "pass --lambda.kl 0"),
+        (["--encoder.pooler", "mean"], "pass --lambda.kl 0"),
+        (["--supervisor.anchor-layer", "9"], "supervisor.anchor-layer: 9; the model's layers are 0 to 3"),
+        (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
+        (["--lambda.lm", "nan"], "lambda.lm: nan"),
+        (["--rollout.temperature", "0"], "greedy rollouts are all alike"),
+        (["--data.species", "20"], "classes_per_batch: 16"),
+        (["--resume"], "holds no run"),
+        (["folder"], "--data.root: missing"),
+        (["folder", "--data.root", "{tmp}/nowhere"], "nowhere"),
+        (["folder", "--data.root", "{tmp}/empty"], "no class folders"),
+        (["folder", "--data.root", "{pictures}"], "classes_per_batch: 16, the training set has 2"),
+        (["--supervisor.model", "{tmp}/empty"], "supervisor.model"),
+        (["--supervisor.model", "{tmp}/text-only"], "a multimodal 'qwen3_vl' is needed"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, pictures, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text-only").mkdir()
+    (tmp_path / "text-only" / "config.json").write_text('{"model_type": "llama"}')
+    out = tmp_path / "run"
+    arguments = [argument.format(tmp=tmp_path, pictures=pictures) for argument in arguments]
+    small_data = ["--data.images-per-species", "2"] if arguments[0] != "folder" else []
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, *small_data, "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        trainer.main()
+    *_, last = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert stop.value.code == 2 and last.startswith("error: ") and message in last
+    assert not out.exists()
+
+
+def test_a_broken_image_is_named(tmp_path, pictures, monkeypatch, capsys):
+    (pictures / "b" / "1.png").write_bytes(b"not a picture")
+    flags = ["folder", "--data.root", str(pictures), "--data.classes-per-batch", "2", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with pytest.raises(SystemExit) as stop:
+        trainer.main()
+    assert stop.value.code == 2 and "b/1.png" in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_not_written_into(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.txt").write_text("keep")
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        trainer.main()
+    assert stop.value.code == 2 and "exists; go on with --resume" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_resumed_run_keeps_its_configuration(unbroken, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(unbroken[0]), "--resume", "--optim.clip", "2"])
+    with pytest.raises(SystemExit) as stop:
+        trainer.main()
+    assert stop.value.code == 2 and "a resumed run keeps its configuration" in capsys.readouterr().err
