@@ -8,6 +8,7 @@ caller's: a prefill, a decode step and a replay differ only in the `attend` they
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.errors import InputError
 from saga_kernels import NF4Weight, nf4_matmul, rms_norm, rope, swiglu
+
+# At import it warns that an optional package for its own CPU forward is missing; our ops do not use that forward.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
