@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder
+from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import load_mllm
 from saga_fast.tiny import SUPERVISOR
 
@@ -59,6 +61,16 @@ def test_a_run_leaves_what_it_promises(unbroken):
     ].keys()
     assert list(out.glob("events.out.tfevents*"))
     assert Encoder.from_pretrained(out / "encoder").image_size == 112
+
+
+def test_evaluate_measures_a_saved_encoder_alike(unbroken, tmp_path, capsys):
+    out, final = unbroken
+    data = ["--data.species", "16", "--data.images-per-species", "4"]
+    evaluate.main(["--encoder", str(out / "encoder"), *data, "--json", str(tmp_path / "metrics.json")])
+    assert json.loads((tmp_path / "metrics.json").read_text()) == final["after"]
+    assert "R@1" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds no config.json"):
+        evaluate.main(["--encoder", str(tmp_path)])
 
 
 def test_the_supervisor_stays_frozen_and_the_tower_does_not(unbroken):
