@@ -1,0 +1,163 @@
+"""Compile every shipped Triton kernel for every chip it may run on, without a GPU, and look at what came out.
+
+    python -m bench.compile [--json FILE] [--only OP] [--jobs N]
+
+A configuration is wrong if it does not compile, spills registers without a stated reason, needs more shared memory
+than a block of that chip may have, or uses no tensor cores where it says it does. Any wrong one: exit code 1.
+The committed `bench/results/compile.json` holds the figures of the Triton it names; a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+KERNELS = Path(__file__).parents[1] / "kernels/gpu"
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compile every shipped kernel for every chip."""
+
+    json: Path | None = None
+    """Write the figures here; with --only, the other ops' figures in it stay."""
+    only: str | None = None
+    """One op: a file of kernels/gpu without its suffix."""
+    jobs: int = 2
+    """Processes."""
+
+
+def ops() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules([str(KERNELS)]) if module.name != "shipped")
+
+
+def compile_op(task: tuple[str, int]) -> list[dict[str, Any]]:
+    """Every configuration of one op on one chip. Runs in a worker: nothing but this imports Triton."""
+    op, arch = task
+    return [_figures(op, shipped, arch) for shipped in import_module(f"saga_kernels.gpu.{op}").shipped(arch)]
+
+
+def _figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.tools.disasm import path_to_cuobjdump
+
+    from saga_kernels.gpu.shipped import SHARED_MEMORY, launch_options
+
+    row = {"op": op, "name": shipped.name, "arch": arch}
+    constexprs = dict.fromkeys(shipped.constants, "constexpr")
+    signature = {name: {**shipped.signature, **constexprs}[name] for name in shipped.kernel.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in shipped.aligned
+    }
+    options = launch_options(shipped.warps, shipped.stages, shipped.fp_fusion)
+    source = ASTSource(shipped.kernel, signature, dict(shipped.constants), attrs)
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is this configuration's verdict
+        return {**row, "wrong": [f"does not compile: {_last_line(error)}"]}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        dump = [path_to_cuobjdump(), "-sass", "-res-usage", file.name]
+        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
+    row |= {
+        "registers": usage["REG"],
+        "spills": len(LOCAL_MEMORY.findall(text)),
+        "stack": usage["STACK"],
+        "shared": kernel.metadata.shared + usage["SHARED"],
+        "tensor_cores": dict(sorted(Counter(TENSOR_CORES.findall(kernel.asm["ptx"])).items())),
+        "bytes": len(kernel.asm["cubin"]),
+    }
+    wrong = []
+    if (row["spills"] or row["stack"]) and not shipped.spills_allowed:
+        wrong.append(f"spills: {row['spills']} accesses to local memory, stack of {row['stack']} bytes")
+    if row["shared"] > SHARED_MEMORY[arch]:
+        wrong.append(f"{row['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}")
+    if shipped.tensor_cores and not row["tensor_cores"]:
+        wrong.append("no tensor-core instruction")
+    return {**row, "wrong": wrong}
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+
+
+def compile_all(only: str | None = None, jobs: int = 2) -> Iterator[dict[str, Any]]:
+    """A row a configuration, in a fixed order, each compiled anew by the real compiler in a fresh process."""
+    if only is not None and only not in ops():
+        raise SystemExit(f"--only: got {only}, accepted is {', '.join(ops())}")
+    with tempfile.TemporaryDirectory() as cache:
+        kept = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+                tasks = [(op, arch) for op in ([only] if only else ops()) for arch in (80, 86, 90, 100, 120)]
+                for rows in pool.imap(compile_op, tasks):
+                    yield from rows
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def key(row: dict[str, Any]) -> str:
+    return f"{row['op']}/{row['name']}/sm_{row['arch']}"
+
+
+def main(arguments: Arguments) -> int:
+    rows = []
+    form = "{:58} {:>9} {:>6} {:>5} {:>7} {:>7}  {}"
+    print(form.format("kernel", "registers", "spills", "stack", "shared", "bytes", "tensor cores"))
+    for row in compile_all(arguments.only, arguments.jobs):
+        rows.append(row)
+        figures = [row.get(name, "-") for name in ("registers", "spills", "stack", "shared", "bytes")]
+        cores = " ".join(f"{name} x{count}" for name, count in row.get("tensor_cores", {}).items())
+        print(form.format(key(row), *figures, cores), flush=True)
+        for verdict in row["wrong"]:
+            print(f"    WRONG: {verdict}")
+    wrong = sum(bool(row["wrong"]) for row in rows)
+    print(f"{len(rows)} configurations, {wrong} wrong")
+    if arguments.json is not None:
+        write(arguments.json, rows, arguments.only)
+    return int(wrong > 0)
+
+
+def write(path: Path, rows: list[dict[str, Any]], only: str | None) -> None:
+    """One configuration a line, so that a change shows as the lines it changes."""
+    from importlib.metadata import version
+
+    kernels = json.loads(path.read_text())["kernels"] if only and path.exists() else {}
+    kernels = {name: row for name, row in kernels.items() if not name.startswith(f"{only}/")}
+    figures = ("registers", "spills", "stack", "shared", "tensor_cores", "bytes", "wrong")
+    kernels |= {key(row): {name: row[name] for name in figures if row.get(name) not in (None, [])} for row in rows}
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(kernels.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n  "triton": "{version("triton")}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))
