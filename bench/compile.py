@@ -26,6 +26,7 @@ from typing import Any
 
 import tyro
 
+ARCHITECTURES = (80, 86, 90, 100, 120)
 KERNELS = Path(__file__).parents[1] / "kernels/gpu"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
@@ -108,20 +109,13 @@ def compile_all(only: str | None = None, jobs: int = 2) -> Iterator[dict[str, An
     """A row a configuration, in a fixed order, each compiled anew by the real compiler in a fresh process."""
     if only is not None and only not in ops():
         raise SystemExit(f"--only: got {only}, accepted is {', '.join(ops())}")
-    with tempfile.TemporaryDirectory() as cache:
-        kept = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
-        os.environ.pop("TRITON_INTERPRET", None)
-        os.environ["TRITON_CACHE_DIR"] = cache
-        try:
-            with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-                tasks = [(op, arch) for op in ([only] if only else ops()) for arch in (80, 86, 90, 100, 120)]
-                for rows in pool.imap(compile_op, tasks):
-                    yield from rows
-        finally:
-            for name, value in kept.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+    os.environ.pop("TRITON_INTERPRET", None)  # what the fresh processes inherit, and read before they import Triton
+    with tempfile.TemporaryDirectory() as os.environ["TRITON_CACHE_DIR"]:
+        tasks = [(op, arch) for op in ([only] if only else ops()) for arch in ARCHITECTURES]
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            for rows in pool.imap(compile_op, tasks):
+                yield from rows
+
 
 
 def key(row: dict[str, Any]) -> str:

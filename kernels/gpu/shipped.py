@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from triton import JITFunction
 
-ARCHITECTURES = (80, 86, 90, 100, 120)
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may have
 
 
@@ -48,7 +47,7 @@ class Shipped:
 
 
 def launch_options(warps: int, stages: int = 1, fp_fusion: bool = True) -> dict[str, object]:
-    """The options of every launch, as keywords. Said outright because Triton's defaults move: 3.6 rounds a * b + c
-    once unless told not to, 3.9 twice. False keeps two roundings, where bits must match.
+    """The options of every launch, as keywords. Fusion (a * b + c rounded once) is said outright, since Triton's default
+    is about to change; False keeps two roundings, where bits must match.
     """
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
