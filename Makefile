@@ -16,7 +16,7 @@ endif
 
 installed := $(VENV)/.saga_fast
 
-.PHONY: train test check
+.PHONY: train test check gpu-check
 train: $(installed)
 	$(VENV)/bin/python -m saga_fast.train $(ARGS)
 
@@ -25,6 +25,10 @@ test: $(installed)
 
 check: $(installed)
 	$(VENV)/bin/ruff check .
+
+# Needs a GPU and a Python with PyTorch and Triton; sets up nothing. OUT= is the folder for what it finds.
+gpu-check:
+	$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) -m bench.gpu_check --out $(or $(OUT),runs/gpu-check)
 
 # PyTorch comes first: the extension is compiled against it.
 $(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -1,4 +1,5 @@
-"""Builds `saga_kernels._C` from csrc/: C++ always, CUDA too when PyTorch and a toolkit both have it."""
+"""Builds `saga_kernels._C` from csrc/: C++ always, CUDA too when PyTorch and a toolkit have it and SAGA_CUDA is not 0."""
+import os
 
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -6,7 +7,7 @@ from torch.version import cuda
 
 sources = ["csrc/advantage.cpp"]
 flags = {"cxx": ["-O3"]}
-if cuda is not None and CUDA_HOME is not None:
+if cuda is not None and CUDA_HOME is not None and os.environ.get("SAGA_CUDA") != "0":
     extension, sources, flags = CUDAExtension, [*sources, "csrc/advantage_cuda.cu"], {**flags, "nvcc": ["-O3"]}
 else:
     extension = CppExtension

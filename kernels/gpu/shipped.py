@@ -47,7 +47,7 @@ class Shipped:
 
 
 def launch_options(warps: int, stages: int = 1, fp_fusion: bool = True) -> dict[str, object]:
-    """The options of every launch, as keywords. Fusion (a * b + c rounded once) is said outright, since Triton's default
-    is about to change; False keeps two roundings, where bits must match.
+    """The options of every launch, as keywords. Fusion (a * b + c rounded once) is said outright, since Triton is about
+    to change its default; False keeps two roundings, where bits must match.
     """
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
