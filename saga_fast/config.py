@@ -36,10 +36,14 @@ class DataConfig:
     images_per_class: int = 4
     skip_unreadable: bool = False
     """Skip and count images that cannot be read, instead of stopping at the first."""
+    train_classes: int | None = None
+    """Train on the first so many classes of the training half only, to see what few classes can teach; default all."""
     species: int = 100
     """drawn-birds: species drawn, half of them for training."""
     images_per_species: int = 30
     """drawn-birds: images of each species."""
+    seed: int = 0
+    """drawn-birds: another seed draws other species and other pictures."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Config:
         if not 0 < self.rollout.top_p <= 1:
             raise InputError(f"rollout.top-p: {self.rollout.top_p}; give a number above 0 and up to 1")
         for name, count in (
+            ("data.train-classes", self.data.train_classes),
             ("optim.steps", self.optim.steps),
             ("rollout.pairs", self.rollout.pairs),
             ("rollout.max-new-tokens", self.rollout.max_new_tokens),

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saga_fast.config import DataConfig, parse_flags
-from saga_fast.data import PixelLoader, load_dataset
+from saga_fast.data import PixelLoader, first_classes, load_dataset
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.metrics import retrieval_metrics
@@ -48,12 +48,14 @@ def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLo
     """(train, test) as `data` describes them, at `image_size` pixels a side."""
     settings = {}
     if data.name == "drawn-birds":
-        settings = {"species": data.species, "images_per_species": data.images_per_species}
-    train, test = (
+        settings = {"species": data.species, "images_per_species": data.images_per_species, "seed": data.seed}
+    train, test = load_dataset(data.name, data.root, **settings)
+    if data.train_classes is not None:
+        train = first_classes(train, data.train_classes)
+    return tuple(
         PixelLoader(part, image_size, skip_unreadable=data.skip_unreadable, name=f"{data.name} {half}")
-        for part, half in zip(load_dataset(data.name, data.root, **settings), ("train", "test"))
+        for part, half in ((train, "train"), (test, "test"))
     )
-    return train, test
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

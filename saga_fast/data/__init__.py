@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from saga_fast.data.dataset import ImageDataset, Subset, check_classes, split_classes
+from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_classes, split_classes
 from saga_fast.data.folder import ImageFolder, class_folders, load_folder
 from saga_fast.data.loader import Batch, PixelLoader
 from saga_fast.data.sampler import ClassBalancedSampler
@@ -26,6 +26,7 @@ __all__ = [
     "Subset",
     "check_classes",
     "class_folders",
+    "first_classes",
     "load_dataset",
     "load_folder",
     "split_classes",

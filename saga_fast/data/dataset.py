@@ -39,6 +39,15 @@ class Subset:
         return self.dataset[self.indices[index]]
 
 
+def first_classes(dataset: ImageDataset, count: int) -> Subset:
+    """The images of the first `count` classes, under these classes alone. Raises InputError if there are fewer."""
+    if count > len(dataset.classes):
+        raise InputError(f"--data.train-classes: {count}; the training half has {len(dataset.classes)} classes")
+    subset = Subset(dataset, [i for i, label in enumerate(dataset.labels) if label < count])
+    subset.classes = dataset.classes[:count]
+    return subset
+
+
 def split_classes(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Sorted names cut in halves, (train, test); of an odd number train gets the one over."""
     names = sorted(names)

@@ -205,6 +205,8 @@ def pictures(tmp_path) -> Path:
         (["--lambda.lm", "nan"], "lambda.lm: nan"),
         (["--rollout.temperature", "0"], "greedy rollouts are all alike"),
         (["--data.species", "20"], "classes_per_batch: 16"),
+        (["--data.train-classes", "51"], "--data.train-classes: 51; the training half has 50 classes"),
+        (["--data.train-classes", "0"], "data.train-classes: 0; give 1 or more"),
         (["--resume"], "holds no run"),
         (["folder"], "--data.root: missing"),
         (["folder", "--data.root", "{tmp}/nowhere"], "nowhere"),
