@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -360,15 +361,19 @@ class Run:
 
     def begin(self, before: dict[str, float]) -> None:
         self.before = before
-        self.out.mkdir(parents=True, exist_ok=True)
         versions = {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
         described = {"config": self.config.to_dict(), "versions": versions, "commit": git_commit()}
-        (self.out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        self.save()
+        # Made aside and renamed, as checkpoints are: a folder that is there can be resumed.
+        aside = self.out.absolute().with_name(f".{self.out.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        self.save(aside)
+        aside.rename(self.out)
         self.board = SummaryWriter(self.out)
 
     def restore(self) -> None:
@@ -389,7 +394,7 @@ class Run:
         metrics.write_text("".join(lines))
         self.board = SummaryWriter(self.out, purge_step=self.step)
 
-    def save(self) -> None:
+    def save(self, out: Path | None = None) -> None:
         optimizer, optimizer_rest = checkpoint.pack_optimizer(self.optimizer)
         rng, rng_rest = checkpoint.pack_rng()
         parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
@@ -406,7 +411,7 @@ class Run:
             "sampler": self.sampler.state_dict(self.batches),
             "rng": rng_rest,
         }
-        checkpoint.save(self.out / "checkpoint", self.step, parts, state)
+        checkpoint.save((out or self.out) / "checkpoint", self.step, parts, state)
 
     def record(self, step: int, batches: int, log: dict[str, float]) -> None:
         """One more step is done: a line of metrics.jsonl, and the same numbers to TensorBoard."""
