@@ -1,6 +1,6 @@
 """A run that is killed anywhere, as often as you like, and resumed ends in the bytes of one that was left alone.
 
-    pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; the ordinary suite does 3
+pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; the ordinary suite does 3
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import pytest
 FLAGS = (
     *("--data.species", "16", "--data.images-per-species", "4"),
     *("--data.classes-per-batch", "8", "--data.images-per-class", "2"),
-    *("--rollout.pairs", "1", "--rollout.group-size", "4", "--rollout.pairs-per-batch", "4", "--rollout.max-batches", "1"),
+    *(
+        "--rollout.pairs",
+        "1",
+        "--rollout.group-size",
+        "4",
+        "--rollout.pairs-per-batch",
+        "4",
+        "--rollout.max-batches",
+        "1",
+    ),
     *("--optim.steps", "8", "--log.checkpoint-every", "1"),
 )
 
