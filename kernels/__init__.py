@@ -8,7 +8,7 @@ if __name__ == "saga_kernels":
     from .layout import GroupLayout
     from .logprob import token_logprob
     from .nf4 import NF4Weight, nf4_dequantize, nf4_matmul
-    from .norm import rms_norm
+    from .norm import add_rms_norm, rms_norm
     from .rope import rope
     from .sampling import sample_top_p
     from .swiglu import swiglu
@@ -16,6 +16,7 @@ if __name__ == "saga_kernels":
     __all__ = [
         "GroupLayout",
         "NF4Weight",
+        "add_rms_norm",
         "attention_onto",
         "group_advantage",
         "group_attention",

@@ -34,6 +34,13 @@ def expect_same_device(**tensors: Tensor) -> None:
         expect(tensor.device == reference.device, argument, f"device {tensor.device}", f"{first}'s, {reference.device}")
 
 
+def expect_contiguous_on_gpu(**tensors: Tensor) -> None:
+    """Check that what a kernel will read is dense; on CPU any strides do."""
+    for argument, tensor in tensors.items():
+        dense = tensor.is_contiguous() or not tensor.is_cuda
+        expect(dense, argument, f"strides {tensor.stride()}", "contiguous on a GPU")
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,27 +1,53 @@
-"""RMSNorm of a frozen layer (arXiv 1910.07467)."""
+"""RMSNorm of a frozen layer (arXiv 1910.07467), alone or with the residual addition before it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
+from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
+
+WIDEST_ON_GPU = 8192
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * (x / sqrt(mean(x^2) + eps)) over the last axis; computed in float32 and rounded before the weight.
 
     Args:
-        x: (..., D). weight: (D,), of x's dtype. eps: added to the mean square.
+        x: (..., D); on a GPU contiguous, D at most 8192. weight: (D,), of x's dtype. eps: added to the mean square.
 
     Returns:
         Like x. The gradient goes to x alone, recomputed from x: the weight is frozen.
     """
+    _check(x, weight)
+    return _rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + residual and `rms_norm(s)`, with s neither read back forward nor its two gradients added in a pass of
+    their own backward.
+
+    Args:
+        x, weight, eps: as `rms_norm`. residual: like x.
+
+    Returns:
+        s, like x, rounded to its dtype before the norm. The normed s. Both give their gradient to x and residual.
+    """
+    _check(x, weight)
+    expect_tensor("residual", residual, tuple(x.shape), (x.dtype,))
+    expect_same_device(x=x, residual=residual)
+    expect_contiguous_on_gpu(residual=residual)
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     expect(x.dim() > 0, "x", "a scalar", "shape (..., D)")
     expect_tensor("x", x, tuple(x.shape), FLOATS)
     expect_tensor("weight", weight, (x.shape[-1],), (x.dtype,))
     expect_same_device(x=x, weight=weight)
-    return _rms_norm(x, weight, eps)
+    expect_contiguous_on_gpu(x=x, weight=weight)
+    if x.is_cuda and x.dtype != torch.float64:
+        expect(x.shape[-1] <= WIDEST_ON_GPU, "x", f"D = {x.shape[-1]}", f"at most {WIDEST_ON_GPU} on a GPU")
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,18 +57,53 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-def rms_norm_backward_reference(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """dx = scale * (g - n * mean(g * n)), with n = x * scale and g = weight * dy."""
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` in plain PyTorch."""
+    total = x + residual
+    return total, rms_norm_reference(total, weight, eps)
+
+
+def rms_norm_backward_reference(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """dx = scale * (g - n * mean(g * n)) + dsum, with n = x * scale and g = weight * dy, in dy's dtype as given."""
     wide, g = x.to(accumulator(x.dtype)), (dy * weight).to(accumulator(x.dtype))
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     normal = wide * scale
-    return ((g - normal * (g * normal).mean(-1, keepdim=True)) * scale).to(x.dtype)
+    dx = (g - normal * (g * normal).mean(-1, keepdim=True)) * scale
+    return (dx if dsum is None else dx + dsum).to(x.dtype)
 
 
 _rms_norm = torch.library.custom_op("saga_kernels::rms_norm", rms_norm_reference, mutates_args=())
+_add_rms_norm = torch.library.custom_op("saga_kernels::add_rms_norm", add_rms_norm_reference, mutates_args=())
 _rms_norm_backward = torch.library.custom_op(
     "saga_kernels::rms_norm_backward", rms_norm_backward_reference, mutates_args=()
 )
+
+
+@_rms_norm.register_kernel("cuda")
+def _(x, weight, eps):
+    if x.dtype == torch.float64:
+        return rms_norm_reference(x, weight, eps)
+    from .gpu import norm  # Triton is needed on a GPU alone
+
+    return norm.forward(x, None, weight, eps)[1]
+
+
+@_add_rms_norm.register_kernel("cuda")
+def _(x, residual, weight, eps):
+    if x.dtype == torch.float64:
+        return add_rms_norm_reference(x, residual, weight, eps)
+    from .gpu import norm
+
+    return norm.forward(x, residual, weight, eps)
+
+
+@_rms_norm_backward.register_kernel("cuda")
+def _(dy, dsum, x, weight, eps):
+    if x.dtype == torch.float64:
+        return rms_norm_backward_reference(dy, dsum, x, weight, eps)
+    from .gpu import norm
+
+    return norm.backward(dy.contiguous(), None if dsum is None else dsum.contiguous(), x, weight, eps)
 
 
 @_rms_norm.register_fake
@@ -50,8 +111,13 @@ def _(x, weight, eps):
     return torch.empty_like(x)
 
 
+@_add_rms_norm.register_fake
+def _(x, residual, weight, eps):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
 @_rms_norm_backward.register_fake
-def _(dy, x, weight, eps):
+def _(dy, dsum, x, weight, eps):
     return torch.empty_like(x)
 
 
@@ -61,7 +127,18 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    return _rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
+    return _rms_norm_backward(dy, None, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _add_setup_context(ctx, inputs, output):
+    _, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[0], weight)
+
+
+def _add_backward(ctx, dsum, dy):
+    dx = _rms_norm_backward(dy, dsum, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup_context)
+_add_rms_norm.register_autograd(_add_backward, setup_context=_add_setup_context)

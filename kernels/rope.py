@@ -1,38 +1,67 @@
-"""Rotary position embedding in the rotate-half convention (arXiv 2104.09864); M-RoPE is a matter of cos and sin."""
+"""Rotary position embedding in the rotate-half convention (arXiv 2104.09864); M-RoPE is a matter of cos and sin.
+
+Where a model norms each query and key head first (Qwen3), the norm is part of the op.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, expect, expect_same_device, expect_tensor
+from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
+from .norm import rms_norm_backward_reference, rms_norm_reference
+
+WIDEST_ON_GPU, STEP_ON_GPU = 128, 16  # head_dim
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin, each token by its own angles.
+def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """x * cos + rotate_half(x) * sin, each token by its own angles; given a weight, of `rms_norm(x, weight, eps)`.
 
     Args:
-        x: (tokens, heads, head_dim), head_dim even. cos, sin: (tokens, head_dim), of any floating dtype.
+        x: (tokens, heads, head_dim), head_dim even; on a GPU a multiple of 16 up to 128, each token's heads contiguous.
+        cos, sin: (tokens, head_dim), of any floating dtype; contiguous on a GPU.
+        weight: (head_dim,), of x's dtype, or None for no norm. eps: added to the mean square.
 
     Returns:
-        Like x, computed in the widest of the dtypes given. The gradient goes to x alone.
+        Like x, contiguous; rotated in float32 or the angles' wider dtype. The gradient goes to x alone, the norm
+        recomputed from x.
     """
     expect_tensor("x", x, (None, None, None), FLOATS)
-    expect(x.shape[2] % 2 == 0, "x", f"head_dim {x.shape[2]}", "an even head_dim")
-    expect_tensor("cos", cos, (x.shape[0], x.shape[2]), FLOATS)
+    heads, dim = x.shape[1:]
+    expect(dim % 2 == 0, "x", f"head_dim {dim}", "an even head_dim")
+    expect_tensor("cos", cos, (x.shape[0], dim), FLOATS)
     expect_tensor("sin", sin, tuple(cos.shape), (cos.dtype,))
     expect_same_device(x=x, cos=cos, sin=sin)
-    return _rope(x, cos, sin)
+    if weight is not None:
+        expect_tensor("weight", weight, (dim,), (x.dtype,))
+        expect_same_device(x=x, weight=weight)
+    if _on_gpu(x, cos):
+        accepted = f"a multiple of {STEP_ON_GPU} up to {WIDEST_ON_GPU} on a GPU"
+        expect(dim % STEP_ON_GPU == 0 and dim <= WIDEST_ON_GPU, "x", f"head_dim {dim}", accepted)
+        dense = x.stride(2) == 1 and (x.stride(1) == dim or heads == 1)
+        expect(dense, "x", f"strides {x.stride()}", "each token's heads contiguous on a GPU")
+        expect_contiguous_on_gpu(cos=cos, sin=sin, **({} if weight is None else {"weight": weight}))
+    return _rope(x, cos, sin, weight, eps)
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _on_gpu(x: Tensor, cos: Tensor) -> bool:
+    """Whether the Triton kernel takes it: on a GPU and not in float64."""
+    return x.is_cuda and torch.float64 not in (x.dtype, cos.dtype)
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`rope` in plain PyTorch."""
-    return (x * cos[:, None] + _rotate_half(x) * sin[:, None]).to(x.dtype)
+    wide = (x if weight is None else rms_norm_reference(x, weight, eps)).to(accumulator(x.dtype))
+    return (wide * cos[:, None] + _rotate_half(wide) * sin[:, None]).to(x.dtype)
 
 
-def rope_backward_reference(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The transpose: rotating by a half is skew-symmetric."""
-    return (dy * cos[:, None] - _rotate_half(dy * sin[:, None])).to(dy.dtype)
+def rope_backward_reference(
+    dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float
+) -> Tensor:
+    """The transpose (rotating by a half is skew-symmetric), then the norm's backward, which alone needs x."""
+    wide = dy.to(accumulator(dy.dtype))
+    d = wide * cos[:, None] - _rotate_half(wide * sin[:, None])
+    return d.to(dy.dtype) if weight is None else rms_norm_backward_reference(d, None, x, weight, eps)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -44,22 +73,41 @@ _rope = torch.library.custom_op("saga_kernels::rope", rope_reference, mutates_ar
 _rope_backward = torch.library.custom_op("saga_kernels::rope_backward", rope_backward_reference, mutates_args=())
 
 
+@_rope.register_kernel("cuda")
+def _(x, cos, sin, weight, eps):
+    if not _on_gpu(x, cos):
+        return rope_reference(x, cos, sin, weight, eps)
+    from .gpu import rope  # Triton is needed on a GPU alone
+
+    return rope.forward(x, cos, sin, weight, eps)
+
+
+@_rope_backward.register_kernel("cuda")
+def _(dy, x, cos, sin, weight, eps):
+    if not _on_gpu(dy, cos):
+        return rope_backward_reference(dy, x, cos, sin, weight, eps)
+    from .gpu import rope
+
+    return rope.backward(dy.contiguous(), x, cos, sin, weight, eps)
+
+
 @_rope.register_fake
-def _(x, cos, sin):
+def _(x, cos, sin, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_rope_backward.register_fake
-def _(dy, cos, sin):
+def _(dy, x, cos, sin, weight, eps):
     return torch.empty_like(dy, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
+    x, cos, sin, weight, ctx.eps = inputs
+    ctx.save_for_backward(None if weight is None else x, cos, sin, weight)
 
 
 def _backward(ctx, dy):
-    return _rope_backward(dy, *ctx.saved_tensors), None, None
+    return _rope_backward(dy, *ctx.saved_tensors, ctx.eps), None, None, None, None
 
 
 _rope.register_autograd(_backward, setup_context=_setup_context)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulator, expect_same_device, expect_tensor
+from .checks import FLOATS, accumulator, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise; gate and up are alike in shape, dtype and device. Differentiable in both."""
+    """silu(gate) * up, elementwise, in float32. Differentiable in both; the backward recomputes the sigmoid.
+
+    gate, up: alike in shape, dtype and device; contiguous on a GPU.
+    """
     expect_tensor("gate", gate, tuple(gate.shape), FLOATS)
     expect_tensor("up", up, tuple(gate.shape), (gate.dtype,))
     expect_same_device(gate=gate, up=up)
+    expect_contiguous_on_gpu(gate=gate, up=up)
     return _swiglu(gate, up)
 
 
@@ -32,6 +36,24 @@ def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 
 _swiglu = torch.library.custom_op("saga_kernels::swiglu", swiglu_reference, mutates_args=())
 _swiglu_backward = torch.library.custom_op("saga_kernels::swiglu_backward", swiglu_backward_reference, mutates_args=())
+
+
+@_swiglu.register_kernel("cuda")
+def _(gate, up):
+    if gate.dtype == torch.float64:
+        return swiglu_reference(gate, up)
+    from .gpu import swiglu  # Triton is needed on a GPU alone
+
+    return swiglu.forward(gate, up)
+
+
+@_swiglu_backward.register_kernel("cuda")
+def _(dy, gate, up):
+    if gate.dtype == torch.float64:
+        return swiglu_backward_reference(dy, gate, up)
+    from .gpu import swiglu
+
+    return swiglu.backward(dy.contiguous(), gate, up)
 
 
 @_swiglu.register_fake

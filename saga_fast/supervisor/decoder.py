@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.errors import InputError
-from saga_kernels import NF4Weight, nf4_matmul, rms_norm, rope, swiglu
+from saga_kernels import NF4Weight, add_rms_norm, nf4_matmul, rms_norm, rope, swiglu
 
 # At import it warns that an optional package for its own CPU forward is missing; our ops do not use that forward.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -156,11 +156,8 @@ class FrozenDecoder:
     def _layer(self, i: int, layer: DecoderLayer, h: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         x = rms_norm(h, layer.input_norm, self.eps)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (layer.q, layer.k, layer.v))
-        if layer.q_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, self.eps), rms_norm(k, layer.k_norm, self.eps)
-        o = attend(i, rope(q, *rotation), rope(k, *rotation), v)
-        h = h + layer.o(o.flatten(-2))
-        x = rms_norm(h, layer.mlp_norm, self.eps)
+        q, k = rope(q, *rotation, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
+        h, x = add_rms_norm(h, layer.o(attend(i, q, k, v).flatten(-2)), layer.mlp_norm, self.eps)
         return h + layer.down(swiglu(layer.gate(x), layer.up(x)))
 
     def fingerprint(self) -> str:

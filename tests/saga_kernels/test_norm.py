@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from saga_kernels import rms_norm
+from saga_kernels import add_rms_norm, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(4, 16), (3, 2, 8)])
@@ -25,12 +25,34 @@ def test_gradient_in_float64_and_none_for_the_weight():
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_residual_goes_in_before_and_its_gradients_meet(dtype):
+    make = [torch.randn(5, 8).to(dtype).requires_grad_() for _ in range(2)]
+    weight = torch.rand(8).to(dtype)
+    total, y = add_rms_norm(*make, weight, 1e-3)
+    expected = make[0] + make[1]
+    assert torch.equal(total, expected) and torch.equal(y, rms_norm(expected, weight, 1e-3))
+    d_total, dy = torch.randn(2, 5, 8).to(dtype)
+    ours = torch.autograd.grad((total, y), make, (d_total, dy))
+    theirs = torch.autograd.grad((expected, rms_norm(expected, weight, 1e-3)), make, (d_total, dy))
+    atol, rtol = (0.05, 0.02) if dtype == torch.bfloat16 else (1e-12, 1e-12)  # ours adds before it rounds
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
+
+
+def test_the_sum_alone_carries_its_gradient():
+    x, residual = torch.randn(2, 5, 8, requires_grad=True)
+    total, _ = add_rms_norm(x, residual, torch.rand(8), 1e-3)
+    assert torch.equal(torch.autograd.grad(total.sum(), x)[0], torch.ones(5, 8))
+
+
 def test_opcheck():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.rand(8)
+    residual, dy = torch.randn(3, 8, requires_grad=True), torch.ones(3, 8)
     torch.library.opcheck(torch.ops.saga_kernels.rms_norm.default, (x, weight, 1e-6))
-    torch.library.opcheck(
-        torch.ops.saga_kernels.rms_norm_backward.default, (torch.ones(3, 8), x.detach(), weight, 1e-6)
-    )
+    torch.library.opcheck(torch.ops.saga_kernels.add_rms_norm.default, (x, residual, weight, 1e-6))
+    for dsum in (None, dy):
+        backward = torch.ops.saga_kernels.rms_norm_backward.default
+        torch.library.opcheck(backward, (dy, dsum, x.detach(), weight, 1e-6))
 
 
 def test_wrong_arguments_are_named():
@@ -38,3 +60,5 @@ def test_wrong_arguments_are_named():
         rms_norm(torch.randn(3, 8), torch.rand(7), 1e-6)
     with pytest.raises(TypeError, match="^weight: got dtype float64"):
         rms_norm(torch.randn(3, 8), torch.rand(8).double(), 1e-6)
+    with pytest.raises(ValueError, match=r"^residual: got shape \(2, 8\), accepted is shape \(3, 8\)"):
+        add_rms_norm(torch.randn(3, 8), torch.randn(2, 8), torch.rand(8), 1e-6)

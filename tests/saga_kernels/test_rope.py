@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from saga_kernels import rope
+from saga_kernels import rms_norm, rope
 
 
 def make(dtype=torch.float64):
@@ -27,10 +27,24 @@ def test_narrow_input_is_rounded_once():
     assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_with_a_weight_the_heads_are_normed_first(dtype):
+    x, cos, sin = make(dtype)
+    weight = torch.rand(8).to(dtype)
+    y, expected = rope(x, cos, sin, weight, 1e-3), rope(rms_norm(x, weight, 1e-3), cos, sin)
+    assert torch.equal(y, expected)
+    g = torch.randn_like(y)
+    atol, rtol = (0.05, 0.02) if dtype == torch.bfloat16 else (1e-12, 1e-12)  # ours rounds once, not between the two
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, g) for out in (y, expected)), atol=atol, rtol=rtol)
+
+
 def test_opcheck():
     x, cos, sin = make()
-    torch.library.opcheck(torch.ops.saga_kernels.rope.default, (x, cos, sin))
-    torch.library.opcheck(torch.ops.saga_kernels.rope_backward.default, (x.detach(), cos, sin))
+    dy, weight = torch.ones(5, 3, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    for more in ((None, 0.0), (weight, 1e-3)):
+        kept = None if more[0] is None else x.detach()
+        torch.library.opcheck(torch.ops.saga_kernels.rope.default, (x, cos, sin, *more))
+        torch.library.opcheck(torch.ops.saga_kernels.rope_backward.default, (dy, kept, cos, sin, *more))
 
 
 def test_wrong_arguments_are_named():
@@ -41,3 +55,5 @@ def test_wrong_arguments_are_named():
         rope(x, cos[1:], sin)
     with pytest.raises(TypeError, match="^sin: got dtype float32"):
         rope(x, cos, sin.float())
+    with pytest.raises(ValueError, match=r"^weight: got shape \(6,\)"):
+        rope(x, cos, sin, torch.rand(6).double())

@@ -1,0 +1,26 @@
+"""The Triton kernels in the interpreter."""
+
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from saga_kernels.gpu import swiglu
+from saga_kernels.swiglu import swiglu_backward_reference, swiglu_reference
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4}
+
+
+@settings(max_examples=10, derandomize=True, deadline=None, phases=[Phase.generate])
+@given(
+    dtype=st.sampled_from(list(TOLERANCE)), rows=st.integers(1, 5), width=st.integers(1, 100), seed=st.integers(0, 9)
+)
+def test_both_ways(assert_agrees, dtype, rows, width, seed):
+    dy, gate, up = torch.randn(3, rows, width, generator=torch.Generator().manual_seed(seed)).mul(3).to(dtype)
+    wide = [t.double() for t in (dy, gate, up)]
+    assert_agrees([swiglu.forward(gate, up, block=64)], [swiglu_reference(*wide[1:])], TOLERANCE[dtype])
+    assert_agrees(swiglu.backward(dy, gate, up, block=64), swiglu_backward_reference(*wide), TOLERANCE[dtype])
+
+
+def test_far_from_zero():
+    gate = torch.tensor([-200.0, -90, 90, 200])
+    assert torch.equal(swiglu.forward(gate, torch.ones(4), block=4), torch.tensor([0.0, 0, 90, 200]))
