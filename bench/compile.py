@@ -9,6 +9,7 @@ The committed `bench/results/compile.json` holds the figures of the Triton it na
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -19,29 +20,16 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 ARCHITECTURES = (80, 86, 90, 100, 120)
+RESERVED = 1024  # bytes of shared memory that the system keeps for itself; the tools count them from sm_100 on
 KERNELS = Path(__file__).parents[1] / "kernels/gpu"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Compile every shipped kernel for every chip."""
-
-    json: Path | None = None
-    """Write the figures here; with --only, the other ops' figures in it stay."""
-    only: str | None = None
-    """One op: a file of kernels/gpu without its suffix."""
-    jobs: int = 2
-    """Processes."""
 
 
 def ops() -> list[str]:
@@ -51,10 +39,11 @@ def ops() -> list[str]:
 def compile_op(task: tuple[str, int]) -> list[dict[str, Any]]:
     """Every configuration of one op on one chip. Runs in a worker: nothing but this imports Triton."""
     op, arch = task
-    return [_figures(op, shipped, arch) for shipped in import_module(f"saga_kernels.gpu.{op}").shipped(arch)]
+    return [figures(op, shipped, arch) for shipped in import_module(f"saga_kernels.gpu.{op}").shipped(arch)]
 
 
-def _figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
+def figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
+    """One configuration on one chip: the columns of the table, and under "wrong" what is."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -82,11 +71,12 @@ def _figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
         dump = [path_to_cuobjdump(), "-sass", "-res-usage", file.name]
         text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
+    static = max(0, usage["SHARED"] - RESERVED) if arch >= 100 else usage["SHARED"]
     row |= {
         "registers": usage["REG"],
         "spills": len(LOCAL_MEMORY.findall(text)),
         "stack": usage["STACK"],
-        "shared": kernel.metadata.shared + usage["SHARED"],
+        "shared": kernel.metadata.shared + static,
         "tensor_cores": dict(sorted(Counter(TENSOR_CORES.findall(kernel.asm["ptx"])).items())),
         "bytes": len(kernel.asm["cubin"]),
     }
@@ -107,8 +97,6 @@ def _last_line(error: Exception) -> str:
 
 def compile_all(only: str | None = None, jobs: int = 2) -> Iterator[dict[str, Any]]:
     """A row a configuration, in a fixed order, each compiled anew by the real compiler in a fresh process."""
-    if only is not None and only not in ops():
-        raise SystemExit(f"--only: got {only}, accepted is {', '.join(ops())}")
     os.environ.pop("TRITON_INTERPRET", None)  # what the fresh processes inherit, and read before they import Triton
     with tempfile.TemporaryDirectory() as os.environ["TRITON_CACHE_DIR"]:
         tasks = [(op, arch) for op in ([only] if only else ops()) for arch in ARCHITECTURES]
@@ -117,20 +105,24 @@ def compile_all(only: str | None = None, jobs: int = 2) -> Iterator[dict[str, An
                 yield from rows
 
 
-
 def key(row: dict[str, Any]) -> str:
     return f"{row['op']}/{row['name']}/sm_{row['arch']}"
 
 
-def main(arguments: Arguments) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here; with --only, other ops' figures in it stay")
+    parser.add_argument("--only", help="one op: a file of kernels/gpu without its suffix", choices=ops(), metavar="OP")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    arguments = parser.parse_args()
     rows = []
     form = "{:58} {:>9} {:>6} {:>5} {:>7} {:>7}  {}"
     print(form.format("kernel", "registers", "spills", "stack", "shared", "bytes", "tensor cores"))
     for row in compile_all(arguments.only, arguments.jobs):
         rows.append(row)
-        figures = [row.get(name, "-") for name in ("registers", "spills", "stack", "shared", "bytes")]
+        columns = [row.get(name, "-") for name in ("registers", "spills", "stack", "shared", "bytes")]
         cores = " ".join(f"{name} x{count}" for name, count in row.get("tensor_cores", {}).items())
-        print(form.format(key(row), *figures, cores), flush=True)
+        print(form.format(key(row), *columns, cores), flush=True)
         for verdict in row["wrong"]:
             print(f"    WRONG: {verdict}")
     wrong = sum(bool(row["wrong"]) for row in rows)
@@ -142,16 +134,14 @@ def main(arguments: Arguments) -> int:
 
 def write(path: Path, rows: list[dict[str, Any]], only: str | None) -> None:
     """One configuration a line, so that a change shows as the lines it changes."""
-    from importlib.metadata import version
-
     kernels = json.loads(path.read_text())["kernels"] if only and path.exists() else {}
     kernels = {name: row for name, row in kernels.items() if not name.startswith(f"{only}/")}
-    figures = ("registers", "spills", "stack", "shared", "tensor_cores", "bytes", "wrong")
-    kernels |= {key(row): {name: row[name] for name in figures if row.get(name) not in (None, [])} for row in rows}
+    columns = ("registers", "spills", "stack", "shared", "tensor_cores", "bytes", "wrong")
+    kernels |= {key(row): {name: row[name] for name in columns if row.get(name) not in (None, [])} for row in rows}
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(kernels.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{\n  "triton": "{version("triton")}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Arguments, description=__doc__)))
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """All that only a GPU can say, in one go: `make gpu-check OUT=DIR`, or `python -m bench.gpu_check --out DIR`.
 
-From a bare checkout, without internet; it needs PyTorch, Triton, pytest and hypothesis, and uses nvcc, compute-sanitizer
-and rival packages where they are. The extension is built in place, and `saga_kernels` is found through a link, so
-nothing is installed. Each part is a process of its own with a time limit, and DIR/gpu_check.json is written anew after
+From a bare checkout, without internet; it needs PyTorch, Triton and pytest, and uses nvcc, compute-sanitizer and rival
+packages where they are. The extension is built in place, and `saga_kernels` is found through a link, so nothing is
+installed. Each part is a process of its own with a time limit, and DIR/gpu_check.json is written anew after
 every part: a kernel that hangs costs its own part and nothing else. Exit code 0: every part passed; 1: one did not;
 2: there is no GPU.
 """

@@ -11,8 +11,9 @@ down slows them all. The cache is flushed just before, which also hides the cost
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -32,17 +33,19 @@ Result = Tensor | tuple[Tensor, ...]
 class Case:
     """One op at one shape.
 
-    name: what and how large. run: the implementations by name, "ours" among them; each returns what the op returns.
-    reference: the result in float32 or float64, called once. tolerance: the largest relative error accepted of any
-    implementation, in each output (`error`); 0 asks for equal bits. work: what the op must do, for the shares of
-    bandwidth and arithmetic reached. error: another measure of two results than `relative_error`, if that fits badly.
+    name: what and how large. run: the implementations by name, "ours" among them; each takes `inputs` and returns what
+    the op returns. reference: the result in float32 or float64, likewise, called once. work: what the op must do, for
+    the shares of bandwidth and arithmetic reached. tolerance: the largest relative error accepted of any
+    implementation, in each output (`error`); 0 asks for equal bits. error: another measure of two results than
+    `relative_error`, if that fits badly.
     """
 
     name: str
-    run: dict[str, Callable[[], Result]]
-    reference: Callable[[], Result]
+    run: dict[str, Callable[..., Result]]
+    reference: Callable[..., Result]
     work: Cost
     tolerance: float
+    inputs: tuple[Tensor, ...] = ()
     error: Callable[[Result, Result], float] | None = None
 
 
@@ -52,6 +55,26 @@ def importable(name: str) -> ModuleType | None:
         return import_module(name)
     except Exception:  # a GPU library that is there but broken raises what it likes
         return None
+
+
+def widened(run: Callable[..., Result], dtype: torch.dtype = torch.float64) -> Callable[..., Result]:
+    """`run` on inputs of a wider dtype: a reference."""
+    return lambda *inputs: run(*(x.to(dtype) for x in inputs))
+
+
+def backward_of(
+    run: Callable[..., Result], inputs: Sequence[Tensor], leaves: int, gradients: Tensor | tuple[Tensor, ...]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The gradients of the first `leaves` inputs, given those of the results, from one forward pass that is kept."""
+    inputs = [x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
+    kept: list[Result] = []
+
+    def backward() -> tuple[Tensor, ...]:
+        if not kept:
+            kept.append(run(*inputs))
+        return torch.autograd.grad(kept[0], inputs[:leaves], gradients, retain_graph=True)
+
+    return backward
 
 
 def relative_error(result: Result, reference: Result) -> float:
@@ -74,10 +97,10 @@ def ceilings() -> Cost:
 def measure(case: Case, ceiling: Cost) -> dict[str, Any]:
     """Check every implementation, then time those that are right."""
     figures: dict[str, dict[str, Any]] = {}
-    reference = case.reference()
+    reference = case.reference(*case.inputs)
     for name, run in case.run.items():
         try:
-            error = (case.error or relative_error)(run(), reference)
+            error = (case.error or relative_error)(run(*case.inputs), reference)
         except Exception as problem:  # a rival's failure is its figure
             lines = str(problem).strip().splitlines() or [""]
             figures[name] = {"wrong": f"{type(problem).__name__}: {lines[0]}"}
@@ -86,7 +109,7 @@ def measure(case: Case, ceiling: Cost) -> dict[str, Any]:
             if not error <= case.tolerance:
                 figures[name]["wrong"] = f"relative error {error:.2e}, above {case.tolerance:.0e}"
     del reference
-    right = {name: run for name, run in case.run.items() if "wrong" not in figures[name]}
+    right = {name: partial(run, *case.inputs) for name, run in case.run.items() if "wrong" not in figures[name]}
     for name, run in right.items():
         figures[name]["peak_bytes"] = _peak(run)
     for name, milliseconds in _interleaved(right).items():
