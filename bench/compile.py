@@ -68,21 +68,26 @@ def figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        dump = [path_to_cuobjdump(), "-sass", "-res-usage", file.name]
-        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
+
+        def dump(what: str) -> str:
+            command = [path_to_cuobjdump(), what, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump("-res-usage"))}
+        stack = usage["STACK"] + usage["LOCAL"]
+        spills = len(LOCAL_MEMORY.findall(dump("-sass"))) if stack else 0  # disassembly takes its time
     static = max(0, usage["SHARED"] - RESERVED) if arch >= 100 else usage["SHARED"]
     row |= {
         "registers": usage["REG"],
-        "spills": len(LOCAL_MEMORY.findall(text)),
-        "stack": usage["STACK"],
+        "spills": spills,
+        "stack": stack,
         "shared": kernel.metadata.shared + static,
         "tensor_cores": dict(sorted(Counter(TENSOR_CORES.findall(kernel.asm["ptx"])).items())),
         "bytes": len(kernel.asm["cubin"]),
     }
     wrong = []
-    if (row["spills"] or row["stack"]) and not shipped.spills_allowed:
-        wrong.append(f"spills: {row['spills']} accesses to local memory, stack of {row['stack']} bytes")
+    if stack and not shipped.spills_allowed:
+        wrong.append(f"spills: {spills} accesses to local memory, stack of {stack} bytes")
     if row["shared"] > SHARED_MEMORY[arch]:
         wrong.append(f"{row['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}")
     if shipped.tensor_cores and not row["tensor_cores"]:

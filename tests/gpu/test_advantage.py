@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from saga_kernels import group_advantage
+from saga_kernels.advantage import group_advantage_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def rewards_of(pairs, group):
+    """Rewards of three values, every third pair all alike."""
+    rewards = torch.randint(0, 3, (pairs, group), device="cuda", generator=torch.Generator("cuda").manual_seed(0)) / 2
+    rewards[::3] = rewards[::3, :1]
+    return rewards
+
+
+@pytest.mark.parametrize("population", [False, True])
+@pytest.mark.parametrize("pairs, group", [(1, 1), (8, 8), (33, 31), (5, 1024), (4096, 16)])
+def test_small_and_large_against_float64(pairs, group, population):
+    rewards = rewards_of(pairs, group)
+    advantages, contributes, count = group_advantage(rewards, population=population)
+    expected, expected_contributes, expected_count = group_advantage_reference(rewards.double(), population=population)
+    torch.testing.assert_close(advantages.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(contributes, expected_contributes) and torch.equal(count, expected_count)
+
+
+def test_the_same_bits_twenty_times():
+    first, *others = (group_advantage(rewards_of(4096, 16)) for _ in range(20))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
