@@ -42,24 +42,33 @@ class Part(NamedTuple):
 def build(without_cuda: bool = False) -> Part:
     """The extension, in place, for this card alone. Without nvcc, and after a failed build with it, in C++ alone."""
     major, minor = torch.cuda.get_device_capability()
-    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", **({"SAGA_CUDA": "0"} if without_cuda else {})}
+    headers = Path(torch.__file__).parents[1].glob("nvidia/cu*/include")  # PyTorch's own, if the toolkit lacks some
+    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CPATH": os.pathsep.join(map(str, headers))}
+    if without_cuda:
+        environment["SAGA_CUDA"] = "0"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
     return Part("build in C++ alone" if without_cuda else "build", command, 150, environment)
 
 
 def parts(out: Path) -> Iterator[Part]:
-    """Correctness, then times, then memory errors and races on the tests called "small"."""
+    """Correctness; memory errors in the tests called "small"; times; races, which take longest to look for."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     tests = sorted((REPOSITORY / "tests/gpu").glob("test_*.py"))
     for test in tests:
         yield Part(f"test {test.stem.removeprefix('test_')}", [*pytest, str(test)], 75)
+    sanitizer = shutil.which("compute-sanitizer") if tests else None
+
+    def sanitized(tool: str) -> Part:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, "-k", "small", "tests/gpu"]
+        return Part(tool, command, 75, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+    if sanitizer:
+        yield sanitized("memcheck")
     for op in sorted(path.stem for path in (REPOSITORY / "bench/gpu").glob("[!_]*.py")):
         file = out / f"{op}.json"
         yield Part(f"time {op}", [sys.executable, "-m", "bench.gpu", op, "--json", str(file)], 60, json=file)
-    if tests and (sanitizer := shutil.which("compute-sanitizer")):
-        for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, "-k", "small", "tests/gpu"]
-            yield Part(tool, command, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    if sanitizer:
+        yield sanitized("racecheck")
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
@@ -83,13 +92,15 @@ def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
             verdict = "passed" if code == 0 else f"failed: exit code {code}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            code = process.wait()
             verdict = f"failed: not done after {limit:.0f} s"
     figures = {"part": part.name, "verdict": verdict, "seconds": round(time.monotonic() - start, 1)}
     if part.json is not None and part.json.exists():
         measured = json.loads(part.json.read_text())
         part.json.unlink()
-        return {**figures, "ceiling": measured["ceiling"], "cases": measured["cases"]}
+        figures |= {"ceiling": measured["ceiling"], "cases": measured["cases"]}
+        if code == 0:
+            return figures
     return {**figures, "output": log.read_bytes()[begin:].decode(errors="replace")[-TAIL:]}
 
 

@@ -4,7 +4,7 @@ import torch
 from saga_kernels import rope
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 
 
 def run(dtype, norm, tokens, heads, dim):

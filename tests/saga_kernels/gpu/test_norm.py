@@ -41,12 +41,15 @@ def test_both_ways(assert_agrees, dtype, rows, width, add, seed):
 
 
 def test_rounds_where_the_reference_does():
-    x, weight = torch.randn(4, 96).half(), torch.rand(96).half()
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-    rounded_once = (wide * scale * weight.float()).half()
-    _, y = norm.forward(x, None, weight, 1e-6, 128)
-    assert torch.equal(y, rms_norm_reference(x, weight, 1e-6)) and not torch.equal(y, rounded_once)
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 4, 96, generator=generator).half()
+    weight = torch.rand(96, generator=generator).half()
+    total, y = norm.forward(x, residual, weight, 1e-6, 128)
+    assert torch.equal(y, rms_norm_reference(total, weight, 1e-6))
+    # Not the norm of the sum before it was rounded, nor a product with the weight of unrounded numbers.
+    unrounded_sum = rms_norm_reference(x.float() + residual.float(), torch.ones(96), 1e-6).half() * weight
+    unrounded_norm = rms_norm_reference(total.float(), weight.float(), 1e-6).half()
+    assert not torch.equal(y, unrounded_sum) and not torch.equal(y, unrounded_norm)
 
 
 def test_blocks_hold_every_width_the_op_accepts():
