@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
-RESERVED = 1024  # bytes of shared memory that the system keeps for itself; the tools count them from sm_100 on
+RESERVED = 1024  # bytes of shared memory that the system keeps for itself; the tools count them from sm_90 on
 KERNELS = Path(__file__).parents[1] / "kernels/gpu"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
@@ -76,7 +76,7 @@ def figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
         usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump("-res-usage"))}
         stack = usage["STACK"] + usage["LOCAL"]
         spills = len(LOCAL_MEMORY.findall(dump("-sass"))) if stack else 0  # disassembly takes its time
-    static = max(0, usage["SHARED"] - RESERVED) if arch >= 100 else usage["SHARED"]
+    static = max(0, usage["SHARED"] - RESERVED) if arch >= 90 else usage["SHARED"]
     row |= {
         "registers": usage["REG"],
         "spills": spills,

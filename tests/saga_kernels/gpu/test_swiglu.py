@@ -12,7 +12,10 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4}
 
 @settings(max_examples=10, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(
-    dtype=st.sampled_from(list(TOLERANCE)), rows=st.integers(1, 5), width=st.integers(1, 100), seed=st.integers(0, 9)
+    dtype=st.sampled_from(list(TOLERANCE)),
+    rows=st.integers(1, 5),
+    width=st.sampled_from([1, 64, 100]),  # within a block, whole blocks, part of one
+    seed=st.integers(0, 9),
 )
 def test_both_ways(assert_agrees, dtype, rows, width, seed):
     dy, gate, up = torch.randn(3, rows, width, generator=torch.Generator().manual_seed(seed)).mul(3).to(dtype)
