@@ -53,6 +53,11 @@ class NF4Weight:
             expect_tensor("code2", self.code2, (256,), (torch.float32,))
             expect_tensor("absmax2", self.absmax2, (-(-blocks // NESTED_BLOCK),), (torch.float32,))
             expect_tensor("offset", self.offset, (), (torch.float32,))
+        names = ("packed", "absmax", "code2", "absmax2", "offset")
+        given = {name: tensor for name, tensor in zip(names, self.tensors()) if tensor is not None}
+        for name, tensor in given.items():
+            expect(tensor.is_contiguous(), name, f"strides {tensor.stride()}", "a contiguous tensor")
+        expect_same_device(**given)
 
     @classmethod
     def from_bitsandbytes(cls, parameter: Tensor) -> NF4Weight:
@@ -102,6 +107,7 @@ def nf4_dequantize(w: NF4Weight, out: Tensor | None = None, dtype: torch.dtype |
         out: contiguous buffer of w's shape to fill, a run of rows of a larger one perhaps; allocated if None.
         dtype: of an allocated result; w.dtype by default. float64 holds the float32 values.
     """
+    _expect_weight(w)
     if out is None:
         out = torch.empty(w.shape, dtype=dtype or w.dtype, device=w.packed.device)
     expect_tensor("out", out, w.shape, FLOATS if dtype is None else (dtype,))
@@ -113,9 +119,15 @@ def nf4_dequantize(w: NF4Weight, out: Tensor | None = None, dtype: torch.dtype |
 
 def nf4_matmul(x: Tensor, w: NF4Weight) -> Tensor:
     """x (..., in) @ W.T -> (..., out), W dequantised to x's dtype. The gradient goes to x alone: W is frozen."""
+    _expect_weight(w)
     expect_tensor("x", x, (*x.shape[:-1], w.shape[1]), FLOATS)
     expect_same_device(x=x, packed=w.packed)
     return _nf4_matmul(x.reshape(-1, w.shape[1]), *w.tensors(), w.shape[0]).view(*x.shape[:-1], w.shape[0])
+
+
+def _expect_weight(w: NF4Weight) -> None:
+    if not isinstance(w, NF4Weight):
+        raise TypeError(f"w: got {type(w).__name__}, accepted is NF4Weight (see NF4Weight.from_bitsandbytes)")
 
 
 def nf4_dequantize_reference(
@@ -157,6 +169,24 @@ _nf4_dequantize = torch.library.custom_op(
     "saga_kernels::nf4_dequantize", nf4_dequantize_reference, mutates_args=("out",)
 )
 _nf4_matmul = torch.library.custom_op("saga_kernels::nf4_matmul", nf4_matmul_reference, mutates_args=())
+
+
+@_nf4_dequantize.register_kernel("cuda")
+def _(packed, absmax, code2, absmax2, offset, out):
+    if out.dtype == torch.float64:  # for checks, not for speed
+        return nf4_dequantize_reference(packed, absmax, code2, absmax2, offset, out)
+    from .gpu import nf4  # a GPU alone needs Triton
+
+    return nf4.dequantize(packed, absmax, code2, absmax2, offset, out)
+
+
+@_nf4_matmul.register_kernel("cuda")
+def _(x, packed, absmax, code2, absmax2, offset, out_features):
+    if x.dtype == torch.float64:
+        return nf4_matmul_reference(x, packed, absmax, code2, absmax2, offset, out_features)
+    from .gpu import nf4
+
+    return nf4.matmul(x, packed, absmax, code2, absmax2, offset, out_features)
 
 
 @_nf4_dequantize.register_fake

@@ -1,3 +1,5 @@
+import dataclasses
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -102,3 +104,21 @@ def test_wrong_arguments_are_named():
     packed, state = quantize_4bit(torch.randn(4, 64), quant_type="nf4")
     with pytest.raises(ValueError, match="^absmax: got shape"):
         NF4Weight(packed.view(-1), state.absmax[1:], None, None, None, (4, 64), torch.float32)
+    with pytest.raises(TypeError, match="^w: got Tensor, accepted is NF4Weight"):
+        nf4_matmul(torch.randn(3, 64), torch.randn(4, 64))
+    with pytest.raises(TypeError, match="^w: got Tensor, accepted is NF4Weight"):
+        nf4_dequantize(torch.randn(4, 64))
+    with pytest.raises(ValueError, match="^out: got device meta, accepted is packed's, cpu"):
+        nf4_dequantize(w, out=torch.empty(4, 64, device="meta"))
+    with pytest.raises(ValueError, match="^packed: got device cpu, accepted is x's, meta"):
+        nf4_matmul(torch.empty(3, 64, device="meta"), w)
+
+
+def test_a_weight_whose_parts_do_not_fit_together_is_refused():
+    w = NF4Weight.from_bitsandbytes(quantised((4, 64)))
+    with pytest.raises(ValueError, match=r"^packed: got strides \(2,\), accepted is a contiguous tensor"):
+        dataclasses.replace(w, packed=torch.empty(256, dtype=torch.uint8)[::2])
+    with pytest.raises(ValueError, match="^absmax2: got device meta, accepted is packed's, cpu"):
+        dataclasses.replace(w, absmax2=w.absmax2.to("meta"))
+    with pytest.raises(TypeError, match="^absmax: got dtype uint8, accepted is float32"):
+        dataclasses.replace(w, code2=None)

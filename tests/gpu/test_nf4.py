@@ -1,0 +1,111 @@
+"""What only a GPU says of the NF4 ops: 8B shapes in bfloat16, equal bits, determinism, no waiting for the GPU."""
+
+import pytest
+import torch
+
+from bench.gpu.nf4 import LINEARS, quantise
+from saga_kernels import nf4_dequantize, nf4_matmul
+from saga_kernels.nf4 import nf4_dequantize_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit in the last place, relative
+SHAPES = [*LINEARS.values(), (37, 192), (130, 320), (3, 64)]
+
+
+def normal(*shape, dtype=torch.bfloat16, seed=0):
+    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
+
+
+def dequantized_by_reference(w, dtype):
+    out = torch.empty(w.shape, dtype=dtype, device="cuda")
+    nf4_dequantize_reference(*w.tensors(), out)
+    return out
+
+
+def assert_agrees(y, oracle, tolerance):
+    assert oracle.norm() > 0
+    error = ((y.double() - oracle).norm() / oracle.norm()).item()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 6), (5, 322)])
+def test_dequantized_bits_are_the_references(shape, dtype, nested):
+    w = quantise(normal(*shape), nested)
+    buffer = torch.full((shape[0] + 2, shape[1]), 7, dtype=dtype, device="cuda")
+    nf4_dequantize(w, out=buffer[1:-1])
+    assert torch.equal(buffer[1:-1], dequantized_by_reference(w, dtype))
+    assert (buffer[[0, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dequantized_bits_are_bitsandbytes_own(dtype, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes.nn import Params4bit
+
+    from saga_kernels import NF4Weight
+
+    parameter = Params4bit(
+        normal(1024, 4096, dtype=dtype), requires_grad=False, quant_type="nf4", compress_statistics=nested
+    ).to("cuda")
+    expected = functional.dequantize_4bit(parameter.data, parameter.quant_state)
+    assert torch.equal(nf4_dequantize(NF4Weight.from_bitsandbytes(parameter)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 33, 64, 100, 128, 129])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matmul_equals_float64(shape, rows, dtype):
+    w, x = quantise(normal(*shape, dtype=dtype)), normal(rows, shape[1], dtype=dtype, seed=1)
+    oracle = x.double() @ dequantized_by_reference(w, dtype).double().T
+    assert_agrees(nf4_matmul(x, w), oracle, TOLERANCE[dtype])
+
+
+def test_float32_is_multiplied_in_float32():
+    w, x = quantise(normal(1024, 4096, dtype=torch.float32)), normal(16, 4096, dtype=torch.float32, seed=1)
+    assert_agrees(nf4_matmul(x, w), x.double() @ dequantized_by_reference(w, torch.float64).T, 1e-5)
+
+
+def test_not_nested():
+    w, x = quantise(normal(1024, 4096), nested=False), normal(16, 4096, seed=1)
+    oracle = x.double() @ dequantized_by_reference(w, torch.bfloat16).double().T
+    assert_agrees(nf4_matmul(x, w), oracle, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("rows", [8, 300])
+def test_the_gradient_of_x(rows):
+    w, x = quantise(normal(1024, 4096)), normal(rows, 4096, seed=1).requires_grad_()
+    dy = normal(rows, 1024, seed=2)
+    dx = torch.autograd.grad(nf4_matmul(x, w), x, dy)[0]
+    oracle = dy.double() @ dequantized_by_reference(w, torch.bfloat16).double()
+    assert_agrees(dx, oracle, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("shape", LINEARS.values())
+@pytest.mark.parametrize("rows", [8, 64])
+def test_20_runs_give_the_same_bytes(shape, rows):
+    w, x = quantise(normal(*shape)), normal(rows, shape[1], seed=1)
+    first, *others = (nf4_matmul(x, w) for _ in range(20))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_nothing_waits_for_the_gpu():
+    w, x = quantise(normal(1024, 4096)), normal(16, 4096, seed=1)
+    nf4_matmul(x, w)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nf4_matmul(x, w)
+        nf4_dequantize(w)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_mixed_devices_are_refused():
+    w = quantise(normal(16, 64))
+    with pytest.raises(ValueError, match="^packed: got device cuda"):
+        nf4_matmul(torch.randn(2, 64), w)
+    with pytest.raises(ValueError, match="^out: got device cpu"):
+        nf4_dequantize(w, out=torch.empty(16, 64))
