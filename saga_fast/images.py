@@ -28,7 +28,8 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     try:
         if not os.path.isfile(path):
             raise OSError("not a regular file" if os.path.lexists(path) else "no such file")
-        with Image.open(path, formats=FORMATS) as image:
+        # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a lying one wrong.
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             return to_rgb(ImageOps.exif_transpose(image))

@@ -46,8 +46,16 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
     assert np.asarray(open_rgb(path))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_cmyk(tmp_path):
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path := tmp_path / "a.jpg", quality=95)
+def test_one_bit(tmp_path):
+    image = Image.new("1", (4, 4), 1)
+    image.putpixel((1, 0), 0)
+    image.save(path := tmp_path / "a.png")
+    assert pixel(open_rgb(path)) == (255, 255, 255) and pixel(open_rgb(path), (1, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tiff"])
+def test_cmyk(tmp_path, suffix):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path := tmp_path / f"a.{suffix}", quality=95)
     red, green, blue = pixel(open_rgb(path), (8, 8))
     assert red > 240 and green < 15 and blue < 15
 
@@ -69,13 +77,57 @@ def test_palette_with_and_without_a_transparent_color(tmp_path, picture):
     assert pixel(open_rgb(path)) == (255, 255, 255) and pixel(open_rgb(path), (5, 0)) == (0, 0, 255)
 
 
-def test_exif_rotation_is_applied(tmp_path, picture):
+def test_a_palette_whose_colors_are_each_a_little_transparent(tmp_path, picture):
+    palette = picture.quantize(2)
+    red = palette.getpixel((0, 0))
+    palette.save(path := tmp_path / "a.png", transparency=bytes([128, 0] if red == 0 else [0, 128]))
+    assert pixel(open_rgb(path)) == pytest.approx((255, 127, 127), abs=1)
+    assert pixel(open_rgb(path), (5, 0)) == (255, 255, 255)
+
+
+# Which side of the stored pixels the viewer's top and left are, by the EXIF standard's table.
+ORIENTATIONS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(
+    ("suffix", "modes"),
+    [("jpg", ["RGB", "L", "CMYK"]), ("png", ["RGB", "L", "P"]), ("tiff", ["RGB", "L", "P", "CMYK"])],
+)
+def test_exif_rotation_is_applied(tmp_path, orientation, suffix, modes):
+    corners = np.zeros((16, 24, 3), np.uint8)
+    corners[:8, :8], corners[:8, 16:], corners[8:, :8] = 255, 170, 85
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying: turn 90 degrees clockwise to view
-    picture.save(path := tmp_path / "a.png", exif=exif)
-    image = open_rgb(path)
-    assert image.size == (6, 8)
-    assert pixel(image, (3, 0)) == (255, 0, 0) and pixel(image, (3, 7)) == (0, 0, 255)
+    exif[0x0112] = orientation
+    expected = ORIENTATIONS[orientation](corners.astype(int))
+    for mode in modes:
+        stored = Image.fromarray(corners)
+        stored = stored.quantize(4) if mode == "P" else stored.convert(mode)
+        stored.save(path := tmp_path / f"{mode}.{suffix}", exif=exif, quality=100)
+        found = np.asarray(open_rgb(path), int)
+        assert found.shape == expected.shape and np.abs(found - expected).max() <= 3, mode
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03"])
+def test_damaged_exif_does_not_make_a_picture_unreadable(tmp_path, picture, exif):
+    picture.save(path := tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=100, subsampling=0)
+    assert open_rgb(path).size == (8, 6)
+
+
+def test_a_cameras_jpeg_with_a_second_picture_in_it(tmp_path, picture):
+    second = Image.new("RGB", (8, 6), "lime")
+    picture.save(path := tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=100)
+    assert pixel(open_rgb(path), (7, 5)) == pytest.approx((0, 0, 255), abs=3)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path, picture):
