@@ -27,7 +27,7 @@ Arguments = TypeVar("Arguments")
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "folder"
-    """The data set: drawn-birds, folder."""
+    """The data set: drawn-birds, cub, cars, aircraft, inat-aves, folder."""
     root: Path | None = None
     """Folder of the images; drawn-birds needs none."""
     image_size: int = 224
@@ -36,6 +36,8 @@ class DataConfig:
     images_per_class: int = 4
     skip_unreadable: bool = False
     """Skip and count images that cannot be read, instead of stopping at the first."""
+    workers: int | None = None
+    """Processes that decode, 0 for none; default one a core up to 8, and none to draw birds."""
     train_classes: int | None = None
     """Train on the first so many classes of the training half only, to see what few classes can teach; default all."""
     species: int = 100
@@ -45,12 +47,18 @@ class DataConfig:
     seed: int = 0
     """drawn-birds: another seed draws other species and other pictures."""
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"data.workers: {self.workers}; give 0 or more")
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
     pooler: Literal["attention", "mean", "max"] = "attention"
     embedding_dim: int = 4096
     """D_e, the width of the embedding."""
+    checkpointing: bool = False
+    """Keep only the inputs of the tower's blocks for the backward pass, and run each block again there."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class SupervisorConfig:
     """Folder or hub id of the MLLM whose tower is trained and whose language model supervises."""
     quantize: bool = True
     """Language model in NF4 with nested absmax; False keeps it dense."""
+    quantize_head: bool = False
+    """Embedding and head in NF4 too; `python -m bench.quantization` says what that costs."""
     prompt: Literal["birds", "cars", "aircraft", "drawn-birds"] = "birds"
     generic: bool = False
     """The prompt without role and attribute list (an ablation; has no attention target)."""
@@ -119,6 +129,8 @@ class OptimConfig:
     """Share of the steps with linear warm-up; cosine to zero after it."""
     clip: float = 1.0
     """Global gradient norm."""
+    states: Literal["32bit", "8bit"] = "32bit"
+    """AdamW's two moments of each parameter; 8 bits are bitsandbytes', in blocks of 256."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast of the encoder, and dtype of the frozen language model."""
 
@@ -220,6 +232,12 @@ PRESETS: dict[str, Config] = {
         optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=24, precision="fp32"),
         log=LogConfig(checkpoint_every=12, gradients_every=4),
     ),
+    # The paper's configurations: what is not said is in the defaults.
+    "cub": Config(data=DataConfig(name="cub")),
+    "cars": Config(data=DataConfig(name="cars"), supervisor=SupervisorConfig(prompt="cars")),
+    "aircraft": Config(data=DataConfig(name="aircraft"), supervisor=SupervisorConfig(prompt="aircraft")),
+    # Two proxies for each of 743 classes make as many as 15 for CUB's 100; every point meets every other.
+    "inat-aves": Config(data=DataConfig(name="inat-aves"), dml=DmlConfig(proxies_per_class=2)),
     "folder": Config(
         data=DataConfig(image_size=112),
         encoder=EncoderConfig(embedding_dim=192),

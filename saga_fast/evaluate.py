@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saga_fast.config import DataConfig, parse_flags
-from saga_fast.data import PixelLoader, first_classes, load_dataset
+from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.metrics import retrieval_metrics
@@ -52,8 +52,11 @@ def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLo
     train, test = load_dataset(data.name, data.root, **settings)
     if data.train_classes is not None:
         train = first_classes(train, data.train_classes)
+    workers = data.workers
+    if workers is None:
+        workers = 0 if data.name == "drawn-birds" else min(8, cores())
     return tuple(
-        PixelLoader(part, image_size, skip_unreadable=data.skip_unreadable, name=f"{data.name} {half}")
+        PixelLoader(part, image_size, workers, skip_unreadable=data.skip_unreadable, name=f"{data.name} {half}")
         for part, half in ((train, "train"), (test, "test"))
     )
 

@@ -7,25 +7,39 @@ outside, and only when asked for.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_classes, split_classes
+from saga_fast.data import aircraft, cars, cub, inat
+from saga_fast.data.dataset import (
+    ImageDataset,
+    ImageFiles,
+    Published,
+    Subset,
+    check_classes,
+    first_classes,
+    split_classes,
+)
 from saga_fast.data.folder import ImageFolder, class_folders, load_folder
-from saga_fast.data.loader import Batch, PixelLoader
+from saga_fast.data.loader import Batch, PixelLoader, cores
 from saga_fast.data.sampler import ClassBalancedSampler
 from saga_fast.errors import InputError
 
 __all__ = [
     "DATASETS",
+    "PUBLISHED",
     "Batch",
     "ClassBalancedSampler",
     "ImageDataset",
+    "ImageFiles",
     "ImageFolder",
     "PixelLoader",
+    "Published",
     "Subset",
     "check_classes",
     "class_folders",
+    "cores",
     "first_classes",
     "load_dataset",
     "load_folder",
@@ -41,16 +55,36 @@ def _drawn_birds(root: None, **settings: Any) -> tuple[ImageDataset, ImageDatase
 
 DATASETS: dict[str, Callable[..., tuple[ImageDataset, ImageDataset]]] = {
     "drawn-birds": _drawn_birds,
+    "cub": cub.load_cub,
+    "cars": cars.load_cars,
+    "aircraft": aircraft.load_aircraft,
+    "inat-aves": inat.load_inat_aves,
     "folder": load_folder,
+}
+
+PUBLISHED: dict[str, Published] = {
+    "cub": cub.PUBLISHED,
+    "cars": cars.PUBLISHED,
+    "aircraft": aircraft.PUBLISHED,
+    "inat-aves": inat.PUBLISHED,
 }
 
 
 def load_dataset(
     name: str, root: str | os.PathLike[str] | None = None, **settings: Any
 ) -> tuple[ImageDataset, ImageDataset]:
-    """(train, test) of the data set `name`. root: the folder of its files, None if it is drawn; settings: its own."""
+    """(train, test) of the data set `name`. root: the folder of its files, None if it is drawn; settings: its own.
+
+    Warns if there is more or less of it than was published: figures are then not comparable.
+    """
     if name not in DATASETS:
-        raise InputError(f"--data.name: {name!r} is unknown; accepted are {', '.join(sorted(DATASETS))}")
+        raise InputError(f"--data.name: {name!r} is unknown; accepted are {', '.join(DATASETS)}")
     if root is None and name != "drawn-birds":
         raise InputError(f"--data.root: missing; {name!r} needs the folder that holds its images")
-    return DATASETS[name](root, **settings)
+    train, test = DATASETS[name](root, **settings)
+    if name in PUBLISHED and (differences := PUBLISHED[name].differences(train, test)):
+        warnings.warn(
+            f"{name}: {differences[0]}; what is wrong: python -m saga_fast.data check {name} --root {root}",
+            stacklevel=2,
+        )
+    return train, test

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
 from saga_fast.errors import InputError
-from saga_fast.images import SUFFIXES
+from saga_fast.images import SUFFIXES, open_rgb
 
 
 class ImageDataset(Protocol):
@@ -22,6 +22,44 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class ImageFiles:
+    """Image files and their labels, decoded when asked for. `folders` should hold no image but these."""
+
+    def __init__(self, paths: list[Path], labels: list[int], classes: list[str], folders: Sequence[Path] = ()):
+        self.paths, self.labels, self.classes, self.folders = paths, labels, classes, folders
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_rgb(self.paths[index]), self.labels[index]
+
+
+class Published(NamedTuple):
+    """How much there is of a data set, by those who released it or train on it."""
+
+    classes: int
+    train_images: int
+    test_images: int
+    images_per_class: int | None = None
+
+    def differences(self, train: ImageDataset, test: ImageDataset) -> list[str]:
+        """What was found otherwise, a line each; none if all is there."""
+        counts = {
+            "classes": (len(train.classes) + len(test.classes), self.classes),
+            "training images": (len(train), self.train_images),
+            "test images": (len(test), self.test_images),
+        }
+        if self.images_per_class is not None:
+            for half in (train, test):
+                found = Counter(half.labels)
+                counts |= {
+                    f"images of {name}": (found[label], self.images_per_class)
+                    for label, name in enumerate(half.classes)
+                }
+        return [f"{found:,} {what}, published {known:,}" for what, (found, known) in counts.items() if found != known]
 
 
 class Subset:

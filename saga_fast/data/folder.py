@@ -6,14 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from saga_fast.data.dataset import check_classes, split_classes
+from saga_fast.data.dataset import ImageFiles, check_classes, split_classes
 from saga_fast.errors import InputError
-from saga_fast.images import SUFFIXES, open_rgb
+from saga_fast.images import SUFFIXES
 
 
-class ImageFolder:
+class ImageFolder(ImageFiles):
     """The classes of `root` named in `classes` (default: all), sorted by name, and in each its images, sorted by name.
 
     Hidden entries, other files and deeper folders are passed over. Raises InputError for a missing or empty root, an
@@ -21,21 +19,13 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | None = None):
-        self.root = Path(root)
-        self.classes = class_folders(root) if classes is None else list(classes)
-        self.paths: list[Path] = []
-        self.labels: list[int] = []
+        root = Path(root)
+        super().__init__([], [], class_folders(root) if classes is None else list(classes))
         for label, name in enumerate(self.classes):
-            paths = sorted(p for p in _visible(self.root / name) if p.suffix.lower() in SUFFIXES and not p.is_dir())
+            paths = sorted(p for p in _visible(root / name) if p.suffix.lower() in SUFFIXES and not p.is_dir())
             self.paths += paths
             self.labels += [label] * len(paths)
-        check_classes(self, self.root)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_rgb(self.paths[index]), self.labels[index]
+        check_classes(self, root)
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:

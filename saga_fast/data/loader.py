@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,9 +87,7 @@ class PixelLoader:
         return Batch(indices, pixels, self.labels[indices])
 
     def _decode(self, batches: Iterable[list[int] | Tensor]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        decoder = _Decoder(self.dataset, self.size)
-        apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
-        return iter(DataLoader(decoder, sampler=batches, batch_size=None, num_workers=self.workers, generator=apart))
+        return ahead(_Decoder(self.dataset, self.size), batches, self.workers)
 
 
 class _Decoder(Dataset):
@@ -107,3 +106,26 @@ class _Decoder(Dataset):
             except InputError as error:
                 faults[index] = str(error)
         return indices, pixels, faults
+
+
+def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """dataset[item] of each item, in order, computed ahead by `workers` processes, or when asked for if 0.
+
+    The processes end with the iterator, when it is spent or dropped, and with this process, however that ends. Raises
+    InputError if one of them is killed.
+    """
+    apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
+    try:
+        yield from DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, generator=apart)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError(
+            f"--data.workers: {workers}, one of them died ({str(error).splitlines()[0]}); give memory or shared memory "
+            "(/dev/shm) free, or pass fewer, 0 to decode without"
+        ) from error
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

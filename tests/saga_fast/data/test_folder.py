@@ -69,7 +69,9 @@ def test_refusals_name_the_folder_and_the_mend(tmp_path):
         load_dataset("folder", tmp_path / "lone")
     with pytest.raises(InputError, match="data.root: missing"):
         load_dataset("folder")
-    with pytest.raises(InputError, match="'fodler' is unknown; accepted are drawn-birds, folder"):
+    with pytest.raises(
+        InputError, match="'fodler' is unknown; accepted are drawn-birds, cub, cars, aircraft, inat-aves, folder"
+    ):
         load_dataset("fodler", tmp_path)
 
 

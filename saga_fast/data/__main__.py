@@ -1,0 +1,105 @@
+"""Is the data set whole? Counts it against what was published, and opens every image.
+
+    python -m saga_fast.data check NAME --root DIR [--skip-unreadable] [--workers N]
+
+Prints a line for each thing that is wrong, then the counts: images that are missing, unreadable or cut short, images
+that no list names, counts that differ. Exit code 2 if anything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from saga_fast.data import DATASETS, PUBLISHED, cores
+from saga_fast.data.dataset import ImageFiles, Subset, check_classes
+from saga_fast.data.loader import ahead
+from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.images import SUFFIXES, open_rgb
+
+
+class _Faults(Dataset):
+    """Maps a number to (number, what is wrong with that image or None)."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def __getitem__(self, index: int) -> tuple[int, str | None]:
+        try:
+            open_rgb(self.paths[index])
+        except InputError as error:
+            return index, str(error)
+        return index, None
+
+
+def broken(data: ImageFiles, workers: int, name: str) -> dict[int, str]:
+    """What is wrong, by index, with each image that cannot be read whole; a progress bar on stderr meanwhile."""
+    opened = ahead(_Faults(data.paths), range(len(data)), workers)
+    bar = tqdm(opened, f"opening {name}", len(data), unit="image", leave=False)
+    return {index: fault for index, fault in bar if fault is not None}
+
+
+def unlisted(train: ImageFiles, test: ImageFiles) -> Iterator[Path]:
+    """Image files in the data set's folders that are in neither half, sorted."""
+    known = {*train.paths, *test.paths}
+    for folder in {*train.folders, *test.folders}:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path not in known:
+                yield path
+
+
+def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
+    """Prints what is wrong with the data set and how much there is of it; True if nothing is wrong.
+
+    skip_unreadable: broken images are printed, but right, as long as enough of each class are left. Raises InputError
+    for a data set whose lists cannot be read.
+    """
+    train, test = DATASETS[name](root)
+    wrong = 0
+    for half, data in (("train", train), ("test", test)):
+        faults = broken(data, workers, f"{name} {half}")
+        for index in sorted(faults):
+            path = data.paths[index]
+            print(faults[index] if os.path.lexists(path) else f"{str(path)!r}: missing")
+        if skip_unreadable and faults:
+            check_classes(Subset(data, [index for index in range(len(data)) if index not in faults]), root)
+        wrong += 0 if skip_unreadable else len(faults)
+    for path in unlisted(train, test):
+        print(f"{str(path)!r}: extra, in no list")
+        wrong += 1
+    differences = PUBLISHED[name].differences(train, test) if name in PUBLISHED else []
+    for difference in differences:
+        print(difference)
+    wrong += len(differences)
+    print(f"\n{'':12}{'classes':>9}{'images':>9}")
+    for half, data in (("train", train), ("test", test)):
+        print(f"{half:12}{len(data.classes):9,}{len(data):9,}")
+    print(f"\n{name} in {root}: {f'{wrong:,} wrong, listed above' if wrong else 'nothing wrong'}")
+    return not wrong
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m saga_fast.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="count it and open it all")
+    command.add_argument("name", choices=[name for name in DATASETS if name != "drawn-birds"], help="the data set")
+    command.add_argument("--root", type=Path, required=True, help="the folder of its files")
+    command.add_argument(
+        "--skip-unreadable", action="store_true", help="as --data.skip-unreadable will: list broken images, go on"
+    )
+    command.add_argument("--workers", type=int, default=cores(), help="processes that open images; default one a core")
+    options = parser.parse_args(arguments)
+    with exit_on_input_error():
+        if not check(options.name, options.root, options.skip_unreadable, max(0, options.workers)):
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

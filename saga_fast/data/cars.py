@@ -1,0 +1,89 @@
+"""Cars-196: 196 models. The first 98 in the release's own numbering train, the last 98 test; the release's partitions,
+which cut across models, are pooled. It was released twice, and both are read:
+
+    ROOT/cars_annos.mat                         annotations (relative_im_path, class, ...), class_names
+    ROOT/car_ims/000001.jpg
+
+    ROOT/[devkit/]cars_train_annos.mat          annotations (fname, class, ...), numbered anew in each partition
+    ROOT/[devkit/]cars_test_annos_withlabels.mat
+    ROOT/[devkit/]cars_meta.mat                 class_names
+    ROOT/cars_train/00001.jpg, cars_test/00001.jpg
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from scipy.io import loadmat
+
+from saga_fast.data.dataset import ImageFiles, Published
+from saga_fast.data.lists import Listed, split_list
+from saga_fast.errors import InputError
+
+PUBLISHED = Published(classes=196, train_images=8_054, test_images=8_131)
+
+
+def load_cars(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
+    """(train, test) of whichever release ROOT holds. Raises InputError, naming file and entry, for broken lists."""
+    root = Path(root)
+    if (root / "car_ims").is_dir():
+        names = root / "cars_annos.mat"
+        folders = ["car_ims"]
+        lists = [(names, "", "relative_im_path")]
+    elif (root / "cars_train").is_dir():
+        names = _find(root, "cars_meta.mat")
+        folders = ["cars_train", "cars_test"]
+        lists = [
+            (_find(root, "cars_train_annos.mat"), "cars_train/", "fname"),
+            # The devkit's own cars_test_annos.mat names no classes.
+            (_find(root, "cars_test_annos_withlabels.mat"), "cars_test/", "fname"),
+        ]
+    else:
+        raise InputError(f"{str(root)!r}: neither car_ims nor cars_train is a folder in it; check --data.root")
+    classes = [str(name) for name in _variable(names, "class_names")]
+    listed = [image for path, folder, field in lists for image in _listed(path, folder, field, len(classes))]
+    return split_list(root, listed, classes, folders)
+
+
+def _find(root: Path, name: str) -> Path:
+    """ROOT/devkit/NAME, or ROOT/NAME if only that is there."""
+    inner, outer = root / "devkit" / name, root / name
+    return outer if outer.exists() and not inner.exists() else inner
+
+
+def _variable(path: Path, name: str) -> np.ndarray:
+    """A one-dimensional variable of a .mat file."""
+    try:
+        with path.open("rb") as file:
+            return np.atleast_1d(loadmat(file, squeeze_me=True, variable_names=[name])[name])
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r}: cannot be read ({error.strerror or error}); it is part of the release: check --data.root"
+        ) from error
+    except KeyError as error:
+        raise InputError(f"{str(path)!r}: holds no `{name}`; take the file from the release again") from error
+    except Exception as error:  # scipy raises whatever a broken file makes it stumble over
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{str(path)!r}: not a readable .mat file ({cause}); take it from the release again"
+        ) from error
+
+
+def _listed(path: Path, folder: str, field: str, classes: int) -> list[Listed]:
+    annotations = _variable(path, "annotations")
+    for name in (field, "class"):
+        if name not in (annotations.dtype.names or ()):
+            raise InputError(f"{str(path)!r}: its annotations have no `{name}`; take the file from the release again")
+    listed = []
+    for number, (image, label) in enumerate(zip(annotations[field], annotations["class"]), 1):
+        place = f"{str(path)!r} annotation {number}"
+        if not isinstance(image, str) or not image:
+            raise InputError(
+                f"{place}: {field} is {image!r}, accepted is a file's name; take it from the release again"
+            )
+        if np.ndim(label) or label not in range(1, classes + 1):
+            raise InputError(f"{place}: class {label!r}, accepted are 1 to {classes}; take it from the release again")
+        listed.append(Listed(folder + image, int(label) - 1, place))
+    return listed

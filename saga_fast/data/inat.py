@@ -1,0 +1,28 @@
+"""iNat-Aves: the 1,486 bird species of iNaturalist 2021's train_mini. Sorted by folder, the first 743 train, the last
+743 test.
+
+    ROOT/train_mini/03111_Animalia_Chordata_Aves_Accipitriformes_Accipitridae_Accipiter_badius/IMAGE.jpg
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from saga_fast.data.dataset import Published, split_classes
+from saga_fast.data.folder import ImageFolder, class_folders
+from saga_fast.errors import InputError
+
+PUBLISHED = Published(classes=1_486, train_images=37_150, test_images=37_150, images_per_class=50)
+
+
+def load_inat_aves(root: str | os.PathLike[str]) -> tuple[ImageFolder, ImageFolder]:
+    """(train, test). Raises InputError if there is no train_mini in `root`, or fewer than two Aves folders in that."""
+    folder = Path(root) / "train_mini"
+    train, test = split_classes([name for name in class_folders(folder) if name.split("_")[1:4] == _AVES])
+    if not test:
+        raise InputError(f"{str(folder)!r}: {len(train)} folders NNNNN_{'_'.join(_AVES)}_…, 2 or more are needed")
+    return ImageFolder(folder, train), ImageFolder(folder, test)
+
+
+_AVES = ["Animalia", "Chordata", "Aves"]

@@ -1,0 +1,139 @@
+"""Decoding in worker processes: it is in order, it ends with whoever wanted it, and one that dies is said so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from saga_fast.config import DataConfig
+from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, cores
+from saga_fast.data.loader import ahead
+from saga_fast.errors import InputError
+from saga_fast.evaluate import load_images
+
+from .released import paint
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    for label in range(4):
+        for number in range(5):
+            paint(tmp_path / "images" / f"class_{label}" / f"{number}.jpg", label, number)
+    return tmp_path / "images"
+
+
+def children() -> set[int]:
+    """Process ids of the children of this process, dead and unburied ones included."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+def gone(pids: set[int], seconds: float) -> bool:
+    """Whether all of them end in that time."""
+    until = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_come_in_order_and_can_be_taken_up_again(root, workers):
+    data = ImageFolder(root)
+    alone = PixelLoader(data, 8)
+    loader = PixelLoader(data, 8, workers, memory_limit=0)
+    wanted = list(islice(ClassBalancedSampler(data.labels, 2, 2, seed=1), 9))
+
+    sampler = ClassBalancedSampler(data.labels, 2, 2, seed=1)
+    stream = loader.stream(sampler)
+    for indices, batch in zip(wanted[:4], stream):
+        assert batch.indices == indices and torch.equal(batch.pixels, alone.batch(indices).pixels)
+    assert sampler.dealt > 4, "workers decode ahead of what was taken"
+    state = sampler.state_dict(4)
+    del stream, batch
+
+    again = ClassBalancedSampler(data.labels, 2, 2, seed=1)
+    again.load_state_dict(state)
+    assert [batch.indices for batch in islice(loader.stream(again), 5)] == wanted[4:]
+
+
+def test_no_process_is_left_when_a_stream_is_spent_dropped_or_fails(root):
+    data = ImageFolder(root)
+    before = children()
+    loader = PixelLoader(data, 8, 2, memory_limit=0)
+    assert gone(children() - before, 10)
+    stream = loader.stream(ClassBalancedSampler(data.labels, 2, 2))
+    next(stream)
+    assert len(children() - before) == 2
+    del stream
+    assert gone(children() - before, 10)
+    data.paths[3].write_bytes(b"")
+    with pytest.raises(InputError, match="class_0/3.jpg"):
+        list(loader.stream([[0], [3]]))
+    assert gone(children() - before, 10)
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_worker_that_is_killed_is_said_so():
+    with pytest.raises(
+        InputError, match=r"--data.workers: 1, one of them died \(DataLoader worker .*/dev/shm"
+    ) as caught:
+        list(ahead(Deadly(), range(3), 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["killed", "by itself"])
+def test_workers_do_not_outlive_the_process(root, end):
+    script = f"""
+        import time
+        from saga_fast.data import ImageFolder, PixelLoader
+        loader = PixelLoader(ImageFolder({str(root)!r}), 8, 2, memory_limit=0)
+        stream = loader.stream([i % 20] for i in range(10**9))
+        next(stream)
+        print("streaming", flush=True)
+        {"time.sleep(600)" if end == "killed" else "raise SystemExit(3)"}
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout.readline() == b"streaming\n"
+    group = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _group(p) == process.pid}
+    if end == "killed":
+        assert len(group) == 3
+        process.kill()
+    assert process.wait() == (-signal.SIGKILL if end == "killed" else 3)
+    assert gone(group, 30)
+
+
+def _group(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[2])
+    except (OSError, IndexError):
+        return None
+
+
+def test_how_many_workers_unless_said(root):
+    def workers(**data):
+        return [half.workers for half in load_images(DataConfig(**data), 16)]
+
+    assert workers(name="folder", root=root) == [min(8, cores())] * 2
+    assert workers(name="folder", root=root, workers=0) == [0, 0]
+    assert workers(name="drawn-birds", species=4, images_per_species=2) == [0, 0]
