@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from saga_kernels import add_rms_norm, rms_norm
@@ -62,3 +63,16 @@ def test_wrong_arguments_are_named():
         rms_norm(torch.randn(3, 8), torch.rand(8).double(), 1e-6)
     with pytest.raises(ValueError, match=r"^residual: got shape \(2, 8\), accepted is shape \(3, 8\)"):
         add_rms_norm(torch.randn(3, 8), torch.randn(2, 8), torch.rand(8), 1e-6)
+
+
+def test_what_a_gpu_does_not_take_is_named_before_any_launch():
+    with FakeTensorMode():
+        x, weight = torch.empty(8, 64, device="cuda"), torch.empty(8, device="cuda")
+        with pytest.raises(ValueError, match=r"^x: got strides \(1, 64\), accepted is contiguous on a GPU"):
+            rms_norm(x.T, weight, 1e-6)
+        with pytest.raises(ValueError, match="^weight: got device cpu, accepted is x's, cuda"):
+            rms_norm(x, torch.empty(64), 1e-6)
+        with pytest.raises(ValueError, match=r"^residual: got strides \(1, 8\)"):
+            add_rms_norm(x, torch.empty(64, 8, device="cuda").T, torch.empty(64, device="cuda"), 1e-6)
+        with pytest.raises(ValueError, match="^x: got D = 9000, accepted is at most 8192"):
+            rms_norm(torch.empty(2, 9000, device="cuda"), torch.empty(9000, device="cuda"), 1e-6)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from saga_kernels import rms_norm, rope
@@ -57,3 +58,16 @@ def test_wrong_arguments_are_named():
         rope(x, cos, sin.float())
     with pytest.raises(ValueError, match=r"^weight: got shape \(6,\)"):
         rope(x, cos, sin, torch.rand(6).double())
+
+
+def test_what_a_gpu_does_not_take_is_named_before_any_launch():
+    with FakeTensorMode():
+        x, angles = torch.empty(4, 8, 128, device="cuda"), torch.empty(4, 128, device="cuda")
+        with pytest.raises(ValueError, match="^x: got head_dim 72, accepted is a multiple of 16 up to 128 on a GPU"):
+            rope(x[..., :72], angles[:, :72], angles[:, :72])
+        with pytest.raises(ValueError, match=r"^x: got strides \(1024, 1, 8\)"):
+            rope(x.new_empty(4, 128, 8).mT, angles, angles)
+        with pytest.raises(ValueError, match=r"^sin: got strides \(1, 4\)"):
+            rope(x, angles, x.new_empty(128, 4).T)
+        with pytest.raises(ValueError, match="^cos: got device cpu"):
+            rope(x, torch.empty(4, 128), angles)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saga_kernels import swiglu
 
@@ -37,3 +38,12 @@ def test_wrong_arguments_are_named():
         swiglu(gate, up[1:])
     with pytest.raises(TypeError, match="^up: got dtype float32"):
         swiglu(gate, up.float())
+
+
+def test_what_a_gpu_does_not_take_is_named_before_any_launch():
+    with FakeTensorMode():
+        gate = torch.empty(8, 8, device="cuda")
+        with pytest.raises(ValueError, match=r"^up: got strides \(1, 8\), accepted is contiguous on a GPU"):
+            swiglu(gate, gate.T)
+        with pytest.raises(ValueError, match="^up: got device cpu"):
+            swiglu(gate, torch.empty(8, 8))

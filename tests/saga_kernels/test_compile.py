@@ -1,0 +1,80 @@
+"""What ships compiles for every chip, without a GPU; a change in registers or shared memory shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+RECORDED = REPOSITORY / "bench/results/compile.json"
+OPS = {path.stem for path in (REPOSITORY / "kernels/gpu").glob("[!_]*.py")} - {"shipped"}
+LOOKED_AT = ("registers", "shared", "tensor_cores")
+
+WRONG = """
+import triton, triton.language as tl
+from bench.compile import figures
+from saga_kernels.gpu.shipped import Shipped
+
+@triton.jit
+def spills(x, size, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    row = tl.load(x + at, at < size, 0.0)
+    tl.store(x + at, row - tl.max(row), at < size)
+
+@triton.jit
+def too_large(x, size, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(x + at, tl.trans(tl.load(x + at)))
+
+@triton.jit
+def unknown(x, size, BLOCK: tl.constexpr):
+    tl.store(x, no_such_name)
+
+def verdict(kernel, block, warps=1, **more):
+    row = figures("op", Shipped("name", kernel, {"x": "*fp32", "size": "i32"}, {"BLOCK": block}, warps, **more), 86)
+    print("; ".join(row["wrong"]))
+
+verdict(spills, 1 << 14)
+verdict(spills, 1 << 14, spills_allowed="on purpose")
+verdict(spills, 1 << 8, tensor_cores=True)
+verdict(too_large, 256, 32)
+verdict(unknown, 1)
+"""
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_what_ships_compiles_as_recorded(tmp_path):
+    done = run("-m", "bench.compile", "--json", tmp_path / "compile.json", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    now, recorded = (json.loads(path.read_text()) for path in (tmp_path / "compile.json", RECORDED))
+    assert {name.split("/")[0] for name in now["kernels"]} == OPS
+    assert {name.rsplit("_")[-1] for name in now["kernels"]} == {"80", "86", "90", "100", "120"}
+    if now["triton"] != recorded["triton"]:
+        return  # another compiler has other figures; none of them is wrong, which is what was asked above
+    before, after = (
+        {name: {figure: row[figure] for figure in LOOKED_AT} for name, row in file["kernels"].items()}
+        for file in (recorded, now)
+    )
+    changes = [
+        f"{name}: {before.get(name)} recorded, {after.get(name)} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    mend = "if that is meant: python -m bench.compile --json bench/results/compile.json"
+    assert not changes, "\n".join([*changes, mend])
+
+
+def test_what_is_wrong_is_found(tmp_path):
+    script = tmp_path / "wrong.py"  # Triton reads a kernel's source from its file
+    script.write_text(WRONG)
+    done = run(script, PYTHONPATH=str(REPOSITORY), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    spills, allowed, no_tensor_cores, too_large, unknown = done.stdout.splitlines()
+    assert spills.startswith("spills: ") and allowed == "" and no_tensor_cores == "no tensor-core instruction"
+    assert too_large.endswith("bytes of shared memory, the chip has 101376")
+    assert unknown.startswith("does not compile: ") and "no_such_name" in unknown
