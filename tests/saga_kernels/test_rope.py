@@ -63,11 +63,12 @@ def test_wrong_arguments_are_named():
 def test_what_a_gpu_does_not_take_is_named_before_any_launch():
     with FakeTensorMode():
         x, angles = torch.empty(4, 8, 128, device="cuda"), torch.empty(4, 128, device="cuda")
+        odd, odd_angles = torch.empty(4, 8, 72, device="cuda"), torch.empty(4, 72, device="cuda")
         with pytest.raises(ValueError, match="^x: got head_dim 72, accepted is a multiple of 16 up to 128 on a GPU"):
-            rope(x[..., :72], angles[:, :72], angles[:, :72])
+            rope(odd, odd_angles, odd_angles)
         with pytest.raises(ValueError, match=r"^x: got strides \(1024, 1, 8\)"):
-            rope(x.new_empty(4, 128, 8).mT, angles, angles)
+            rope(torch.empty_strided((4, 8, 128), (1024, 1, 8), device="cuda"), angles, angles)
         with pytest.raises(ValueError, match=r"^sin: got strides \(1, 4\)"):
-            rope(x, angles, x.new_empty(128, 4).T)
+            rope(x, angles, torch.empty_strided((4, 128), (1, 4), device="cuda"))
         with pytest.raises(ValueError, match="^cos: got device cpu"):
             rope(x, torch.empty(4, 128), angles)
