@@ -4,7 +4,7 @@
 # this folder. Under any name but its own it is an empty package: nothing is exported and no op is registered twice.
 if __name__ == "saga_kernels":
     from .advantage import group_advantage
-    from .attention import attention_onto, group_attention
+    from .attention import AttentionOnto, attention_onto, group_attention
     from .layout import GroupLayout
     from .logprob import token_logprob
     from .nf4 import NF4Weight, nf4_dequantize, nf4_matmul
@@ -14,6 +14,7 @@ if __name__ == "saga_kernels":
     from .swiglu import swiglu
 
     __all__ = [
+        "AttentionOnto",
         "GroupLayout",
         "NF4Weight",
         "add_rms_norm",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,19 +11,77 @@ from torch import Tensor
 from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
 from .layout import GroupLayout
 
+GPU_HEAD_DIM = 128  # the largest the GPU kernels hold in registers
 BLOCK_ROWS = 128  # query rows scored at a time: bounds the score matrix and the masked half of a causal square
 
 
+class AttentionOnto:
+    """Chosen query rows, each with its own run of key columns: the backward pass of `group_attention`, which computes
+    the probabilities anyway, writes their mean over heads into `attention`. What `attention_onto` gives without one.
+
+    Args:
+        layout: of the packed sequence.
+        rows: R packed rows, in any order; one may come again with other columns.
+        first_columns: R, the first of each row's columns. columns: C, how many each has; the row must see them all.
+        dtype: of `attention`: float32, or float64 for float64 inputs.
+
+    Attributes:
+        attention: (R, C), zeros until the backward pass has run.
+
+    Raises:
+        ValueError: the lists differ in length, a row is not of the layout, or it does not see its columns.
+    """
+
+    def __init__(
+        self,
+        layout: GroupLayout,
+        rows: Sequence[int],
+        first_columns: Sequence[int],
+        columns: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        expect(len(first_columns) == len(rows), "first_columns", len(first_columns), f"as many as rows, {len(rows)}")
+        expect(columns > 0, "columns", columns, "1 or more")
+        seen: Counter[int] = Counter()
+        levels = []
+        for i, (row, first) in enumerate(zip(rows, first_columns, strict=True)):
+            expect(0 <= row < layout.tokens, f"rows[{i}]", row, f"0 to {layout.tokens - 1}, the packed tokens")
+            sees = [(keys.start, keys.stop) for keys in layout.visible(row)]
+            expect(
+                any(start <= first and first + columns <= stop for start, stop in sees),
+                f"first_columns[{i}]",
+                f"columns {first} to {first + columns - 1}",
+                f"all of them seen by row {row}: within " + " or ".join(f"{a} to {b - 1}" for a, b in sees if a < b),
+            )
+            levels.append(seen[row])
+            seen[row] += 1
+        # Kernels ask the other way round, which of the R a token is. A token that is several takes one level for each.
+        device = layout.segment_offsets.device
+        table = torch.tensor([levels, list(rows), list(first_columns)], dtype=torch.int64, device=device)
+        self.slots = torch.full((max(levels, default=-1) + 1, layout.tokens), -1, dtype=torch.int32, device=device)
+        self.slots[table[0], table[1]] = torch.arange(len(rows), dtype=torch.int32, device=device)
+        self.first_columns = table[2].to(torch.int32)
+        self.layout = layout
+        self.attention = torch.zeros(len(rows), columns, dtype=dtype, device=device)
+
+
 def group_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: GroupLayout,
+    scale: float | None = None,
+    onto: AttentionOnto | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention inside each prefix, and of each completion onto its prefix and itself (`GroupLayout`).
 
     Args:
         q: (tokens, heads, head_dim). k, v: (tokens, kv_heads, head_dim); heads is a multiple of kv_heads, and query
-            head h reads key head h // (heads / kv_heads). All of one floating dtype and device.
+            head h reads key head h // (heads / kv_heads). All of one floating dtype and device, of any stride. On a GPU
+            head_dim is 128 at most (float64 apart, which is the reference there too).
         layout: of exactly these tokens.
-        scale: of the scores; head_dim ** -0.5 by default.
+        scale: of the scores, above 0; head_dim ** -0.5 by default.
+        onto: whose `attention` the backward pass fills. Something of q, k, v must require a gradient.
 
     Returns:
         o: like q. lse: (heads, tokens), natural-log sum of exponentials of the scaled scores, float32 (float64 for
@@ -31,10 +90,19 @@ def group_attention(
     expect_tensor("q", q, (layout.tokens, None, None), FLOATS)
     expect_tensor("k", k, (layout.tokens, None, q.shape[2]), (q.dtype,))
     expect_tensor("v", v, tuple(k.shape), (q.dtype,))
-    expect(q.shape[1] % k.shape[1] == 0, "q", f"{q.shape[1]} heads", f"a multiple of k's {k.shape[1]}")
+    _expect_heads(q, k)
     expect_same_device(q=q, k=k, v=v, layout=layout.segment_offsets)
+    if q.is_cuda and q.dtype != torch.float64:
+        expect(q.shape[2] <= GPU_HEAD_DIM, "q", f"head_dim {q.shape[2]}", f"at most {GPU_HEAD_DIM} on a GPU")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _group_attention(q, k, v, layout.segment_offsets, layout.segment_prefix, scale)
+    expect(scale > 0, "scale", scale, "a number above 0")
+    if onto is None:
+        return _group_attention(q, k, v, layout.segment_offsets, layout.segment_prefix, scale)
+    expect(onto.layout is layout, "onto", "another layout", "one made with this call's layout")
+    expect_tensor("onto", onto.attention, tuple(onto.attention.shape), (accumulator(q.dtype),))
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    expect(differentiable, "onto", "q, k, v without gradient", "one that requires it, or attention_onto instead")
+    return _GroupAttentionOnto.apply(q, k, v, scale, onto)
 
 
 def attention_onto(
@@ -53,7 +121,7 @@ def attention_onto(
     """
     expect_tensor("q", q, (None, None, None), FLOATS)
     expect_tensor("k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
-    expect(q.shape[1] % k.shape[1] == 0, "q", f"{q.shape[1]} heads", f"a multiple of k's {k.shape[1]}")
+    _expect_heads(q, k)
     expect_tensor("lse", lse, (q.shape[1], q.shape[0]), (accumulator(q.dtype),))
     expect_tensor("rows", rows, (None,), (torch.int64,))
     expect_tensor("columns", columns, (None,), (torch.int64,))
@@ -91,9 +159,15 @@ def group_attention_backward_reference(
     segment_offsets: Tensor,
     segment_prefix: Tensor,
     scale: float,
+    slots: Tensor | None = None,
+    first_columns: Tensor | None = None,
+    attention: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `group_attention`: P again from the LSE, then dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), and, times
     the scale, dQ = dS K and dK = dS^T Q (FlashAttention-2, arXiv 2307.08691).
+
+    The last three come together, from `AttentionOnto`: slots (levels, tokens) int32, which of the R rows a token is, or
+    -1; first_columns (R,) int32; attention (R, C), filled.
     """
     kv_heads = k.shape[1]
     queries, d_o = _by_head(q, kv_heads).mul_(scale), _by_head(do, kv_heads)
@@ -104,6 +178,8 @@ def group_attention_backward_reference(
     for rows, ranges in _blocks(segment_offsets, segment_prefix):
         d_out = d_o[:, :, rows].flatten(1, 2)
         weights = _masked_scores(queries, keys, rows, ranges).sub_(lse[:, :, rows].flatten(1, 2)[..., None]).exp_()
+        if attention is not None:
+            _emit(weights, rows, ranges, slots, first_columns, attention)
         d_value = weights.mT @ d_out
         d_scores = (d_out @ _gather(values, ranges).mT).sub_(delta[:, :, rows].flatten(1, 2)[..., None]).mul_(weights)
         d_key = d_scores.mT @ queries[:, :, rows].flatten(1, 2)
@@ -122,6 +198,11 @@ def attention_onto_reference(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, co
     queries, keys = _by_head(q[rows], k.shape[1]), _by_head(k[columns], k.shape[1])
     scores = (queries @ keys.mT).flatten(0, 1).mul_(scale)
     return scores.sub_(lse[:, rows, None]).exp_().mean(0)
+
+
+def _expect_heads(q: Tensor, k: Tensor) -> None:
+    fits = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    expect(fits, "q", f"{q.shape[1]} heads", f"a multiple of k's {k.shape[1]}, which is not 0")
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
@@ -164,9 +245,23 @@ def _masked_scores(queries: Tensor, keys: Tensor, rows: slice, ranges: list[slic
     return scores
 
 
+def _emit(
+    weights: Tensor, rows: slice, ranges: list[slice], slots: Tensor, first_columns: Tensor, attention: Tensor
+) -> None:
+    """Write the chosen ones of a block's rows, averaged over heads, from weights (kv_heads, rep * rows, keys)."""
+    mean = weights.unflatten(1, (-1, rows.stop - rows.start)).mean((0, 1))
+    columns = torch.cat([torch.arange(r.start, r.stop, device=weights.device) for r in ranges])
+    run = torch.arange(attention.shape[1], device=weights.device)
+    for level in slots[:, rows]:
+        chosen = (level >= 0).nonzero().flatten()
+        slot = level[chosen].long()
+        at = torch.searchsorted(columns, first_columns[slot].long())
+        attention[slot] = mean[chosen].gather(1, at[:, None] + run)
+
+
 _group_attention = torch.library.custom_op("saga_kernels::group_attention", group_attention_reference, mutates_args=())
 _group_attention_backward = torch.library.custom_op(
-    "saga_kernels::group_attention_backward", group_attention_backward_reference, mutates_args=()
+    "saga_kernels::group_attention_backward", group_attention_backward_reference, mutates_args=("attention",)
 )
 _attention_onto = torch.library.custom_op("saga_kernels::attention_onto", attention_onto_reference, mutates_args=())
 
@@ -179,13 +274,31 @@ def _(q, k, v, segment_offsets, segment_prefix, scale):
 
 
 @_group_attention_backward.register_fake
-def _(do, q, k, v, o, lse, segment_offsets, segment_prefix, scale):
+def _(do, q, k, v, o, lse, segment_offsets, segment_prefix, scale, slots=None, first_columns=None, attention=None):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 @_attention_onto.register_fake
 def _(q, k, lse, rows, columns, scale):
     return lse.new_empty((rows.shape[0], columns.shape[0]))
+
+
+@_group_attention.register_kernel("cuda")
+def _(q, k, v, segment_offsets, segment_prefix, scale):
+    if q.dtype == torch.float64:  # for tests; the kernels are for float32 and narrower
+        return group_attention_reference(q, k, v, segment_offsets, segment_prefix, scale)
+    from .gpu import attention  # Triton is needed on a GPU alone
+
+    return attention.forward(q, k, v, segment_offsets, segment_prefix, scale)
+
+
+@_group_attention_backward.register_kernel("cuda")
+def _(do, q, *rest):
+    if q.dtype == torch.float64:
+        return group_attention_backward_reference(do, q, *rest)
+    from .gpu import attention
+
+    return attention.backward(do, q, *rest)
 
 
 def _setup_context(ctx, inputs, output):
@@ -200,3 +313,21 @@ def _backward(ctx, do, _):
 
 
 _group_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _GroupAttentionOnto(torch.autograd.Function):
+    """`group_attention` whose backward also fills a buffer of the caller's."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, onto):
+        inputs = q, k, v, onto.layout.segment_offsets, onto.layout.segment_prefix, scale
+        output = _group_attention(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.onto = onto
+        return output
+
+    @staticmethod
+    def backward(ctx, do, _):
+        chosen = ctx.onto.slots, ctx.onto.first_columns, ctx.onto.attention
+        dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale, *chosen)
+        return dq, dk, dv, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import accumulate
 
 import torch
@@ -50,7 +51,7 @@ class GroupLayout:
             self._first.append(len(lengths))
             home += [len(lengths)] * (1 + len(completions))
             lengths += [prefix, *completions]
-        self._offsets = [0, *accumulate(lengths)]
+        self._offsets, self._home = [0, *accumulate(lengths)], home
         self._sizes = [len(completions) for completions in completion_lengths]
         self.groups = groups
         self.tokens = self._offsets[-1]
@@ -65,6 +66,13 @@ class GroupLayout:
         """The packed rows of completion `g` of group `i`."""
         expect(0 <= g < self._sizes[i], "g", g, f"0 to {self._sizes[i] - 1}, group {i}'s completions")
         return self._segment(self._first[i] + 1 + g)
+
+    def visible(self, row: int) -> tuple[slice, slice]:
+        """The keys that packed row `row` sees: of its prefix (none for a row of one), and of its own segment."""
+        expect(0 <= row < self.tokens, "row", row, f"0 to {self.tokens - 1}, the packed tokens")
+        segment = bisect_right(self._offsets, row) - 1
+        own = slice(self._offsets[segment], row + 1)
+        return (self._segment(self._home[segment]) if self._home[segment] != segment else slice(row, row)), own
 
     def _segment(self, segment: int) -> slice:
         return slice(self._offsets[segment], self._offsets[segment + 1])

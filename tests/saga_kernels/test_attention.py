@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from saga_kernels import GroupLayout, attention_onto, group_attention
+from saga_kernels import AttentionOnto, GroupLayout, attention_onto, group_attention
 from saga_kernels.attention import BLOCK_ROWS
 
 SHAPES = {  # prefix lengths, completion lengths, heads, kv_heads, head_dim
@@ -102,6 +103,80 @@ def test_attention_onto_is_the_mean_over_heads_of_the_probabilities(scale):
     torch.testing.assert_close(onto, p.mean(0)[rows][:, columns])
 
 
+ONTO = {  # shape → (rows, first_columns, columns): unsorted, twice with the same and with other columns, own segment
+    "ones": ([1], [0], 1),
+    "ragged": ([12, 6, 8, 8, 8, 15, 24, 3, 11], [0, 1, 0, 3, 3, 14, 15, 0, 9], 2),
+    "blocks": ([500, 140, 133, 300, 389, 399], [0, 120, 2, 4, 125, 388], 6),
+}
+
+
+@pytest.mark.parametrize("name", ONTO)
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_backward_writes_what_attention_onto_gives_and_changes_no_gradient(name, scale):
+    layout, q, k, v = make(name)
+    rows, first_columns, columns = ONTO[name]
+    onto = AttentionOnto(layout, rows, first_columns, columns, torch.float64)
+    o, lse = group_attention(q, k, v, layout, scale, onto)
+    assert not onto.attention.any() and not lse.requires_grad
+    d_o = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(o, (q, k, v), d_o)
+    plain, _ = group_attention(q, k, v, layout, scale)
+    assert torch.equal(plain, o)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(plain, (q, k, v), d_o)))
+    p = dense(name, q, k, v, scale or q.shape[2] ** -0.5)[0].mean(0)
+    for i, (row, first) in enumerate(zip(rows, first_columns, strict=True)):
+        seen = torch.arange(first, first + columns)
+        torch.testing.assert_close(onto.attention[i], p[row, seen].detach())
+        torch.testing.assert_close(onto.attention[i], attention_onto(q, k, lse, torch.tensor([row]), seen, scale)[0])
+
+
+def test_no_row_chosen_gives_no_attention():
+    layout, q, k, v = make("ragged")
+    onto = AttentionOnto(layout, [], [], 3, torch.float64)
+    group_attention(q, k, v, layout, onto=onto)[0].sum().backward()
+    assert onto.attention.shape == (0, 3) and q.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (([5], [0, 1], 2), "first_columns"),
+        (([5], [0], 0), "columns"),
+        (([27], [0], 1), r"rows\[0\]"),
+        (([5, -1], [0, 0], 1), r"rows\[1\]"),
+        (([5, 6], [0, 4], 2), r"first_columns\[1\]"),  # over the prefix's end
+        (([9], [5], 1), r"first_columns\[0\]"),  # another completion's
+        (([2], [2], 2), r"first_columns\[0\]"),  # after itself
+        (([5], [-1], 1), r"first_columns\[0\]"),
+    ],
+)
+def test_what_a_row_does_not_see_is_refused(arguments, named):
+    with pytest.raises(ValueError, match=f"^{named}: got .*accepted is"):
+        AttentionOnto(make("ragged")[0], *arguments)
+
+
+def test_attention_that_no_backward_would_write_is_refused():
+    layout, q, k, v = make("ragged")
+    for given, onto in (
+        ((q, k, v), AttentionOnto(make("ragged")[0], [5], [0], 1, torch.float64)),
+        ((q.detach(), k.detach(), v.detach()), AttentionOnto(layout, [5], [0], 1, torch.float64)),
+    ):
+        with pytest.raises(ValueError, match="^onto: got .*accepted is"):
+            group_attention(*given, layout, onto=onto)
+    with pytest.raises(TypeError, match="^onto: got .*accepted is"):
+        group_attention(q, k, v, layout, onto=AttentionOnto(layout, [5], [0], 1))
+
+
+def test_strides_do_not_matter():
+    layout, q, k, v = make("ragged")
+    packed = torch.cat([q, k, v], 1).detach().requires_grad_()
+    views = packed.split([6, 3, 3], 1)
+    o, _ = group_attention(*views, layout)
+    assert torch.equal(o, group_attention(q, k, v, layout)[0])
+    o.sum().backward()  # its gradient is one number, expanded
+    assert packed.grad.isfinite().all()
+
+
 def test_opcheck():
     layout, q, k, v = make("ragged")
     ops = torch.ops.saga_kernels
@@ -110,6 +185,9 @@ def test_opcheck():
     o, lse = ops.group_attention(*(x.detach() for x in args[:3]), *args[3:])
     backward = (o + 1, *(x.detach() for x in args[:3]), o, lse, *args[3:])
     torch.library.opcheck(ops.group_attention_backward.default, backward)
+    chosen = AttentionOnto(layout, *ONTO["ragged"], torch.float64)
+    buffers = (chosen.slots, chosen.first_columns, chosen.attention)
+    torch.library.opcheck(ops.group_attention_backward.default, (*backward, *buffers))
     onto = (q.detach(), k.detach(), lse, torch.tensor([1, 2]), torch.tensor([0]), 0.3)
     torch.library.opcheck(ops.attention_onto.default, onto)
 
@@ -123,9 +201,29 @@ def test_opcheck():
         (lambda q, k, v: (q[:, :4], k, v), ValueError, "q"),
         (lambda q, k, v: (q, k, v.to("meta")), ValueError, "v"),
         (lambda q, k, v: (q.int(), k, v), TypeError, "q"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), ValueError, "q"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, named):
     layout, *qkv = make("ragged")
     with pytest.raises(error, match=f"^{named}: got .*accepted is"):
         group_attention(*change(*qkv), layout)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    layout, q, k, v = make("ragged")
+    with pytest.raises(ValueError, match="^scale: got .*accepted is"):
+        group_attention(q, k, v, layout, scale)
+
+
+def test_a_head_dim_the_gpu_kernels_do_not_hold_is_refused_on_a_gpu_alone():
+    with FakeTensorMode():
+        layout = GroupLayout([3], [[2]], device="cuda")
+        for dtype, head_dim, refused in ((torch.bfloat16, 136, True), (torch.bfloat16, 128, False)):
+            q = torch.empty(5, 2, head_dim, dtype=dtype, device="cuda")
+            if refused:
+                with pytest.raises(ValueError, match="^q: got head_dim 136, accepted is"):
+                    group_attention(q, q, q, layout)
+            else:
+                assert group_attention(q, q, q, layout)[0].shape == q.shape
