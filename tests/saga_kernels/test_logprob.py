@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saga_kernels import token_logprob
 from saga_kernels.logprob import TILE_ROWS
@@ -75,3 +76,19 @@ def test_wrong_arguments_are_named():
         token_logprob(h, head, targets, coeff, 0)
     with pytest.raises(ValueError, match="^chunk: got 0"):
         token_logprob(h, head, targets, coeff, 1.0, 0)
+    with pytest.raises(ValueError, match="^head: got shape .*one token or more"):
+        token_logprob(h, head[:0], targets, coeff)
+
+
+def test_on_a_gpu_shapes_are_known_and_bad_input_is_named_before_launch():
+    with FakeTensorMode():
+        h, head = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (6, 50))
+        targets, coeff = torch.empty(6, device="cuda", dtype=torch.int64), torch.empty(6, device="cuda")
+        logp, dh = token_logprob(h, head, targets, coeff)
+        assert logp.shape == (6,) and logp.dtype == torch.float32
+        assert dh.shape == h.shape and dh.dtype == h.dtype and dh.is_cuda
+        with pytest.raises(ValueError, match="^targets: got device cpu, accepted is h's, cuda:0"):
+            token_logprob(h, head, torch.empty(6, dtype=torch.int64), coeff)
+        with pytest.raises(ValueError, match="^head: got strides .1, 50., accepted is contiguous on a GPU"):
+            head = torch.empty_strided((50, 8), (1, 50), device="cuda", dtype=torch.bfloat16)
+            token_logprob(h, head, targets, coeff)
