@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
+from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
 SHORTLIST = 64  # most nuclei hold fewer tokens than this, so few rows need a full sort
 
@@ -25,12 +25,13 @@ def sample_top_p(
         rows: (N,) int64, each row's lasting id. step: (N,) int64 or one int for all rows, the place in the sequence.
 
     Returns:
-        (N,) int64 token ids.
+        (N,) int64 token ids. On a GPU, which is not waited for, -1 for a row without a finite distribution.
 
     Raises:
         ValueError, TypeError: as the argument named says; on CPU also for a row without a finite distribution.
     """
     expect_tensor("logits", logits, (None, None), FLOATS)
+    expect(logits.shape[1] > 0, "logits", f"shape {tuple(logits.shape)}", "one token or more")
     expect(temperature >= 0, "temperature", temperature, "0 or more")
     expect(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
     expect(0 <= seed < 1 << 63, "seed", seed, "0 to 2**63 - 1")
@@ -39,6 +40,7 @@ def sample_top_p(
         step = torch.full_like(rows, step)
     expect_tensor("step", step, (logits.shape[0],), (torch.int64,))
     expect_same_device(logits=logits, rows=rows, step=step)
+    expect_contiguous_on_gpu(logits=logits, rows=rows, step=step)
     return _sample_top_p(logits.detach(), temperature, top_p, seed, rows, step)
 
 
@@ -49,7 +51,7 @@ def sample_top_p_reference(
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.to(accumulator(logits.dtype)) / temperature).softmax(-1)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and len(logits):
         broken = probabilities.isnan().any(-1)
         expect(not broken.any(), "logits", f"row {broken.int().argmax()} with nan, +inf or only -inf", "finite or -inf")
     kept = torch.where(nucleus_reference(probabilities, top_p), probabilities, 0)
@@ -102,6 +104,15 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 _sample_top_p = torch.library.custom_op("saga_kernels::sample_top_p", sample_top_p_reference, mutates_args=())
+
+
+@_sample_top_p.register_kernel("cuda")
+def _(logits, temperature, top_p, seed, rows, step):
+    if logits.dtype == torch.float64:
+        return sample_top_p_reference(logits, temperature, top_p, seed, rows, step)
+    from .gpu import sampling  # Triton is needed on a GPU alone
+
+    return sampling.forward(logits, temperature, top_p, seed, rows, step)
 
 
 @_sample_top_p.register_fake

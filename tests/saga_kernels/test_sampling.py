@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saga_kernels import sample_top_p
 from saga_kernels.sampling import SHORTLIST, nucleus_reference, philox4x32, philox_uniform
@@ -101,6 +102,10 @@ def test_temperature_zero_is_greedy_and_barred_tokens_never_come():
     assert sample_top_p(logits.bfloat16(), 5.0, 1.0, 0, rows, 0).max() < 3
 
 
+def test_no_rows_draw_nothing():
+    assert sample_top_p(torch.empty(0, 9), 1.0, 0.9, 0, torch.arange(0), 0).shape == (0,)
+
+
 def test_opcheck():
     args = (torch.randn(4, 9), 0.7, 0.9, 1, torch.arange(4), torch.zeros(4, dtype=torch.int64))
     torch.library.opcheck(torch.ops.saga_kernels.sample_top_p.default, args)
@@ -117,6 +122,7 @@ def test_opcheck():
         ({"rows": torch.arange(2, dtype=torch.int32)}, TypeError, "rows"),
         ({"step": torch.zeros(1, dtype=torch.int64)}, ValueError, "step"),
         ({"logits": torch.zeros(2)}, ValueError, "logits"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "logits"),
         ({"logits": torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])}, ValueError, "logits"),
         ({"logits": torch.full((2, 2), float("-inf"))}, ValueError, "logits"),
     ],
@@ -132,3 +138,14 @@ def test_wrong_arguments_are_named(change, error, named):
     }
     with pytest.raises(error, match=f"^{named}: got .*accepted is"):
         sample_top_p(**{**good, **change})
+
+
+def test_on_a_gpu_shapes_are_known_and_bad_input_is_named_before_launch():
+    with FakeTensorMode():
+        logits, rows = torch.empty(4, 50, device="cuda"), torch.empty(4, device="cuda", dtype=torch.int64)
+        tokens = sample_top_p(logits, 0.7, 0.9, 0, rows, 1)
+        assert tokens.shape == (4,) and tokens.dtype == torch.int64 and tokens.is_cuda
+        with pytest.raises(ValueError, match="^step: got device cpu, accepted is logits's, cuda:0"):
+            sample_top_p(logits, 0.7, 0.9, 0, rows, torch.empty(4, dtype=torch.int64))
+        with pytest.raises(ValueError, match="^logits: got strides .50, 2., accepted is contiguous on a GPU"):
+            sample_top_p(torch.empty_strided((4, 25), (50, 2), device="cuda"), 0.7, 0.9, 0, rows, 1)
