@@ -28,7 +28,7 @@ from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.images import to_pixels
 from saga_fast.losses.policy import token_coefficients
-from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.rollout import Sampling

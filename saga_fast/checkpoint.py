@@ -97,12 +97,22 @@ def load(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state_dict as ({"<parameter number>.<name>": tensor}, JSON-able rest)."""
+    """The optimizer's state_dict as ({"<parameter number>.<name>": tensor}, JSON-able rest).
+
+    Dictionaries within a parameter's state, as bitsandbytes has them, become "<parameter number>.<name>.<key>".
+    """
     packed = optimizer.state_dict()
     tensors, scalars = {}, {}
+
+    def put(key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                put(f"{key}.{name}", inner)
+        else:
+            (tensors if isinstance(value, Tensor) else scalars)[key] = value
+
     for number, values in packed["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else scalars)[f"{number}.{name}"] = value
+        put(str(number), values)
     return tensors, {"scalars": scalars, "param_groups": packed["param_groups"]}
 
 
@@ -110,8 +120,11 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     """Load into `optimizer` what `pack_optimizer` gave, also by way of JSON. Raises ValueError if the groups differ."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | rest["scalars"]).items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        number, *path, name = key.split(".")
+        values = state.setdefault(int(number), {})
+        for part in path:
+            values = values.setdefault(part, {})
+        values[name] = value
     groups = [
         {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
         for group in rest["param_groups"]

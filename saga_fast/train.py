@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bitsandbytes
 import torch
 import transformers
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from saga_fast.evaluate import evaluate, load_images, table
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_target
 from saga_fast.losses.policy import token_coefficients
-from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.rollout import Sampling
@@ -112,10 +113,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
     name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
-    mllm = load_mllm(name, config.supervisor.quantize, dtype, device.type)
+    mllm = load_mllm(name, config.supervisor.quantize, dtype, device.type, config.supervisor.quantize_head)
     encoder = Encoder.from_tower(
         mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
     ).to(device)
+    if config.encoder.checkpointing:
+        encoder.tower.checkpoint_blocks()
     supervisor = make_supervisor(config, mllm, encoder) if config.uses_supervisor else None
     frozen = supervisor and supervisor.decoder.fingerprint()
     settings = {}
@@ -130,7 +133,8 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
         {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
+    adamw = bitsandbytes.optim.AdamW8bit if config.optim.states == "8bit" else torch.optim.AdamW
+    optimizer = adamw([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
     )

@@ -8,43 +8,21 @@ caller's: a prefill, a decode step and a replay differ only in the `attend` they
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    Qwen3VLForConditionalGeneration,
-)
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from saga_fast.errors import InputError
-from saga_kernels import NF4Weight, add_rms_norm, nf4_matmul, rms_norm, rope, swiglu
+from saga_kernels import NF4Weight, add_rms_norm, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
 
-# At import it warns that an optional package for its own CPU forward is missing; our ops do not use that forward.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+BLOCK = 64  # weights that share one absmax in NF4
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class Mllm(NamedTuple):
-    """A loaded multimodal model, taken apart: the tower to be trained, the language model that stays frozen."""
-
-    visual: Qwen3VLVisionModel
-    decoder: FrozenDecoder
-    tokenizer: object
-    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,9 +34,7 @@ class Projection:
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Projection:
-        weight = linear.weight
-        frozen = NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
-        return cls(frozen, None if linear.bias is None else linear.bias.detach())
+        return cls(_frozen(linear.weight), None if linear.bias is None else linear.bias.detach())
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, Tensor):
@@ -102,16 +78,24 @@ class DecoderLayer:
 class FrozenDecoder:
     """Embedding, decoder layers, final norm and head of a language model. No weight of it ever gets a gradient.
 
-    embedding, head: (V, D). Hidden states are (tokens, D): sequences lie packed end to end, without padding.
+    embedding, head: (V, D), dense or NF4. Hidden states are (tokens, D): sequences lie packed end to end, without
+    padding. dtype: of hidden states. mrope: rotary positions have three axes (Qwen3-VL); else the first of them counts.
+
+    quantize_head: embedding and head in NF4 too, one matrix where they are tied. Raises ValueError where a row of them
+    is no whole number of NF4's blocks of 64.
     """
 
-    def __init__(self, language_model: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, language_model: nn.Module, head: nn.Linear, quantize_head: bool = False) -> None:
         config = language_model.config
-        self.embedding = language_model.embed_tokens.weight.detach()
+        embedding = language_model.embed_tokens.weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        tied = head.weight is embedding
+        self.embedding = _quantized(embedding) if quantize_head else embedding.detach()
+        self.head = self.embedding if tied else _quantized(head.weight) if quantize_head else _frozen(head.weight)
         self.layers = [DecoderLayer.of(layer) for layer in language_model.layers]
         self.norm = language_model.norm.weight.detach()
-        self.head = head.weight.detach()
         self.rotary = language_model.rotary_emb
+        self.mrope = hasattr(self.rotary, "mrope_section")
         self.eps = config.rms_norm_eps
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -122,7 +106,17 @@ class FrozenDecoder:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(tokens,) int64 → (tokens, D). Visual positions hold pads here; the caller overwrites them."""
-        return F.embedding(input_ids, self.embedding)
+        if isinstance(self.embedding, Tensor):
+            return F.embedding(input_ids, self.embedding)
+        return _rows(self.embedding, input_ids)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(tokens, D) → (tokens, V)."""
+        return h @ self.head.T if isinstance(self.head, Tensor) else nf4_matmul(h, self.head)
+
+    def dense_head(self) -> Tensor:
+        """(V, D) in `dtype`: the head itself, or a copy of it out of NF4 that is the caller's to drop."""
+        return self.head if isinstance(self.head, Tensor) else nf4_dequantize(self.head, dtype=self.dtype)
 
     def forward(
         self,
@@ -149,8 +143,9 @@ class FrozenDecoder:
         return rms_norm(h, self.norm, self.eps)
 
     def rotate(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (tokens, head_dim) of M-RoPE positions (3, tokens)."""
-        cos, sin = self.rotary(self.embedding.new_empty(0, dtype=dtype), positions[:, None])
+        """cos and sin (tokens, head_dim) of positions (3, tokens)."""
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        cos, sin = self.rotary(like, positions[:, None] if self.mrope else positions[:1])
         return cos[0], sin[0]
 
     def _layer(self, i: int, layer: DecoderLayer, h: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
@@ -179,39 +174,21 @@ class FrozenDecoder:
             yield from tensors(value)
 
 
-def load_mllm(name: str | Path, quantize: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Mllm:
-    """Load a Qwen3-VL from a folder or the hub and take it apart.
-
-    quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); embedding, head and tower
-    stay in `dtype`. Raises InputError for a missing folder, one that holds no model, or a model of another kind.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"supervisor.model: {name} is no model ({_first_line(error)}); give a folder or hub id"
-        ) from None
-    if config.model_type != "qwen3_vl":
-        raise InputError(f"supervisor.model: {name} is a {config.model_type!r}; a multimodal 'qwen3_vl' is needed")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
-    try:
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
-            name, dtype=dtype, device_map=device, quantization_config=quantization if quantize else None
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
-    generation: GenerationConfig = model.generation_config
-    eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    decoder = FrozenDecoder(model.model.language_model, model.lm_head)
-    return Mllm(model.model.visual, decoder, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,))
+def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:
+    return NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _quantized(weight: nn.Parameter) -> NF4Weight:
+    """A (V, D) matrix in NF4 whose absmax is not nested, so that each row's blocks stand by themselves."""
+    if hasattr(weight, "quant_state"):
+        return NF4Weight.from_bitsandbytes(weight)
+    if weight.shape[1] % BLOCK:
+        raise ValueError(f"quantize_head: hidden states of width {weight.shape[1]}, accepted are multiples of {BLOCK}")
+    packed, state = quantize_4bit(weight.detach(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    return NF4Weight(packed.view(-1), state.absmax, None, None, None, tuple(weight.shape), weight.dtype)
+
+
+def _rows(weight: NF4Weight, rows: Tensor) -> Tensor:
+    """(n, D): the rows (n,) of what `_quantized` gave, the rest left packed."""
+    packed, absmax = (values.view(weight.shape[0], -1)[rows].flatten() for values in (weight.packed, weight.absmax))
+    return nf4_dequantize(NF4Weight(packed, absmax, None, None, None, (len(rows), weight.shape[1]), weight.dtype))

@@ -13,7 +13,7 @@ from saga_fast.supervisor.prompt import Prefix
 
 @dataclass(frozen=True)
 class PairPrefix:
-    """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), M-RoPE.
+    """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), rotary.
 
     next_position: where every completion's positions begin, on all three axes.
     """
@@ -24,8 +24,16 @@ class PairPrefix:
     next_position: int
 
     @classmethod
-    def of(cls, prefix: Prefix, grid: tuple[int, int], device: torch.device | str = "cpu") -> PairPrefix:
-        """`grid`: merged tokens per column and row of an image; their product is the length of each image span."""
+    def of(cls, prefix: Prefix, grid: tuple[int, int] | None, device: torch.device | str = "cpu") -> PairPrefix:
+        """`grid`: merged tokens per column and row of an image; their product is the length of each image span. None
+        for a model without M-RoPE, where tokens of images and text are counted alike."""
+        if grid is None:
+            return cls(
+                torch.tensor(prefix.input_ids, device=device),
+                torch.stack([torch.arange(*span) for span in prefix.image_spans]).to(device),
+                torch.arange(len(prefix.input_ids), device=device).expand(3, -1),
+                len(prefix.input_ids),
+            )
         text, images, start, position = [], [], 0, 0
         for span in prefix.image_spans:
             before = span[0] - start
@@ -56,4 +64,4 @@ class PairPrefix:
 
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
         """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D), with their graph, in their rows."""
-        return decoder.embed(input_ids).index_copy(0, visual_rows, tokens.flatten(0, 1).to(decoder.embedding.dtype))
+        return decoder.embed(input_ids).index_copy(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))

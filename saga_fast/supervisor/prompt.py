@@ -142,12 +142,20 @@ class Prefix(NamedTuple):
     image_spans: tuple[tuple[int, int], tuple[int, int]]
 
 
-def build_prefix(tokenizer, instruction: str, tokens_per_image: int, order: Order = "images_first") -> Prefix:
+def build_prefix(
+    tokenizer,
+    instruction: str,
+    tokens_per_image: int,
+    order: Order = "images_first",
+    image_token: str = IMAGE_PAD,
+    image_marks: tuple[str, str] | None = None,
+) -> Prefix:
     """Chat-templated token ids of one pair, each image standing as `tokens_per_image` pads.
 
-    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. Raises InputError for an unknown order, a
-    tokenizer without a chat template, a template that does not write one `<|image_pad|>` per image, and an instruction
-    that holds one of the tokenizer's special tokens.
+    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad, which the template writes
+    once per image. image_marks: tokens to put before and after an image's pads, where the template does not. Raises
+    InputError for an unknown order, a tokenizer without a chat template, a template that does not write one
+    `image_token` per image, and an instruction that holds one of the tokenizer's special tokens.
     """
     images, text = [{"type": "image"}] * 2, [{"type": "text", "text": instruction}]
     contents = {"images_first": images + text, "instruction_first": text + images}
@@ -160,16 +168,24 @@ def build_prefix(tokenizer, instruction: str, tokens_per_image: int, order: Orde
         if token.special and token.content in instruction:
             raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
 
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": contents[order]}], add_generation_prompt=True, tokenize=True, return_dict=False
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": contents[order]}], add_generation_prompt=True, tokenize=False
     )
-    pad = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    # As the models' processors do: a template that does not begin the text itself leaves that to the tokenizer.
+    begun = tokenizer.bos_token is not None and asked.startswith(tokenizer.bos_token)
+    ids = tokenizer.encode(asked, add_special_tokens=not begun)
+    pad = tokenizer.convert_tokens_to_ids(image_token)
     found = [position for position, token in enumerate(ids) if token == pad]
     if len(found) != 2:
-        raise InputError(f"{name}: chat template wrote {len(found)} {IMAGE_PAD} for two images; use a Qwen-VL template")
+        raise InputError(
+            f"{name}: chat template wrote {len(found)} {image_token} for two images; "
+            "use the vision-language model's own template"
+        )
+    before, after = ([mark] for mark in tokenizer.convert_tokens_to_ids(image_marks)) if image_marks else ([], [])
     first, second = found
-    pads = [pad] * tokens_per_image
-    return Prefix(
-        [*ids[:first], *pads, *ids[first + 1 : second], *pads, *ids[second + 1 :]],
-        ((first, first + tokens_per_image), (second + tokens_per_image - 1, second + 2 * tokens_per_image - 1)),
-    )
+    prefix, spans = ids[:first], []
+    for rest in (ids[first + 1 : second], ids[second + 1 :]):
+        prefix += before
+        spans.append((len(prefix), len(prefix) + tokens_per_image))
+        prefix += [pad] * tokens_per_image + after + rest
+    return Prefix(prefix, tuple(spans))

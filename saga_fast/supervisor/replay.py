@@ -67,7 +67,7 @@ def replay(
     features: of 2n images, a and b of group 0, of group 1, …; leaves, so that each pack's backward ends there.
     token_budget: packed tokens that stand in memory at once (no group is split). recompute: keep only layer inputs.
     """
-    loss, log_probs, attention = torch.zeros((), device=decoder.embedding.device), [], []
+    loss, log_probs, attention = torch.zeros((), device=decoder.device), [], []
     for first, last in _packs(groups, len(prefix), token_budget):
         pack = VisualFeatures(*_slice(features, 2 * first, 2 * last))
         part = _replay_pack(decoder, prefix, pack, groups[first:last], temperature, anchor_layer, recompute)
@@ -102,7 +102,7 @@ def _replay_pack(
     anchor_layer: int,
     recompute: bool,
 ) -> Replay:
-    device = decoder.embedding.device
+    device = decoder.device
     lengths = [[len(completion) for completion in group.completions] for group in groups]
     layout = GroupLayout([len(prefix)] * len(groups), lengths, device=device)
     input_ids, positions, rows = _pack(prefix, groups, layout)
@@ -122,7 +122,7 @@ def _replay_pack(
         h = decoder.forward(h, positions, attend, deepstack, visual, recompute)[rows]
     targets = torch.tensor([token for group in groups for c in group.completions for token in c], device=device)
     coefficients = torch.cat([c for group in groups for c in group.coefficients]).to(device)
-    log_probs, dh = token_logprob(h.detach(), decoder.head, targets, coefficients, temperature)
+    log_probs, dh = token_logprob(h.detach(), decoder.dense_head(), targets, coefficients, temperature)
     if h.requires_grad:
         h.backward(dh)
     counts = [count for group in lengths for count in group]

@@ -44,7 +44,7 @@ def rollout(
     features: of 2n images, a and b of pair 0, of pair 1, …; pair_ids: (n,) int64, unique in the run. A rollout is a
     function of (sampling.seed, pair id, g) and the weights alone: not of the batch it was drawn in.
     """
-    device, pairs, group = decoder.embedding.device, len(pair_ids), sampling.group_size
+    device, pairs, group = decoder.device, len(pair_ids), sampling.group_size
     eos = torch.tensor(eos_token_ids, device=device)
     cache = SharedPrefixCache(decoder, pairs, group, len(prefix), sampling.max_new_tokens)
     hidden = _prefill(decoder, prefix, features, cache)
@@ -56,9 +56,7 @@ def rollout(
     lengths = torch.full((pairs, group), sampling.max_new_tokens, dtype=torch.int64, device=device)
     live = torch.arange(pairs, device=device)
     for step in range(sampling.max_new_tokens):
-        token = sample_top_p(
-            hidden @ decoder.head.T, sampling.temperature, sampling.top_p, sampling.seed, row_ids, step
-        )
+        token = sample_top_p(decoder.logits(hidden), sampling.temperature, sampling.top_p, sampling.seed, row_ids, step)
         tokens[live, :, step] = token.unflatten(0, (-1, group))
         newly = torch.isin(token, eos).unflatten(0, (-1, group)) & ~ended[live]
         lengths[live] = torch.where(newly, step + 1, lengths[live])
@@ -84,8 +82,8 @@ def rollout(
 def _prefill(decoder: FrozenDecoder, prefix: PairPrefix, features: VisualFeatures, cache: SharedPrefixCache) -> Tensor:
     """Runs every pair's prefix once, fills the cache, and returns the hidden state (pairs, D) that predicts token 0."""
     pairs, length = features.tokens.shape[0] // 2, len(prefix)
-    layout = GroupLayout([length] * pairs, [[] for _ in range(pairs)], device=decoder.embedding.device)
-    rows = prefix.visual_rows(torch.arange(pairs, device=decoder.embedding.device) * length)
+    layout = GroupLayout([length] * pairs, [[] for _ in range(pairs)], device=decoder.device)
+    rows = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
     h = prefix.embed(decoder, prefix.input_ids.repeat(pairs), rows, features.tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,7 +103,8 @@ class SharedPrefixCache:
     """
 
     def __init__(self, decoder: FrozenDecoder, pairs: int, group: int, prefix: int, max_new_tokens: int) -> None:
-        kv, dim, like = decoder.kv_heads, decoder.head_dim, decoder.embedding
+        kv, dim = decoder.kv_heads, decoder.head_dim
+        like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
         self.group, self.length = group, 0
         self.prefix_k = [like.new_empty(pairs, kv, dim, prefix) for _ in decoder.layers]
         self.prefix_v = [like.new_empty(pairs, kv, prefix, dim) for _ in decoder.layers]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.errors import InputError
-from saga_fast.supervisor.decoder import Mllm
+from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import Group, Replay, replay
@@ -37,8 +37,9 @@ class Supervisor:
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
-        prefix = build_prefix(self.tokenizer, prompt.instruction(), grid[0] * grid[1], order)
-        self.prefix = PairPrefix.of(prefix, grid, self.decoder.embedding.device)
+        instruction, count = prompt.instruction(), grid[0] * grid[1]
+        prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_marks)
+        self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device)
         depth = self.decoder.depth
         self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
         if not 0 <= self.anchor_layer < depth:

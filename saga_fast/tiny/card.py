@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisionTower, VisualFeatures
 from saga_fast.metrics import retrieval_metrics
-from saga_fast.supervisor.decoder import Mllm, load_mllm
+from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.rollout import Sampling, rollout
@@ -41,7 +41,7 @@ def ask(
     """Answers [pair][g] about pixels (2n, 3, S, S): pictures a and b of pair 0, of pair 1, …"""
     prompt = PROMPT.as_generic() if generic else PROMPT
     prefix = PairPrefix.of(build_prefix(mllm.tokenizer, prompt.instruction(), GRID**2, order), (GRID, GRID))
-    features = look(VisionTower(mllm.visual), pixels)
+    features = look(VisionTower.of(mllm.visual), pixels)
     texts = []
     for pairs in torch.arange(len(pixels) // 2).split(32):
         images = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
@@ -145,7 +145,7 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
     trainer.hidden(
         question,
         torch.cat([question.prefix.input_ids.expand(count, -1), ids], 1),
-        look(VisionTower(model.model.visual), batch.pixels),
+        look(VisionTower.of(model.model.visual), batch.pixels),
     )
     areas = batch.areas.unflatten(0, (count, 2))
     seen = areas.sum(-1) > 0
@@ -164,7 +164,7 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
 def frozen_retrieval(mllm: Mllm) -> dict[str, float]:
     """Retrieval on the benchmark's test species by the mean of the frozen tower's tokens."""
     birds = DrawnBirds("test")
-    features = look(VisionTower(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
+    features = look(VisionTower.of(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
     embeddings = torch.nn.functional.normalize(features.tokens.mean(1), dim=-1)
     return retrieval_metrics(embeddings, torch.tensor(birds.labels))
 

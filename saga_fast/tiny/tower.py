@@ -139,7 +139,7 @@ class TowerTrainer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.tower = VisionTower(Qwen3VLVisionModel(Qwen3VLVisionConfig(**VISION)))
+        self.tower = VisionTower.of(Qwen3VLVisionModel(Qwen3VLVisionConfig(**VISION)))
         self.heads = nn.ModuleList(Heads() for _ in range(1 + len(VISION["deepstack_visual_indexes"])))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

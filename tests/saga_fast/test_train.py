@@ -18,7 +18,7 @@ from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError
-from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.tiny import SUPERVISOR
 
 
@@ -194,7 +194,7 @@ def pictures(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["mars"], "preset: 'mars' is unknown; use one of drawn-birds, folder"),
+        (["mars"], "preset: 'mars' is unknown; use one of drawn-birds, cub, cars, aircraft, inat-aves, folder"),
         (["--optim.stps", "3"], "--optim.stps: unknown flag; did you mean --optim.steps?"),
         (["--optim.steps", "three"], "--optim.steps"),
         (["--encoder.pooler", "median"], "--encoder.pooler"),
@@ -207,13 +207,16 @@ def pictures(tmp_path) -> Path:
         (["--data.species", "20"], "classes_per_batch: 16"),
         (["--data.train-classes", "51"], "--data.train-classes: 51; the training half has 50 classes"),
         (["--data.train-classes", "0"], "data.train-classes: 0; give 1 or more"),
+        (["--data.workers", "-1"], "data.workers: -1; give 0 or more"),
         (["--resume"], "holds no run"),
         (["folder"], "--data.root: missing"),
+        (["cub"], "--data.root: missing"),
+        (["cub", "--data.root", "{tmp}/empty"], "empty/classes.txt': cannot be read (No such file or directory)"),
         (["folder", "--data.root", "{tmp}/nowhere"], "nowhere"),
         (["folder", "--data.root", "{tmp}/empty"], "no class folders"),
         (["folder", "--data.root", "{pictures}"], "classes_per_batch: 16, the training set has 2"),
         (["--supervisor.model", "{tmp}/empty"], "supervisor.model"),
-        (["--supervisor.model", "{tmp}/text-only"], "a multimodal 'qwen3_vl' is needed"),
+        (["--supervisor.model", "{tmp}/text-only"], "is a 'llama', which reads no images"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, pictures, monkeypatch, capsys):
@@ -222,7 +225,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
     (tmp_path / "text-only" / "config.json").write_text('{"model_type": "llama"}')
     out = tmp_path / "run"
     arguments = [argument.format(tmp=tmp_path, pictures=pictures) for argument in arguments]
-    small_data = ["--data.images-per-species", "2"] if arguments[0] != "folder" else []
+    small_data = ["--data.images-per-species", "2"] if arguments[0].startswith("--") else []
     monkeypatch.setattr(sys, "argv", ["train", *arguments, *small_data, "--out", str(out)])
     with pytest.raises(SystemExit) as stop:
         trainer.main()

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.errors import InputError
-from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, replay
@@ -81,7 +81,7 @@ def test_clear_errors(tmp_path):
     with pytest.raises(InputError, match="supervisor.model: .* is no model"):
         load_mllm(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(InputError, match="is a 'qwen3'; a multimodal 'qwen3_vl' is needed"):
+    with pytest.raises(InputError, match="is a 'qwen3', which reads no images"):
         load_mllm(tmp_path)
     partial = shutil.copytree(SUPERVISOR, tmp_path / "partial")
     weights = partial / "model.safetensors"

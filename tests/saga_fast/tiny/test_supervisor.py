@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from saga_fast.errors import InputError
-from saga_fast.supervisor.decoder import load_mllm
+from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.verdict import parse
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import ATTRIBUTES, EASY, change, differing, species

@@ -1,0 +1,195 @@
+"""Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
+
+Three kinds, a folder or a hub id each: Qwen3-VL; InternVL as transformers ships it; and the plain case, a ViT with a
+projector (LLaVA) before a dense Llama-, Mistral-, Qwen2- or Qwen3-style decoder. What cannot be run is told from the
+configuration, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import cached_file
+
+from saga_fast.errors import InputError
+from saga_fast.supervisor.decoder import BLOCK, FrozenDecoder
+from saga_kernels import NF4Weight, nf4_dequantize
+
+TOWERS = ("qwen3_vl", "internvl", "llava", "vipllava")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_vl_text")
+ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence's length
+
+
+class Mllm(NamedTuple):
+    """visual: the vision model with its projector, see `VisionTower.of`. image_token: stands for one visual token in
+    the prompt, between `image_marks` where the model's processor puts such."""
+
+    visual: PreTrainedModel
+    decoder: FrozenDecoder
+    tokenizer: object
+    eos_token_ids: tuple[int, ...]
+    image_token: str
+    image_marks: tuple[str, str] | None
+
+
+def load_mllm(
+    name: str | Path,
+    quantize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantize_head: bool = False,
+) -> Mllm:
+    """Load a model and take it apart. Weights come shard by shard, and each is quantised before the next is read.
+
+    quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); norms, tower, embedding and
+    head stay in `dtype`. quantize_head: embedding and head in NF4 too. A checkpoint in NF4 stays as it is.
+    Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
+    """
+    config = _configuration(name)
+    for reason in _objections(config):
+        raise InputError(f"supervisor.model: {name} {reason}")
+    if quantize_head and config.text_config.hidden_size % BLOCK:
+        raise InputError(
+            f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
+            f"it needs a multiple of {BLOCK}: leave it out"
+        )
+    try:
+        quantization = None
+        if quantize and not hasattr(config, "quantization_config"):
+            with torch.device("meta"):
+                parts = dict(AutoModelForImageTextToText.from_config(config).model.named_children())
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
+            )
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, device_map=device, quantization_config=quantization, output_loading_info=True
+        )
+        if missing := sorted(loaded["missing_keys"]):
+            raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
+    tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
+    eos = model.generation_config.eos_token_id
+    eos = eos if eos is not None else tokenizer.eos_token_id
+    decoder = FrozenDecoder(model.model.language_model, model.lm_head, quantize_head)
+    return Mllm(
+        _visual(model, _pixel_statistics(name)),
+        decoder,
+        tokenizer,
+        tuple(eos) if isinstance(eos, list) else (eos,),
+        tokenizer.convert_ids_to_tokens(config.image_token_id),
+        _image_marks(tokenizer),
+    )
+
+
+def _configuration(name: str | Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "gated" in str(error):
+            mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
+        elif "trust_remote_code" in str(error):
+            mend = (
+                "brings code of its own, which is not run; "
+                "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
+            )
+        else:
+            mend = f"is no model ({_first_line(error)}); give a folder or hub id"
+        raise InputError(f"supervisor.model: {name} {mend}") from None
+
+
+def _objections(config: PretrainedConfig) -> Iterator[str]:
+    """Why this model would not be run as it was trained, if it would not."""
+    kind = config.model_type
+    text = getattr(config, "text_config", None)
+    if text is None or not (hasattr(config, "image_token_id") or hasattr(config, "video_token_id")):
+        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, Qwen3-VL, InternVL or LLaVA"
+    if getattr(config, "image_token_id", None) is None:
+        yield f"is a {kind!r}, which reads videos only; a model that reads images is needed"
+    if experts := getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
+        yield f"is a {kind!r} with {experts} experts a layer; a dense model is needed, such as Qwen3-VL 2B, 4B or 8B"
+    if text.model_type not in DECODERS:
+        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(DECODERS)}"
+    sliding = getattr(text, "sliding_window", None)
+    if sliding or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        yield f"attends within a sliding window of {sliding} tokens; a model with full attention is needed"
+    if (rotary := text.rope_parameters.get("rope_type", "default")) not in ROTARY:
+        yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
+    if text.hidden_act != "silu":
+        yield f"has {text.hidden_act!r} for its activation; a SwiGLU decoder is needed, with 'silu'"
+    if kind not in TOWERS:
+        yield f"is a {kind!r}; accepted are {', '.join(TOWERS)}"
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored and not (stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"):
+        yield (
+            f"is quantised already, by {stored.get('quant_method')!r}; "
+            "of quantised checkpoints those of bitsandbytes in NF4 are read: take one, or the unquantised release"
+        )
+
+
+def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTrainedModel:
+    """The vision model with its projector, dense, and with a configuration that stands without the language model."""
+    base = model.model
+    if model.config.model_type == "qwen3_vl":
+        visual = base.visual
+    else:
+        visual, text = base, base.config.text_config
+        del visual.language_model
+        tokens = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        layers = {"num_hidden_layers": 0, "intermediate_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+        visual.config.text_config = type(text)(hidden_size=text.hidden_size, **tokens, **layers)
+        visual.config.__dict__.pop("quantization_config", None)
+    visual.config.update(statistics)
+    for name, module in list(visual.named_modules()):
+        if hasattr(getattr(module, "weight", None), "quant_state"):  # a checkpoint whose tower is in NF4 too
+            dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(nf4_dequantize(NF4Weight.from_bitsandbytes(module.weight)))
+            dense.bias = module.bias
+            visual.set_submodule(name, dense)
+    return visual
+
+
+def _pixel_statistics(name: str | Path) -> dict[str, list[float]]:
+    """`image_mean` and `image_std`, where the model's image processor says them."""
+    try:
+        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        return {}
+    return {key: said[key] for key in ("image_mean", "image_std") if key in said}
+
+
+def _chat_template(name: str | Path) -> str | None:
+    """The template of releases that kept it beside the tokenizer."""
+    file = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text())["chat_template"] if file else None
+
+
+def _image_marks(tokenizer) -> tuple[str, str] | None:
+    """InternVL's processor, not its template, writes these around an image's tokens; its tokenizer names them."""
+    marks = tuple(getattr(tokenizer, f"{end}_image_token", None) for end in ("start", "end"))
+    return marks if all(marks) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,151 @@
+"""Random small models of each family, saved to disk as a release is: weights, tokenizer, template, processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INTERN_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+TEXT = dict(
+    vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.15,
+)  # fmt: skip
+
+
+def tokenizer(special: list[str], template: str, **named: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges. named: special tokens that the tokenizer knows by an attribute."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([*special, *named.values()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=special[0], extra_special_tokens=named or special, chat_template=template
+    )
+
+
+def qwen3_vl(**text) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    tokens = tokenizer(
+        ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"], QWEN_TEMPLATE
+    )
+    start, image, end = tokens.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    config = Qwen3VLConfig(
+        text_config=dict(**TEXT, head_dim=16, rope_parameters=rope, **text),
+        vision_config=dict(
+            depth=4, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2,
+            out_hidden_size=64, num_position_embeddings=36, deepstack_visual_indexes=[0, 1, 2], initializer_range=0.15,
+        ),
+        image_token_id=image, vision_start_token_id=start, vision_end_token_id=end, video_token_id=287,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    return Qwen3VLForConditionalGeneration(config), tokens, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def internvl(**text) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    tokens = tokenizer(
+        ["<|im_end|>", "<|im_start|>"], INTERN_TEMPLATE,
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+    )  # fmt: skip
+    config = InternVLConfig(
+        text_config=Qwen3Config(**TEXT, head_dim=16, **text),
+        vision_config=InternVLVisionConfig(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32,
+            patch_size=4, attention_bias=True, layer_scale_init_value=1.0, initializer_range=0.15,
+        ),
+        image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    return InternVLForConditionalGeneration(config), tokens, statistics
+
+
+def llava_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    tokens = tokenizer(["</s>", "<image>"], LLAVA_TEMPLATE)
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=16,
+            patch_size=4, initializer_factor=3.0,
+        ),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config), tokens, {}
+
+
+def llava_qwen2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    tokens = tokenizer(["<|im_end|>", "<image>"], LLAVA_TEMPLATE)
+    config = LlavaConfig(
+        text_config=Qwen2Config(**TEXT, tie_word_embeddings=True),
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=4,
+        ),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config), tokens, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}
+
+
+FAMILIES: dict[str, Callable] = {
+    "qwen3-vl": qwen3_vl,
+    "qwen3-vl-tied": lambda: qwen3_vl(tie_word_embeddings=True),
+    "internvl": internvl,
+    "llava-llama": llava_llama,
+    "llava-qwen2-tied": llava_qwen2,
+}
+
+
+def save(family: str, folder: Path, **save_settings) -> Path:
+    """The family's random model in `folder`. Norms and biases are drawn too: ones and zeros would hide their loss."""
+    torch.manual_seed(0)
+    model, tokens, statistics = FAMILIES[family]()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.2)
+        elif "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        elif any(part in name for part in ("cls_token", "class_embedding", "position")):
+            parameter.data.normal_(std=0.5)
+    model.generation_config.eos_token_id = tokens.eos_token_id
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder, **save_settings)
+    tokens.save_pretrained(folder)
+    if statistics:
+        (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return folder

@@ -1,0 +1,219 @@
+"""Each family of models, saved to disk and loaded by path, against transformers on the same files, NF4 and not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.supervisor.mllm import Mllm, load_mllm
+from saga_fast.supervisor.prompt import Prompt
+from saga_fast.supervisor.replay import Group
+from saga_fast.supervisor.rollout import Sampling
+from saga_fast.supervisor.supervisor import Supervisor
+
+from ..test_encoder import qwen_patches
+from .families import FAMILIES, save
+
+SIZE, TEMPERATURE, ANCHOR = 32, 0.7, 2
+PROMPT = Prompt("expert", "bird", "same", ("bill",))
+STATISTICS = {  # what each family's released processor subtracts and divides by, but for the last, which says its own
+    "qwen3-vl": ([0.5] * 3, [0.5] * 3),
+    "internvl": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "llava-llama": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "llava-qwen2-tied": ([0.4, 0.5, 0.6], [0.3, 0.2, 0.1]),
+}
+
+
+class Case(NamedTuple):
+    family: str
+    mllm: Mllm
+    encoder: Encoder
+    supervisor: Supervisor
+    oracle: PreTrainedModel
+    pixels: Tensor  # of two pairs
+
+    def inputs(self, pixels: Tensor) -> dict:
+        """What transformers' tower wants of uint8 images (B, 3, S, S)."""
+        if self.family.startswith("qwen3-vl"):
+            grid = torch.tensor([[1, SIZE // 4, SIZE // 4]] * len(pixels))
+            return {"pixel_values": qwen_patches(pixels, 4, 2), "image_grid_thw": grid}
+        mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS[self.family])
+        extra = {"interpolate_pos_encoding": True} if self.family.startswith("llava") else {}
+        return {"pixel_values": (pixels / 255 - mean) / std, **extra}
+
+    def asked(self, completion: list[int]) -> dict:
+        ids = torch.cat([self.supervisor.prefix.input_ids, torch.tensor(completion, dtype=torch.int64)])[None]
+        return {"input_ids": ids} | ({"mm_token_type_ids": (ids == self.image_id).int()} if self.mrope else {})
+
+    @property
+    def image_id(self) -> int:
+        return self.mllm.tokenizer.convert_tokens_to_ids(self.mllm.image_token)
+
+    @property
+    def mrope(self) -> bool:
+        return self.family.startswith("qwen3-vl")
+
+
+def load_oracle(folder: Path, quantize: bool) -> PreTrainedModel:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        device_map="cpu",
+        quantization_config=quantization if quantize else None,
+    ).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory) -> tuple[str, Path]:
+    return request.param, save(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "nf4"])
+def case(request, folder) -> Case:
+    family, path = folder
+    mllm = load_mllm(path, quantize=request.param)
+    encoder = Encoder.from_tower(mllm.visual, "attention", 16, SIZE).eval()
+    sampling = Sampling(group_size=2, temperature=TEMPERATURE, max_new_tokens=12)
+    grid = encoder.tower.grid(SIZE, SIZE)
+    supervisor = Supervisor(mllm, PROMPT, "images_first", grid, sampling, anchor_layer=ANCHOR)
+    pixels = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Case(family.removesuffix("-tied") if "qwen3-vl" in family else family, mllm, encoder, supervisor,
+                load_oracle(path, request.param), pixels)  # fmt: skip
+
+
+def test_the_language_model_is_in_nf4_if_asked_and_nothing_else(case, request):
+    quantized = "nf4" in request.node.callspec.id
+    kinds = {type(layer.down.weight).__name__ for layer in case.mllm.decoder.layers}
+    assert kinds == {"NF4Weight" if quantized else "Tensor"}
+    assert isinstance(case.mllm.decoder.head, Tensor)
+    assert all(parameter.dtype == torch.float32 for parameter in case.encoder.parameters())
+
+
+def test_tower_equals_transformers(case):
+    with torch.no_grad():
+        theirs = case.oracle.model.get_image_features(**case.inputs(case.pixels))
+        ours = case.encoder.tower(case.pixels)
+    tokens = torch.cat([x.reshape(-1, x.shape[-1]) for x in theirs.pooler_output])
+    torch.testing.assert_close(ours.tokens.flatten(0, 1), tokens, rtol=1e-4, atol=1e-4)
+    assert len(ours.deepstack) == (3 if case.mrope else 0)
+    for mine, other in zip(ours.deepstack, getattr(theirs, "deepstack_features", ())):
+        torch.testing.assert_close(mine.flatten(0, 1), torch.cat(list(other)), rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_holds_one_pad_a_token_between_the_familys_marks(case):
+    ids = case.supervisor.prefix.input_ids
+    text = case.mllm.tokenizer.decode(ids)
+    rows, columns = case.encoder.tower.grid(SIZE, SIZE)
+    pads = case.mllm.image_token * (rows * columns)
+    around = {"qwen3-vl": "<|vision_start|>{}<|vision_end|>", "internvl": "<img>{}</img>\n"}
+    image = around.get(case.family, "{}\n").format(pads)
+    assert text.count(case.mllm.image_token) == 2 * rows * columns and image * 2 + PROMPT.instruction() in text
+    assert (ids[case.supervisor.prefix.images] == case.image_id).all()
+
+
+def as_leaves(features: VisualFeatures) -> VisualFeatures:
+    fresh = [level.detach().clone().requires_grad_() for level in (features.tokens, *features.deepstack)]
+    return VisualFeatures(fresh[0], tuple(fresh[1:]))
+
+
+def encoded(case: Case, features: VisualFeatures):
+    """`features` of one pair as transformers' models take an encoder's output."""
+    if case.mrope:
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=tuple(features.tokens), deepstack_features=[tuple(level) for level in features.deepstack]
+        )
+    tokens = features.tokens if case.family == "internvl" else list(features.tokens)
+    return BaseModelOutputWithPooling(pooler_output=tokens)
+
+
+def test_replay_equals_transformers(case):
+    """Log-probs, gradient at every visual input, anchor attention; two pairs, completions of unequal length."""
+    with torch.no_grad():
+        features = case.encoder.tower(case.pixels)
+    ours, theirs = as_leaves(features), as_leaves(features)
+    generator = torch.Generator().manual_seed(2)
+    groups = [
+        Group(
+            [torch.randint(40, 250, (n,), generator=generator).tolist() for n in lengths],
+            [torch.randn((), generator=generator).expand(n) for n in lengths],
+            {0: ([1, 2], [lengths[0] - 1])},
+        )
+        for lengths in ([5, 9], [3, 1])
+    ]
+    result = case.supervisor.replay(ours, groups)
+
+    prefix = case.supervisor.prefix
+    for i, group in enumerate(groups):
+        for g, completion in enumerate(group.completions):
+            pair = theirs.select(torch.tensor([2 * i, 2 * i + 1]))
+            extra = {"image_grid_thw": case.inputs(case.pixels[:2])["image_grid_thw"]} if case.mrope else {}
+            out = case.oracle(
+                **case.asked(completion), **extra, mm_encoder_outputs={"image": encoded(case, pair)},
+                output_attentions=True,
+            )  # fmt: skip
+            predicted = (out.logits[0, len(prefix) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+            log_probs = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            torch.testing.assert_close(result.log_probs[i][g], log_probs.detach(), rtol=1e-3, atol=1e-3)
+            (group.coefficients[g] * log_probs).sum().backward()
+            for image, rows in enumerate(group.described.get(g, ())):
+                (entry,) = [a for a in result.attention if (a.group, a.rollout, a.image) == (i, g, image)]
+                attention = out.attentions[ANCHOR][0].mean(0)[len(prefix) + torch.tensor(rows)]
+                torch.testing.assert_close(
+                    entry.weights, attention[:, prefix.images[image]].detach(), rtol=1e-3, atol=1e-5
+                )
+    for mine, other in zip((ours.tokens, *ours.deepstack), (theirs.tokens, *theirs.deepstack)):
+        assert other.grad.norm() > 1e-3, "a gradient that vanishes says nothing"
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-2, atol=1e-3 * other.grad.abs().max().item())
+
+
+def test_greedy_rollouts_equal_generate_from_pixels(case):
+    """Everything at once: pixels, tower, prompt, prefill, decode."""
+    supervisor = copy.copy(case.supervisor)
+    supervisor.sampling = Sampling(group_size=1, temperature=0.0, top_p=1.0, max_new_tokens=12)
+    with torch.no_grad():
+        rollouts = supervisor.roll_out(case.encoder.tower(case.pixels), torch.arange(2))
+    for pair, (ours,) in zip(case.pixels.split(2), rollouts):
+        out = case.oracle.generate(**case.asked([]), **case.inputs(pair), max_new_tokens=12, do_sample=False)
+        assert ours == out[0, len(supervisor.prefix) :].tolist()
+    if case.mllm.decoder.head is not case.mllm.decoder.embedding:  # random tied models repeat themselves
+        assert rollouts[0] != rollouts[1], "pairs that are answered alike would hide a mix-up"
+
+
+def test_encoder_round_trip_needs_no_language_model(case, tmp_path):
+    case.encoder.save_pretrained(tmp_path / "encoder")
+    restored = Encoder.from_pretrained(tmp_path / "encoder").eval()
+    assert torch.equal(restored(case.pixels), case.encoder(case.pixels))
+    assert not any("language" in name for name in restored.state_dict())
+    said = json.loads((tmp_path / "encoder" / "config.json").read_text())["vision_config"]
+    assert "quantization_config" not in said
+
+
+def test_checkpointed_tower_has_the_same_gradients(case):
+    def gradients(encoder: Encoder) -> dict[str, Tensor]:
+        features = encoder.train().tower(case.pixels)
+        sum(level.square().sum() for level in (features.tokens, *features.deepstack)).backward()
+        return {name: parameter.grad for name, parameter in encoder.tower.named_parameters()}
+
+    plain, checkpointed = copy.deepcopy(case.encoder), copy.deepcopy(case.encoder)
+    checkpointed.tower.checkpoint_blocks()
+    expected, got = gradients(plain), gradients(checkpointed)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (got[name] is None) and (gradient is None or torch.equal(gradient, got[name]))
