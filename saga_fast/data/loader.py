@@ -16,6 +16,8 @@ from saga_fast.data.dataset import ImageDataset, Subset, check_classes
 from saga_fast.errors import InputError
 from saga_fast.images import to_pixels
 
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept, of each half of a data set
+
 
 class Batch(NamedTuple):
     indices: list[int]
@@ -38,7 +40,7 @@ class PixelLoader:
         dataset: ImageDataset,
         size: int,
         workers: int = 0,
-        memory_limit: int = 2 * 2**30,
+        memory_limit: int = MEMORY_LIMIT,
         skip_unreadable: bool = False,
         name: str = "data set",
     ):
@@ -73,7 +75,7 @@ class PixelLoader:
         """The images at `indices`, now."""
         if self._kept is not None:
             return Batch(indices, self._kept[indices], self.labels[indices])
-        return self._whole(*_Decoder(self.dataset, self.size)[indices])
+        return self._whole(*Decoder(self.dataset, self.size)[indices])
 
     def stream(self, batches: Iterable[list[int]]) -> Iterator[Batch]:
         """The batches in order. Where pixels are not kept, workers decode ahead: `batches` is read before its time."""
@@ -87,10 +89,10 @@ class PixelLoader:
         return Batch(indices, pixels, self.labels[indices])
 
     def _decode(self, batches: Iterable[list[int] | Tensor]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        return ahead(_Decoder(self.dataset, self.size), batches, self.workers)
+        return ahead(Decoder(self.dataset, self.size), batches, self.workers)
 
 
-class _Decoder(Dataset):
+class Decoder(Dataset):
     """Maps indices to (indices, pixels, {index: fault}); a worker's exception would arrive wrapped in a traceback."""
 
     def __init__(self, dataset: ImageDataset, size: int):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -14,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saga_fast.config import DataConfig
+from saga_fast import evaluate
+from saga_fast import train as trainer
+from saga_fast.config import PRESETS, Config, DataConfig, LambdaConfig, LogConfig
 from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, cores
 from saga_fast.data.loader import ahead
 from saga_fast.errors import InputError
@@ -137,3 +142,32 @@ def test_how_many_workers_unless_said(root):
     assert workers(name="folder", root=root) == [min(8, cores())] * 2
     assert workers(name="folder", root=root, workers=0) == [0, 0]
     assert workers(name="drawn-birds", species=4, images_per_species=2) == [0, 0]
+
+
+def test_a_run_that_decodes_as_it_goes_resumes_to_the_same_bytes(root, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(evaluate, "PixelLoader", functools.partial(PixelLoader, memory_limit=0))
+    start = PRESETS["folder"]
+    config: Config = dataclasses.replace(
+        start,
+        data=DataConfig(root=root, image_size=112, classes_per_batch=2, images_per_class=2, workers=2),
+        optim=dataclasses.replace(start.optim, steps=5),
+        lambda_=LambdaConfig(lm=0.0, kl=0.0),
+        log=LogConfig(checkpoint_every=2),
+    )
+    final = trainer.train(config, tmp_path / "unbroken")
+    record = trainer.Run.record
+
+    def dies(self, step, *rest):
+        record(self, step, *rest)
+        if step == 2:  # one step after the checkpoint
+            raise Killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(trainer.Run, "record", dies)
+        trainer.train(config, tmp_path / "broken")
+    assert trainer.train(config, tmp_path / "broken", resume=True) == final
+    weights = [(tmp_path / run / "encoder/model.safetensors").read_bytes() for run in ("unbroken", "broken")]
+    assert weights[0] == weights[1]
