@@ -65,8 +65,8 @@ def test_small_vocabularies(dtype, vocabulary, top_p):
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "kept"), [(1.0, 1.0, range(6)), (0.7, 0.9, (1, 3, 4))])
-def test_small_draws_follow_the_nucleus(temperature, top_p, kept):
-    logits, n, kept = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -3.0]), 20_000, list(kept)
+def test_draws_follow_the_nucleus(temperature, top_p, kept):
+    logits, n, kept = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -3.0]), 4000, list(kept)
     p = (logits.double() / temperature).softmax(-1)[kept]
     counts = torch.bincount(draw(logits.cuda().repeat(n, 1), temperature, top_p), minlength=6).cpu()
     assert counts[kept].sum() == n
@@ -110,7 +110,7 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_small_compiles():
+def test_compiles():
     logits, rows = make(4, 3000), torch.arange(4, device="cuda")
     compiled = torch.compile(lambda x: sample_top_p(x, 0.7, 0.95, 5, rows, 3), fullgraph=True)
     assert torch.equal(compiled(logits), draw(logits))

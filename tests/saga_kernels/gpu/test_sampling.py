@@ -48,6 +48,15 @@ def test_ties_keep_the_lower_ids(logits, top_p):
     assert torch.equal(*draw(logits, 1.0, top_p))
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_ties_end_in_the_middle_of_several_steps(splits):
+    """22 of 63 equal tokens are kept, and a likelier one after them, which half the rows draw."""
+    logits = torch.zeros(6, 64)
+    logits[:, -1] = 3
+    ours, right = draw(logits, 1.0, 0.5, splits=splits)
+    assert torch.equal(ours, right) and 63 in right
+
+
 @pytest.mark.parametrize("blocks", [{"splits": 1}, {"splits": 4, "wide": 2}, {"block": 64, "scan": 8}])
 def test_splits_and_blocks_change_no_draw(blocks):
     logits = torch.randn(3, 120, generator=torch.Generator().manual_seed(1))
