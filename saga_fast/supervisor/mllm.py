@@ -69,22 +69,22 @@ def load_mllm(
             f"it needs a multiple of {BLOCK}: leave it out"
         )
     try:
-        quantization = None
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(config)
+        settings = {"dtype": dtype, "device_map": device}
         if quantize and not hasattr(config, "quantization_config"):
-            with torch.device("meta"):
-                parts = dict(AutoModelForImageTextToText.from_config(config).model.named_children())
-            quantization = BitsAndBytesConfig(
+            parts = [name for name, _ in skeleton.model.named_children()]
+            settings["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
             )
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, device_map=device, quantization_config=quantization, output_loading_info=True
-        )
+        model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **settings)
         if missing := sorted(loaded["missing_keys"]):
             raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
+        _expect_shapes(model, skeleton)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
@@ -146,6 +146,15 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
             f"is quantised already, by {stored.get('quant_method')!r}; "
             "of quantised checkpoints those of bitsandbytes in NF4 are read: take one, or the unquantised release"
         )
+
+
+def _expect_shapes(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+    """Raises OSError: while transformers quantises, it takes a weight of any shape."""
+    expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "quant_state", parameter).shape)
+        if shape != expected[name]:
+            raise OSError(f"{name} is {shape}, its configuration says {expected[name]}")
 
 
 def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import resource
 import warnings
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -189,11 +190,12 @@ def test_a_foreign_manifest_is_refused(tmp_path, text):
         checkpoint.load(path)
 
 
-def model_and_optimizer(seed: int, dtype: torch.dtype = torch.float32):
+def model_and_optimizer(seed: int, dtype: torch.dtype = torch.float32, adamw=torch.optim.AdamW):
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).to(dtype)
-    groups = [{"params": model[0].parameters(), "lr": 2e-2}, {"params": model[2].parameters(), "lr": 1e-1}]
-    return model, torch.optim.AdamW(groups, betas=(0.8, 0.95))
+    # 8-bit states begin at 4096 weights: one layer has them, the others do not.
+    model = torch.nn.Sequential(torch.nn.Linear(4, 128), torch.nn.Linear(128, 64), torch.nn.Linear(64, 2)).to(dtype)
+    groups = [{"params": model[:2].parameters(), "lr": 2e-2}, {"params": model[2].parameters(), "lr": 1e-1}]
+    return model, adamw(groups, betas=(0.8, 0.95))
 
 
 def train(model, optimizer, steps: int) -> None:
@@ -203,18 +205,26 @@ def train(model, optimizer, steps: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_goes_on_to_the_same_bytes(tmp_path, dtype):
-    model, optimizer = model_and_optimizer(0, dtype)
+@pytest.mark.parametrize(
+    "dtype,adamw",
+    [
+        (torch.float32, torch.optim.AdamW),
+        (torch.bfloat16, torch.optim.AdamW),
+        (torch.float32, bitsandbytes.optim.AdamW8bit),
+    ],
+)
+def test_training_goes_on_to_the_same_bytes(tmp_path, dtype, adamw):
+    model, optimizer = model_and_optimizer(0, dtype, adamw)
     train(model, optimizer, 3)
     optimizer.param_groups[0]["lr"] = 1 / 3
     tensors, rest = checkpoint.pack_optimizer(optimizer)
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors.values()) == (adamw is not torch.optim.AdamW)
     rng, rng_rest = checkpoint.pack_rng()
     saved = {"model": model.state_dict(), "optimizer": tensors, "rng": rng}
     path = checkpoint.save(tmp_path, 3, saved, {"optimizer": rest, "rng": rng_rest})
     train(model, optimizer, 4)
 
-    resumed, fresh = model_and_optimizer(1, dtype)
+    resumed, fresh = model_and_optimizer(1, dtype, adamw)
     loaded, state = checkpoint.load(path)
     resumed.load_state_dict(loaded["model"])
     checkpoint.unpack_optimizer(fresh, loaded["optimizer"], state["optimizer"])
@@ -222,8 +232,9 @@ def test_training_goes_on_to_the_same_bytes(tmp_path, dtype):
     train(resumed, fresh, 4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
     assert fresh.param_groups[0]["lr"] == 1 / 3 and fresh.param_groups[0]["betas"] == (0.8, 0.95)
-    for a, b in zip(optimizer.state.values(), fresh.state.values(), strict=True):
-        assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    (ours, our_rest), (theirs, their_rest) = map(checkpoint.pack_optimizer, (fresh, optimizer))
+    assert ours.keys() == theirs.keys() and our_rest["scalars"] == their_rest["scalars"]
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
 
 
 def test_an_optimizer_that_has_not_stepped_and_one_of_other_groups(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from PIL import Image
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
+from saga_fast import towers
 from saga_fast.encoder import Encoder, Pooler
 from saga_fast.errors import InputError
 
@@ -71,6 +74,30 @@ def test_tower_gradients_equal_transformers(visual, encoder):
             torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_flash_attention_where_it_runs_is_the_same_attention(monkeypatch, scale):
+    """The call's layout and scale, with a stand-in for the package: (B, n, heads, head_dim) throughout."""
+
+    def flash(q, k, v, softmax_scale=None):
+        softmax_scale = softmax_scale or q.shape[-1] ** -0.5
+        p = (torch.einsum("bihd,bjhd->bhij", q, k) * softmax_scale).softmax(-1)
+        return torch.einsum("bhij,bjhd->bihd", p, v)
+
+    q, k, v = torch.randn(3, 2, 7, 4, 8)
+    plain = towers.attend(q, k, v, scale)
+    monkeypatch.setattr(towers, "flash_attn_func", flash)
+    assert torch.equal(towers.attend(q, k, v, scale), plain), "float32 on a CPU is not for flash-attn"
+    monkeypatch.setattr(towers, "_flash_runs", lambda q: True)
+    torch.testing.assert_close(towers.attend(q, k, v, scale), plain)
+
+
+def test_a_tower_without_known_pixel_statistics_is_refused(visual):
+    visual = copy.deepcopy(visual)
+    visual.config.model_type = "unheard_of"
+    with pytest.raises(InputError, match="of a 'unheard_of' are unknown; add the model's preprocessor_config.json"):
+        towers.VisionTower.of(visual)
+
+
 def test_attention_pooler_is_its_formula():
     torch.manual_seed(0)
     pooler, tokens = Pooler(8, 5), torch.randn(3, 6, 8)
@@ -112,5 +139,5 @@ def test_images_paths_and_tensors_agree(encoder, tmp_path):
 def test_clear_errors(visual):
     with pytest.raises(InputError, match="encoder.pooler: got 'median'; choose one of attention, mean, max"):
         Encoder.from_tower(visual, "median", 16, 32)
-    with pytest.raises(ValueError, match="got 30x30; both sides must be multiples of patch x merge = 8"):
+    with pytest.raises(InputError, match="got 30x30; both sides must be multiples of patch x merge = 8"):
         Encoder.from_tower(visual, "mean", 16, 30)

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.data import split_classes
 from saga_fast.errors import InputError
 from saga_fast.images import MAX_PIXELS, open_rgb, to_pixels
+from saga_fast.towers import VisionTower
 
 
 def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
@@ -200,6 +205,32 @@ def test_pixels_are_pillows_bicubic_of_the_whole_picture(picture):
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 5, 5)
     assert np.array_equal(pixels.permute(1, 2, 0), picture.resize((5, 5), Image.Resampling.BICUBIC))
     assert np.array_equal(to_pixels(picture.crop((0, 0, 6, 6)), 6).permute(1, 2, 0), picture.crop((0, 0, 6, 6)))
+
+
+@pytest.mark.parametrize("side", [97, 256, 400, 431])
+def test_pixels_are_those_of_the_released_processors_at_their_own_size(side):
+    """Bit for bit: Qwen-VL's, whose size follows from the picture's, and InternVL's at 448."""
+    noise = np.random.default_rng(side).integers(0, 256, (side // 8 + 1, side // 8 + 1, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((side, side), Image.Resampling.BILINEAR)
+    settings = dict(do_rescale=False, do_normalize=False, return_tensors="np")
+    qwen = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096})
+    found = qwen(image, **settings)
+    _, rows, columns = found["image_grid_thw"][0]
+    patches = found["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 2, 16, 16)[:, :, :, :, :, 0]
+    theirs = patches.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, 16 * rows, 16 * columns)
+    assert np.array_equal(to_pixels(image, 16 * int(rows)), theirs)
+    intern = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, crop_to_patches=False)
+    assert np.array_equal(to_pixels(image, 448), intern(image, **settings)["pixel_values"][0])
+
+
+def test_the_paper_reads_fewer_tokens_than_the_released_processor_makes():
+    image = Image.new("RGB", (224, 224))
+    released = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096})
+    assert released(image, return_tensors="np")["image_grid_thw"].prod() // 4 == 64
+    config = Qwen3VLVisionConfig(depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=8,
+                                 deepstack_visual_indexes=[])  # fmt: skip
+    tower = VisionTower.of(Qwen3VLVisionModel(config))
+    assert tower.grid(224, 224) == (7, 7) and tower(to_pixels(image, 224)[None]).tokens.shape == (1, 49, 8)
 
 
 def test_classes_are_halved_in_order_and_train_gets_the_odd_one():

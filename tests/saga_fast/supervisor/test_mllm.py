@@ -1,0 +1,213 @@
+"""Loading: what is refused and why, checkpoints that are quantised already, memory while loading, head in NF4."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.errors import InputError
+from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.prompt import build_prefix
+from saga_fast.supervisor.replay import Group, replay
+from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_kernels import NF4Weight, nf4_dequantize
+
+from . import families
+from .families import save
+
+CLIP = {"model_type": "clip_vision_model"}
+
+
+def llava(**text) -> dict:
+    return {"model_type": "llava", "text_config": {"model_type": "llama", **text}, "vision_config": CLIP}
+
+
+REFUSED = {
+    "text only": ({"model_type": "qwen3"}, "is a 'qwen3', which reads no images; a vision-language model is needed"),
+    "video only": ({"model_type": "instructblipvideo"}, "is a 'instructblipvideo', which reads videos only"),
+    "experts": ({"model_type": "qwen3_vl_moe"}, "experts a layer; a dense model is needed"),
+    "older Qwen": ({"model_type": "qwen2_5_vl"}, "whose language model is a 'qwen2_5_vl_text'; accepted are llama"),
+    "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
+    "window": (llava(model_type="mistral", sliding_window=64), "a sliding window of 64 tokens"),
+    "window, some layers": (
+        llava(model_type="qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1),
+        "a sliding window of 32 tokens",
+    ),
+    "rotary": (
+        llava(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "scales its rotary positions by 'dynamic'; accepted are default, linear",
+    ),
+    "activation": (llava(hidden_act="gelu"), "has 'gelu' for its activation"),
+    "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen3_vl, internvl, llava"),
+    "GPTQ": (llava() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already, by 'gptq'"),
+    "FP4": (
+        llava() | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "is quantised already, by 'bitsandbytes'; of quantised checkpoints those of bitsandbytes in NF4 are read",
+    ),
+    "own code": (
+        {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration.Config"}},
+        "brings code of its own, which is not run; take the release .* whose name ends in -HF",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_of_another_kind_is_refused_by_its_configuration_alone(case, tmp_path):
+    config, message = REFUSED[case]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message) as caught:
+        load_mllm(tmp_path)
+    assert str(caught.value).startswith(f"supervisor.model: {tmp_path} ") and "\n" not in str(caught.value)
+
+
+def test_a_gated_model_says_where_to_ask(monkeypatch):
+    def gated(*_, **__):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    with pytest.raises(InputError, match="meta/some is gated; accept its terms on its page, then log in"):
+        load_mllm("meta/some")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    return save("internvl", tmp_path_factory.mktemp("models") / "internvl", max_shard_size="200KB")
+
+
+def test_weights_that_are_not_all_there_are_named(sharded, tmp_path):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    key = "model.language_model.layers.2.mlp.up_proj.weight"
+    shard = index[next(name for name in index if name.endswith("layers.2.mlp.up_proj.weight"))]
+    without = shutil.copytree(sharded, tmp_path / "without")
+    tensors = load_file(without / shard)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("layers.2.mlp.up_proj.weight")}
+    save_file(tensors, without / shard, {"format": "pt"})
+    with pytest.raises(InputError, match=f"is not whole .*{key}"):
+        load_mllm(without)
+    (without / shard).unlink()
+    with pytest.raises(InputError, match="is not whole"):
+        load_mllm(without)
+    other = shutil.copytree(sharded, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 96
+    (other / "config.json").write_text(json.dumps(config))
+    for quantize in (True, False):
+        with pytest.raises(InputError, match="is not whole"):
+            load_mllm(other, quantize)
+
+
+@pytest.mark.parametrize("family,tower", [("qwen3-vl", False), ("internvl", True)])
+def test_a_checkpoint_in_nf4_loads_as_it_is(family, tower, tmp_path):
+    """tower: in NF4 as well, as some releases have it; training gets what those weights stand for."""
+    dense = save(family, tmp_path / "dense")
+    kept = ["lm_head"] if tower else ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=kept
+    )
+    model = AutoModelForImageTextToText.from_pretrained(dense, dtype=torch.float32, quantization_config=quantization)
+    stored = shutil.copytree(dense, tmp_path / "stored", ignore=shutil.ignore_patterns("model*"))
+    model.save_pretrained(stored)
+    ours, fresh = load_mllm(stored, quantize=False), load_mllm(dense)
+    assert ours.decoder.fingerprint() == fresh.decoder.fingerprint()
+    tokens = [
+        Encoder.from_tower(mllm.visual, "mean", 8, 32).tower(torch.full((1, 3, 32, 32), 9, dtype=torch.uint8)).tokens
+        for mllm in (ours, fresh)
+    ]
+    distance = (tokens[0] - tokens[1]).norm() / tokens[1].norm()
+    assert 1e-3 < distance < 0.5 if tower else distance == 0
+
+
+def test_a_template_kept_beside_the_tokenizer_is_found(tmp_path):
+    folder = save("llava-llama", tmp_path / "llava")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_mllm(folder).tokenizer.chat_template == template
+    (folder / "chat_template.json").unlink()
+    with pytest.raises(InputError, match="has no chat template"):
+        build_prefix(load_mllm(folder).tokenizer, "Same?", 4)
+
+
+LOAD = """
+import sys, threading, time
+import torch
+from saga_fast.supervisor.mllm import load_mllm
+
+def anonymous():  # bytes of memory that is the process's own: not file pages that it maps
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def peak(quantize):
+    highest, done = start, False
+
+    def watch():
+        nonlocal highest
+        while not done:
+            highest = max(highest, anonymous())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    mllm = load_mllm(sys.argv[2], quantize, torch.bfloat16)
+    done = True
+    watcher.join()
+    return highest - start
+
+load_mllm(sys.argv[1])  # imports and allocators are warm now
+start = anonymous()
+print(peak(True), peak(False))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+def test_dense_weights_never_stand_all_at_once(sharded, tmp_path, monkeypatch):
+    """82 MB in bf16, 21 MB in NF4: loading peaks far below the first, which a dense load, as a check, does not."""
+    wide = dict(families.TEXT, hidden_size=256, intermediate_size=768, num_hidden_layers=64)
+    monkeypatch.setattr(families, "TEXT", wide)
+    folder = save("internvl", tmp_path / "wide", max_shard_size="20MB")
+    shards = list(folder.glob("*.safetensors"))
+    bf16 = sum(shard.stat().st_size for shard in shards) / 2
+    assert len(shards) > 5
+    found = subprocess.run([sys.executable, "-c", LOAD, sharded, folder], capture_output=True, text=True, check=True)
+    nf4, dense = map(int, found.stdout.split())
+    assert nf4 < 0.7 * bf16 < 0.9 * bf16 < dense
+
+
+@pytest.mark.parametrize("family", ["llava-llama", "qwen3-vl-tied"])
+def test_a_head_in_nf4_is_the_dequantised_head_everywhere(family, tmp_path):
+    folder = save(family, tmp_path / family)
+    packed, dense = load_mllm(folder, quantize_head=True), load_mllm(folder)
+    assert isinstance(packed.decoder.head, NF4Weight) and isinstance(packed.decoder.embedding, NF4Weight)
+    assert (packed.decoder.head is packed.decoder.embedding) == family.endswith("tied")
+    changed = nf4_dequantize(packed.decoder.head) - dense.decoder.head
+    assert 0 < changed.norm() < 0.2 * dense.decoder.head.norm()
+    dense.decoder.head = nf4_dequantize(packed.decoder.head)
+    dense.decoder.embedding = nf4_dequantize(packed.decoder.embedding)
+
+    ids = torch.tensor([3, 287, 0, 3, 64])
+    assert torch.equal(packed.decoder.embed(ids), dense.decoder.embed(ids))
+    features = VisualFeatures(torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)), ())
+    prefix = build_prefix(packed.tokenizer, "Same?", 4, image_token=packed.image_token)
+    prefix = PairPrefix.of(prefix, (2, 2) if packed.decoder.mrope else None)
+    sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=8)
+    drawn = [rollout(m.decoder, prefix, features, torch.tensor([0]), sampling, (-1,)) for m in (packed, dense)]
+    assert drawn[0] == drawn[1]
+    groups = [Group(drawn[0][0], [torch.ones(8)] * 3, {})]
+    ours, theirs = (replay(m.decoder, prefix, features, groups, 1.0, 0).log_probs[0] for m in (packed, dense))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_head_that_nf4_cannot_hold_row_by_row_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(llava(hidden_size=96, num_attention_heads=4)))
+    with pytest.raises(InputError, match="supervisor.quantize-head: hidden states of .* are 96 wide"):
+        load_mllm(tmp_path, quantize_head=True)
