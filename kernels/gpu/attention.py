@@ -431,17 +431,13 @@ def tile_of(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
     "dq onto" holds P for its rows' addresses as well.
     """
     if dtype == torch.float32:
-        return Tile(32, 32, 8, 1) if kernel == "forward" else Tile(16, 16, 4, 1)
+        return {"forward": Tile(32, 32, 8, 1), "dkv": Tile(32, 16, 8, 1)}.get(kernel, Tile(16, 32, 8, 1))
+    padded = head_dim < _width(head_dim)  # its masks take registers
     if SHARED_MEMORY[arch] < 128 << 10:
-        return {
-            "forward": Tile(128, 32, 8, 2),
-            "dq": Tile(64, 32, 4, 2),
-            "dq onto": Tile(64, 32, 4, 2),
-            "dkv": Tile(32, 64, 4, 1),
-        }[kernel]
+        return {"forward": Tile(128, 32, 8, 2), "dkv": Tile(32, 64, 4, 1)}.get(kernel, Tile(64, 32, 4, 2))
     if arch == 80:
         return {
-            "forward": Tile(128, 64, 8, 2),
+            "forward": Tile(128, 32 if padded else 64, 8, 2),
             "dq": Tile(128, 32, 8, 2),
             "dq onto": Tile(64, 64, 8, 2),
             "dkv": Tile(64, 64, 8, 2),
@@ -450,7 +446,7 @@ def tile_of(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
         "forward": Tile(128, 64, 8, 2),
         "dq": Tile(128, 64, 8, 2),
         "dq onto": Tile(128, 32, 8, 2),
-        "dkv": Tile(64, 128, 8, 2),
+        "dkv": Tile(64, 64 if padded else 128, 8, 2),
     }[kernel]
 
 
@@ -492,15 +488,15 @@ def _constants(rep: int, head_dim: int, tile: Tile) -> dict[str, object]:
 
 
 def shipped(arch: int) -> Iterator[Shipped]:
-    """Four query heads a key head, as at 8B. Not listed: other ratios (another divisor), other head dims (as 64, 80 or
-    128) and float16 at them; they have the same tiles and the same code.
+    """Four query heads a key head, as at 8B. Not listed, as of the same tiles and code: other ratios (another divisor),
+    other head dims (as 64, 80 or 128), and float16 (as bfloat16).
     """
-    chosen = [(torch.bfloat16, head_dim) for head_dim in (64, 80, 128)] + [(torch.float16, 128), (torch.float32, 128)]
+    chosen = [(torch.bfloat16, head_dim) for head_dim in (64, 80, 128)] + [(torch.float32, 128)]
     for dtype, head_dim in chosen:
         for kernel in ("forward", "dq", "dkv"):
             yield _shipped(kernel, arch, dtype, head_dim)
-    yield _shipped("delta", arch, torch.bfloat16, 128)
-    yield _shipped("dq onto", arch, torch.bfloat16, 128)
+    for kernel in ("delta", "dq onto"):
+        yield _shipped(kernel, arch, torch.bfloat16, 128)
 
 
 def _shipped(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Shipped:

@@ -107,6 +107,17 @@ def test_more_segments_than_are_looked_at_together(monkeypatch):
     assert_equals_reference(layout, *inputs(layout, 1, 1, 16, torch.float32))
 
 
+def test_scores_far_below_zero():
+    """Where exp(-LSE) overflows, keys that are not there must not come in as zeros."""
+    layout = GroupLayout([3], [[2]])
+    q, k, v, do = (x / 100 for x in inputs(layout, 1, 1, 16, torch.float32))
+    q, k, offsets = q + 5, k - 5, (layout.segment_offsets, layout.segment_prefix)
+    o, lse = attention.forward(q, k, v, *offsets, SCALE, tile=TILES[0])
+    assert lse.max() < -100
+    gradients = attention.backward(do, q, k, v, o, lse, *offsets, SCALE, query_tile=TILES[0], key_tile=TILES[0])
+    assert all(x.isfinite().all() for x in (o, *gradients))
+
+
 def test_any_stride_of_token_and_head_and_gradients_that_are_one_number_expanded():
     layout = GroupLayout([5], [[3, 17]])
     q, k, v, do = inputs(layout, 2, 2, 16, torch.float32)
