@@ -50,7 +50,7 @@ def config(rows: int, in_features: int, arch: int) -> Config:
     """The blocks for so many rows of x.
 
     Each block of W's rows reads all of x again, 4 * rows / out times as many bytes as of W: so more rows of x, more of
-    W. An inner step of 256 takes a tenth fewer instructions, but twice the registers: too few warps to hide latency.
+    W. A longer inner step takes a tenth fewer instructions, but twice the registers: too few warps to hide latency.
     """
     small = arch in (86, 120)  # 99 KiB of shared memory
     if rows <= 16:
@@ -60,7 +60,7 @@ def config(rows: int, in_features: int, arch: int) -> Config:
     elif rows <= 64:
         chosen = Config(64, 128, 128, 8, 2 if small else 3)
     else:
-        chosen = Config(128, 128, 64 if small else 128, 8, 2 if small else 3)
+        chosen = Config(128, 128, 64, 8, 2 if small else 3)
     return chosen if in_features % chosen.inner == 0 else chosen._replace(inner=64)
 
 
