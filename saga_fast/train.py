@@ -43,6 +43,7 @@ from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.supervisor.verdict import attribute_tokens
 from saga_fast.tiny import SUPERVISOR
 from saga_kernels import group_advantage
 
@@ -229,7 +230,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 def make_supervisor(config: Config, mllm, encoder: Encoder) -> Supervisor:
     prompt = PROMPTS[config.supervisor.prompt]
     rollout = config.rollout
-    return Supervisor(
+    supervisor = Supervisor(
         mllm,
         prompt.as_generic() if config.supervisor.generic else prompt,
         config.supervisor.order,
@@ -239,6 +240,9 @@ def make_supervisor(config: Config, mllm, encoder: Encoder) -> Supervisor:
         rollout.token_budget,
         rollout.recompute,
     )
+    if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
+        attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
+    return supervisor
 
 
 def roll_out(

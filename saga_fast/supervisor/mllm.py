@@ -1,7 +1,7 @@
 """Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
 
 Three kinds, a folder or a hub id each: Qwen3-VL; InternVL as transformers ships it; and the plain case, a ViT with a
-projector (LLaVA) before a dense Llama-, Mistral-, Qwen2- or Qwen3-style decoder. What cannot be run is told from the
+projector (LLaVA) before a dense Llama, Qwen2 or Qwen3 decoder. What cannot be run is told from the
 configuration, before any weight is read.
 """
 
@@ -30,8 +30,8 @@ from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import BLOCK, FrozenDecoder
 from saga_kernels import NF4Weight, nf4_dequantize
 
-TOWERS = ("qwen3_vl", "internvl", "llava", "vipllava")
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_vl_text")
+TOWERS = ("qwen3_vl", "internvl", "llava")
+DECODERS = ("llama", "qwen2", "qwen3", "qwen3_vl_text")
 ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence's length
 
 
@@ -86,6 +86,8 @@ def load_mllm(
             raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
         _expect_shapes(model, skeleton)
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
     tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)

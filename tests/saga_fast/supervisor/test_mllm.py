@@ -38,8 +38,7 @@ REFUSED = {
     "experts": ({"model_type": "qwen3_vl_moe"}, "experts a layer; a dense model is needed"),
     "older Qwen": ({"model_type": "qwen2_5_vl"}, "whose language model is a 'qwen2_5_vl_text'; accepted are llama"),
     "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
-    "window": (llava(model_type="mistral", sliding_window=64), "a sliding window of 64 tokens"),
-    "window, some layers": (
+    "window": (
         llava(model_type="qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1),
         "a sliding window of 32 tokens",
     ),

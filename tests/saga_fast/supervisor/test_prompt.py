@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from saga_fast.errors import InputError
@@ -89,6 +89,24 @@ def test_prefix_expands_each_image_where_the_template_put_it(order, tokens_per_i
     inside = [position for start, end in prefix.image_spans for position in range(start, end)]
     assert inside == [position for position, token in enumerate(prefix.input_ids) if token == pad]
     assert all(end - start == tokens_per_image for start, end in prefix.image_spans)
+
+
+def test_marks_stand_around_each_image_and_the_text_begins_once():
+    """InternVL's template leaves <img> and </img> to its processor; LLaVA's leaves <s> to its tokenizer."""
+    for begin in ("", "<|im_start|>"):
+        tokenizer = byte_tokenizer(
+            begin + "{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' }}{% endfor %}"
+        )
+        tokenizer.bos_token = "<|im_start|>"
+        start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+        )
+        marks = ("<|vision_start|>", "<|vision_end|>")
+        prefix = build_prefix(tokenizer, "Same?", 3, "images_first", "<|image_pad|>", marks)
+        image = "<|vision_start|>" + "<|image_pad|>" * 3 + "<|vision_end|>"
+        assert tokenizer.decode(prefix.input_ids) == f"<|im_start|>{image * 2}Same?"
+        assert prefix.image_spans == ((2, 5), (7, 10))
 
 
 def test_unusable_tokenizer_or_instruction_is_refused():
