@@ -13,7 +13,7 @@ from saga_kernels.gpu.attention import Tile
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 TILES = [Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)]
-RAGGED = ([17, 1, 3], [[1, 18, 2], [], [5]])
+RAGGED = ([17, 1, 3], [[18, 1, 2], [], [5]])
 SCALE = 0.4
 
 
