@@ -56,7 +56,7 @@ def config(rows: int, in_features: int, arch: int) -> Config:
     if rows <= 16:
         chosen = Config(16, 64, 128, 4, 4)
     elif rows <= 32:
-        chosen = Config(32, 128, 128, 8, 3)
+        chosen = Config(32, 128, 128, 8, 2 if arch == 100 else 3)  # a third stage would spill there
     elif rows <= 64:
         chosen = Config(64, 128, 128, 8, 2 if small else 3)
     else:
