@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,6 +104,25 @@ def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path, monkeypa
     ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (out, unbroken[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert lines(out) == lines(unbroken[0])
+
+
+def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
+    """8-bit optimizer states, a checkpointed tower, embedding and head in NF4."""
+    config = small(
+        encoder={"checkpointing": True},
+        supervisor={"quantize_head": True},
+        optim={"steps": 2, "states": "8bit"},
+        log={"checkpoint_every": 1},
+    )
+    trainer.train(config, whole := tmp_path / "whole")
+    states = load_file(whole / "checkpoint/step-000002/optimizer.safetensors")
+    assert sum(tensor.numel() for tensor in states.values() if tensor.dtype == torch.uint8) > 1e6
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    shutil.rmtree(broken / "checkpoint/step-000002")
+    shutil.rmtree(broken / "encoder")
+    trainer.train(config, broken, resume=True)
+    ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(scope="module")
