@@ -1,4 +1,5 @@
 """Builds `saga_kernels._C` from csrc/: C++ always, CUDA too when PyTorch and a toolkit have it and SAGA_CUDA is not 0."""
+
 import os
 
 from setuptools import setup
