@@ -1,4 +1,4 @@
-"""Builds `saga_kernels._C` from csrc/: C++ always, CUDA too when PyTorch and a toolkit have it and SAGA_CUDA is not 0."""
+"""Builds `saga_kernels._C` from csrc/: C++ always; CUDA when PyTorch and a toolkit have it, unless SAGA_CUDA is 0."""
 
 import os
 
