@@ -246,6 +246,26 @@ def test_an_optimizer_that_has_not_stepped_and_one_of_other_groups(tmp_path):
         checkpoint.unpack_optimizer(torch.optim.AdamW([torch.ones(2)]), tensors, rest)
 
 
+def test_a_dictionary_within_a_parameters_state_comes_back_as_one():
+    class Optimizer:
+        def __init__(self, state):
+            self.state = state
+
+        def state_dict(self):
+            return {"state": self.state, "param_groups": []}
+
+        def load_state_dict(self, values):
+            self.state = values["state"]
+
+    state = {0: {"step": 3, "packed": {"moment": torch.arange(3), "inner": {"scale": 0.5}}}, 1: {"step": 4}}
+    restored = Optimizer(None)
+    tensors, rest = checkpoint.pack_optimizer(Optimizer(state))
+    assert list(tensors) == ["0.packed.moment"]
+    checkpoint.unpack_optimizer(restored, tensors, json.loads(json.dumps(rest)))
+    assert torch.equal(restored.state[0]["packed"].pop("moment"), state[0]["packed"].pop("moment"))
+    assert restored.state == state
+
+
 def test_every_generator_is_resumed():
     def draw():
         return [torch.rand(2).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()]
