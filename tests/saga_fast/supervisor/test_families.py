@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -184,15 +185,25 @@ def test_replay_equals_transformers(case):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-2, atol=1e-3 * other.grad.abs().max().item())
 
 
-def test_greedy_rollouts_equal_generate_from_pixels(case):
+def test_greedy_rollouts_equal_generate_from_pixels(case, monkeypatch):
     """Everything at once: pixels, tower, prompt, prefill, decode."""
+    if case.family.startswith("llava"):  # `generate` refuses to hand this on to the tower
+        look = functools.partial(case.oracle.model.get_image_features, interpolate_pos_encoding=True)
+        monkeypatch.setattr(case.oracle.model, "get_image_features", look)
     supervisor = copy.copy(case.supervisor)
     supervisor.sampling = Sampling(group_size=1, temperature=0.0, top_p=1.0, max_new_tokens=12)
     with torch.no_grad():
         rollouts = supervisor.roll_out(case.encoder.tower(case.pixels), torch.arange(2))
     for pair, (ours,) in zip(case.pixels.split(2), rollouts):
-        out = case.oracle.generate(**case.asked([]), **case.inputs(pair), max_new_tokens=12, do_sample=False)
-        assert ours == out[0, len(supervisor.prefix) :].tolist()
+        inputs = {name: value for name, value in case.inputs(pair).items() if name != "interpolate_pos_encoding"}
+        if isinstance(case.mllm.decoder.layers[0].down.weight, Tensor):
+            out = case.oracle.generate(**case.asked([]), **inputs, max_new_tokens=12, do_sample=False)
+            assert ours == out[0, len(supervisor.prefix) :].tolist()
+        # bitsandbytes sums NF4 in another order, which tips the choice where two logits are nearly equal.
+        with torch.no_grad():
+            logits = case.oracle(**case.asked(ours), **inputs).logits[0, len(supervisor.prefix) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(ours)[:, None])[:, 0]
+        assert (logits.amax(1) - chosen).max() < 1e-2
     if case.mllm.decoder.head is not case.mllm.decoder.embedding:  # random tied models repeat themselves
         assert rollouts[0] != rollouts[1], "pairs that are answered alike would hide a mix-up"
 
