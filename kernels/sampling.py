@@ -66,17 +66,19 @@ def sample_top_p_reference(
 def nucleus_reference(probabilities: Tensor, top_p: float) -> Tensor:
     """(N, V) bool: the smallest set of most likely tokens whose sum reaches top_p, lower ids first among equals."""
     keep = torch.empty_like(probabilities, dtype=torch.bool)
-    todo, size = torch.arange(len(probabilities), device=probabilities.device), SHORTLIST
-    while len(todo):
+    pending, size = torch.arange(len(probabilities), device=probabilities.device), SHORTLIST
+    while len(pending):
         size = min(size, probabilities.shape[1])
-        p = probabilities[todo]
+        p = probabilities[pending]
         likely = p.topk(size, -1).values
         before = likely.double().cumsum(-1) - likely
         count = (before < top_p).sum(-1, keepdim=True)
         least = likely.gather(-1, count - 1)
         above, equal = p > least, p == least
-        keep[todo] = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
-        todo = todo[(count[:, 0] == size) & (size < probabilities.shape[1])]  # the shortlist may have been too short
+        keep[pending] = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+        pending = pending[
+            (count[:, 0] == size) & (size < probabilities.shape[1])
+        ]  # the shortlist may have been too short
         size = probabilities.shape[1]
     return keep
 

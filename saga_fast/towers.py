@@ -9,6 +9,7 @@ with. Attention is flash-attn's where that is installed and can run, else PyTorc
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class VisualFeatures(NamedTuple):
         return VisualFeatures(self.tokens[images], tuple(level[images] for level in self.deepstack))
 
 
-class VisionTower(nn.Module):
+class VisionTower(nn.Module, ABC):
     """Pixels in, visual tokens out: `forward(pixels)`, uint8 (B, 3, H, W) → `VisualFeatures` of N tokens of width D.
 
     model: a transformers vision model with its projector, see `VisionTower.of`. Its config may hold `image_mean` and
@@ -97,13 +98,14 @@ class VisionTower(nn.Module):
         return ProjectedTower(model)
 
     @property
+    @abstractmethod
     def width(self) -> int:
-        raise NotImplementedError
+        """D, of a visual token."""
 
     @property
+    @abstractmethod
     def cell(self) -> tuple[int, int]:
         """Height and width in pixels that one token stands for."""
-        raise NotImplementedError
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens per column and row of an image of (height, width) pixels. Raises InputError if they do not divide."""
@@ -113,9 +115,9 @@ class VisionTower(nn.Module):
             raise InputError(f"pixels: got {height}x{width}; both sides must be multiples of patch x merge = {cell}")
         return height // rows, width // columns
 
+    @abstractmethod
     def checkpoint_blocks(self) -> None:
         """From now on keep only the blocks' inputs between forward and backward, and run each block again there."""
-        raise NotImplementedError
 
     def normalize(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return (pixels / self.scale - self.shift).to(dtype)
