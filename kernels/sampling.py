@@ -76,9 +76,8 @@ def nucleus_reference(probabilities: Tensor, top_p: float) -> Tensor:
         least = likely.gather(-1, count - 1)
         above, equal = p > least, p == least
         keep[pending] = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
-        pending = pending[
-            (count[:, 0] == size) & (size < probabilities.shape[1])
-        ]  # the shortlist may have been too short
+        # The shortlist may have been too short.
+        pending = pending[(count[:, 0] == size) & (size < probabilities.shape[1])]
         size = probabilities.shape[1]
     return keep
 
