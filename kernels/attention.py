@@ -21,7 +21,7 @@ class AttentionOnto:
 
     Args:
         layout: of the packed sequence.
-        rows: R packed rows, in any order; one may come again with other columns.
+        rows: R rows of the queries, in any order; one may come again with other columns.
         first_columns: R, the first of each row's columns. columns: C, how many each has; the row must see them all.
         dtype: of `attention`: float32, or float64 for float64 inputs.
 
@@ -45,7 +45,7 @@ class AttentionOnto:
         seen: Counter[int] = Counter()
         levels = []
         for i, (row, first) in enumerate(zip(rows, first_columns, strict=True)):
-            expect(0 <= row < layout.tokens, f"rows[{i}]", row, f"0 to {layout.tokens - 1}, the packed tokens")
+            expect(0 <= row < layout.queries, f"rows[{i}]", row, f"0 to {layout.queries - 1}, the packed queries")
             sees = [(keys.start, keys.stop) for keys in layout.visible(row)]
             expect(
                 any(start <= first and first + columns <= stop for start, stop in sees),
@@ -55,10 +55,10 @@ class AttentionOnto:
             )
             levels.append(seen[row])
             seen[row] += 1
-        # Kernels ask the other way round, which of the R a token is. A token that is several takes one level for each.
+        # Kernels ask the other way round, which of the R a query is. One that is several takes a level for each.
         device = layout.segment_offsets.device
         table = torch.tensor([levels, list(rows), list(first_columns)], dtype=torch.int64, device=device)
-        self.slots = torch.full((max(levels, default=-1) + 1, layout.tokens), -1, dtype=torch.int32, device=device)
+        self.slots = torch.full((max(levels, default=-1) + 1, layout.queries), -1, dtype=torch.int32, device=device)
         self.slots[table[0], table[1]] = torch.arange(len(rows), dtype=torch.int32, device=device)
         self.first_columns = table[2].to(torch.int32)
         self.layout = layout
@@ -76,18 +76,18 @@ def group_attention(
     """Causal attention inside each prefix, and of each completion onto its prefix and itself (`GroupLayout`).
 
     Args:
-        q: (tokens, heads, head_dim). k, v: (tokens, kv_heads, head_dim); heads is a multiple of kv_heads, and query
+        q: (queries, heads, head_dim). k, v: (tokens, kv_heads, head_dim); heads is a multiple of kv_heads, and query
             head h reads key head h // (heads / kv_heads). All of one floating dtype and device, of any stride. On a GPU
             head_dim is 128 at most (float64 apart, which is the reference there too).
-        layout: of exactly these tokens.
+        layout: of exactly these queries and tokens.
         scale: of the scores, above 0; head_dim ** -0.5 by default.
         onto: whose `attention` the backward pass fills. Something of q, k, v must require a gradient.
 
     Returns:
-        o: like q. lse: (heads, tokens), natural-log sum of exponentials of the scaled scores, float32 (float64 for
+        o: like q. lse: (heads, queries), natural-log sum of exponentials of the scaled scores, float32 (float64 for
         float64), not differentiable. Gradients flow to q, k and v.
     """
-    expect_tensor("q", q, (layout.tokens, None, None), FLOATS)
+    expect_tensor("q", q, (layout.queries, None, None), FLOATS)
     expect_tensor("k", k, (layout.tokens, None, q.shape[2]), (q.dtype,))
     expect_tensor("v", v, tuple(k.shape), (q.dtype,))
     _expect_heads(q, k)
@@ -97,7 +97,7 @@ def group_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     expect(scale > 0, "scale", scale, "a number above 0")
     if onto is None:
-        return _group_attention(q, k, v, layout.segment_offsets, layout.segment_prefix, scale)
+        return _group_attention(q, k, v, *layout.offsets, scale)
     expect(onto.layout is layout, "onto", "another layout", "one made with this call's layout")
     expect_tensor("onto", onto.attention, tuple(onto.attention.shape), (accumulator(q.dtype),))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -111,8 +111,8 @@ def attention_onto(
     """Attention of chosen query rows onto chosen key columns, averaged over heads, from the LSE of a finished forward.
 
     Args:
-        q: (tokens, heads, head_dim). k: (tokens, kv_heads, head_dim). lse: (heads, tokens) of `group_attention`.
-        rows: (R,) int64. columns: (C,) int64, each visible to every row (not checked).
+        q: (queries, heads, head_dim). k: (tokens, kv_heads, head_dim). lse: (heads, queries) of `group_attention`.
+        rows: (R,) int64, of q. columns: (C,) int64, of k, each visible to every row (not checked).
         scale: as given to `group_attention`.
 
     Returns:
@@ -120,7 +120,7 @@ def attention_onto(
         share of its attention that falls on these columns.
     """
     expect_tensor("q", q, (None, None, None), FLOATS)
-    expect_tensor("k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
+    expect_tensor("k", k, (None, None, q.shape[2]), (q.dtype,))
     _expect_heads(q, k)
     expect_tensor("lse", lse, (q.shape[1], q.shape[0]), (accumulator(q.dtype),))
     expect_tensor("rows", rows, (None,), (torch.int64,))
@@ -131,14 +131,20 @@ def attention_onto(
 
 
 def group_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, segment_offsets: Tensor, segment_prefix: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_offsets: Tensor,
+    segment_prefix: Tensor,
+    query_offsets: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Forward of `group_attention` in plain PyTorch: blocks of query rows against at most two ranges of keys."""
     kv_heads = k.shape[1]
     queries = _by_head(q, kv_heads).mul_(scale)
     keys, values = _by_head(k, kv_heads)[:, 0], _by_head(v, kv_heads)[:, 0]
     o, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
-    for rows, ranges in _blocks(segment_offsets, segment_prefix):
+    for rows, ranges in _blocks(segment_offsets, segment_prefix, query_offsets):
         scores = _masked_scores(queries, keys, rows, ranges)
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
@@ -158,6 +164,7 @@ def group_attention_backward_reference(
     lse: Tensor,
     segment_offsets: Tensor,
     segment_prefix: Tensor,
+    query_offsets: Tensor,
     scale: float,
     slots: Tensor | None = None,
     first_columns: Tensor | None = None,
@@ -166,8 +173,8 @@ def group_attention_backward_reference(
     """Backward of `group_attention`: P again from the LSE, then dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), and, times
     the scale, dQ = dS K and dK = dS^T Q (FlashAttention-2, arXiv 2307.08691).
 
-    The last three come together, from `AttentionOnto`: slots (levels, tokens) int32, which of the R rows a token is, or
-    -1; first_columns (R,) int32; attention (R, C), filled.
+    The last three come together, from `AttentionOnto`: slots (levels, queries) int32, which of the R rows a query is,
+    or -1; first_columns (R,) int32; attention (R, C), filled.
     """
     kv_heads = k.shape[1]
     queries, d_o = _by_head(q, kv_heads).mul_(scale), _by_head(do, kv_heads)
@@ -175,7 +182,7 @@ def group_attention_backward_reference(
     delta = (d_o * _by_head(o, kv_heads)).sum(-1)
     lse = lse.view(delta.shape)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for rows, ranges in _blocks(segment_offsets, segment_prefix):
+    for rows, ranges in _blocks(segment_offsets, segment_prefix, query_offsets):
         d_out = d_o[:, :, rows].flatten(1, 2)
         weights = _masked_scores(queries, keys, rows, ranges).sub_(lse[:, :, rows].flatten(1, 2)[..., None]).exp_()
         if attention is not None:
@@ -216,15 +223,17 @@ def _by_token(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).contiguous().flatten(1, 2)
 
 
-def _blocks(segment_offsets: Tensor, segment_prefix: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+def _blocks(
+    segment_offsets: Tensor, segment_prefix: Tensor, query_offsets: Tensor
+) -> Iterator[tuple[slice, list[slice]]]:
     """Blocks of query rows, each with the ranges of keys it sees; the last range ends on the block's own diagonal."""
-    offsets, home = segment_offsets.tolist(), segment_prefix.tolist()
+    offsets, home, queries = segment_offsets.tolist(), segment_prefix.tolist(), query_offsets.tolist()
     for segment, prefix in enumerate(home):
-        start, end = offsets[segment : segment + 2]
+        (start, stop), (first_row, last_row) = offsets[segment : segment + 2], queries[segment : segment + 2]
         whole_prefix = [] if prefix == segment else [slice(*offsets[prefix : prefix + 2])]
-        for first in range(start, end, BLOCK_ROWS):
-            last = min(first + BLOCK_ROWS, end)
-            yield slice(first, last), [*whole_prefix, slice(start, last)]
+        for first in range(first_row, last_row, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, last_row)
+            yield slice(first, last), [*whole_prefix, slice(start, stop - last_row + last)]
 
 
 def _gather(x: Tensor, ranges: list[slice]) -> Tensor:
@@ -267,14 +276,28 @@ _attention_onto = torch.library.custom_op("saga_kernels::attention_onto", attent
 
 
 @_group_attention.register_fake
-def _(q, k, v, segment_offsets, segment_prefix, scale):
+def _(q, k, v, segment_offsets, segment_prefix, query_offsets, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         (q.shape[1], q.shape[0]), dtype=accumulator(q.dtype)
     )
 
 
 @_group_attention_backward.register_fake
-def _(do, q, k, v, o, lse, segment_offsets, segment_prefix, scale, slots=None, first_columns=None, attention=None):
+def _(
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    segment_offsets,
+    segment_prefix,
+    query_offsets,
+    scale,
+    slots=None,
+    first_columns=None,
+    attention=None,
+):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
@@ -284,12 +307,12 @@ def _(q, k, lse, rows, columns, scale):
 
 
 @_group_attention.register_kernel("cuda")
-def _(q, k, v, segment_offsets, segment_prefix, scale):
+def _(q, k, v, *rest):
     if q.dtype == torch.float64:  # for tests; the kernels are for float32 and narrower
-        return group_attention_reference(q, k, v, segment_offsets, segment_prefix, scale)
+        return group_attention_reference(q, k, v, *rest)
     from .gpu import attention  # Triton is needed on a GPU alone
 
-    return attention.forward(q, k, v, segment_offsets, segment_prefix, scale)
+    return attention.forward(q, k, v, *rest)
 
 
 @_group_attention_backward.register_kernel("cuda")
@@ -302,14 +325,14 @@ def _(do, q, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, segment_offsets, segment_prefix, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, segment_offsets, segment_prefix)
+    q, k, v, *offsets, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *offsets)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, do, _):
     dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale)
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv, None, None, None, None
 
 
 _group_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -320,7 +343,7 @@ class _GroupAttentionOnto(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale, onto):
-        inputs = q, k, v, onto.layout.segment_offsets, onto.layout.segment_prefix, scale
+        inputs = q, k, v, *onto.layout.offsets, scale
         output = _group_attention(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.onto = onto

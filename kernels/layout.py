@@ -6,6 +6,7 @@ from bisect import bisect_right
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from .checks import expect
 
@@ -14,25 +15,30 @@ class GroupLayout:
     """Offsets of groups packed end to end: prefix 0, its completions, prefix 1, its completions, ... without padding.
 
     A prefix token sees its prefix causally; a completion token sees its whole prefix and, causally, its own completion.
+    Keys and values are there of all tokens, queries perhaps not: where the beginning of a prefix, or all of it, was
+    computed before, only its last tokens still ask. Queries are packed in the same order.
 
     Args:
         prefix_lengths: tokens of each group's prefix.
         completion_lengths: for each group, tokens of each of its completions; empty where only the prefix is there.
+        prefix_queries: how many of each prefix's last tokens have queries; all of them by default.
         device: where the offset tensors go.
 
     Attributes:
-        tokens: length of the packed sequence. groups: number of groups.
+        tokens: keys of the packed sequence. queries: its queries. groups: number of groups.
         segment_offsets: int32 (segments + 1,), boundaries of all prefixes and completions in packed order.
         segment_prefix: int32 (segments,), the segment that is this segment's prefix; itself for a prefix.
+        query_offsets: int32 (segments + 1,), the same boundaries among the queries.
 
     Raises:
-        ValueError: the lists differ in length, are empty, or hold a length below 1.
+        ValueError: the lists differ in length, are empty, or hold a length below 1; more queries than prefix tokens.
     """
 
     def __init__(
         self,
         prefix_lengths: list[int],
         completion_lengths: list[list[int]],
+        prefix_queries: list[int] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         groups = len(prefix_lengths)
@@ -43,36 +49,59 @@ class GroupLayout:
             f"{len(completion_lengths)} groups",
             f"as many as prefix_lengths has, {groups}",
         )
-        lengths, home, self._first = [], [], []
-        for i, (prefix, completions) in enumerate(zip(prefix_lengths, completion_lengths, strict=True)):
+        asking = prefix_lengths if prefix_queries is None else prefix_queries
+        expect(len(asking) == groups, "prefix_queries", f"{len(asking)} groups", f"as many as prefix_lengths, {groups}")
+        lengths, queries, home, self._first = [], [], [], []
+        for i, (prefix, ask, completions) in enumerate(zip(prefix_lengths, asking, completion_lengths, strict=True)):
             expect(prefix > 0, f"prefix_lengths[{i}]", prefix, "1 token or more")
+            expect(0 <= ask <= prefix, f"prefix_queries[{i}]", ask, f"0 to {prefix}, the prefix's tokens")
             for g, completion in enumerate(completions):
                 expect(completion > 0, f"completion_lengths[{i}][{g}]", completion, "1 token or more")
             self._first.append(len(lengths))
             home += [len(lengths)] * (1 + len(completions))
             lengths += [prefix, *completions]
-        self._offsets, self._home = [0, *accumulate(lengths)], home
+            queries += [ask, *completions]
+        self._offsets, self._queries, self._home = [0, *accumulate(lengths)], [0, *accumulate(queries)], home
         self._sizes = [len(completions) for completions in completion_lengths]
-        self.groups = groups
-        self.tokens = self._offsets[-1]
-        self.segment_offsets = torch.tensor(self._offsets, dtype=torch.int32, device=device)
-        self.segment_prefix = torch.tensor(home, dtype=torch.int32, device=device)
+        self.groups, self.tokens, self.queries = groups, self._offsets[-1], self._queries[-1]
+        self.segment_offsets, self.segment_prefix, self.query_offsets = (
+            torch.tensor(values, dtype=torch.int32, device=device) for values in (self._offsets, home, self._queries)
+        )
+
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """segment_offsets, segment_prefix, query_offsets: as the ops take them."""
+        return self.segment_offsets, self.segment_prefix, self.query_offsets
 
     def prefix_slice(self, i: int) -> slice:
-        """The packed rows of group `i`'s prefix."""
-        return self._segment(self._first[i])
+        """The rows of group `i`'s prefix among the keys."""
+        return _between(self._offsets, self._first[i])
+
+    def prefix_queries(self, i: int) -> slice:
+        """The rows of group `i`'s prefix among the queries: of its last tokens."""
+        return _between(self._queries, self._first[i])
 
     def completion_slice(self, i: int, g: int) -> slice:
-        """The packed rows of completion `g` of group `i`."""
+        """The rows of completion `g` of group `i` among the keys."""
+        return _between(self._offsets, self._completion(i, g))
+
+    def completion_queries(self, i: int, g: int) -> slice:
+        """The rows of completion `g` of group `i` among the queries."""
+        return _between(self._queries, self._completion(i, g))
+
+    def visible(self, query: int) -> tuple[slice, slice]:
+        """The keys that a row of the queries sees: of its prefix (none for one of a prefix), and of its own segment."""
+        expect(0 <= query < self.queries, "query", query, f"0 to {self.queries - 1}, the packed queries")
+        segment = bisect_right(self._queries, query) - 1
+        start, stop = self._offsets[segment], self._offsets[segment + 1]
+        token = stop - self._queries[segment + 1] + query
+        home = self._home[segment]
+        return (_between(self._offsets, home) if home != segment else slice(start, start)), slice(start, token + 1)
+
+    def _completion(self, i: int, g: int) -> int:
         expect(0 <= g < self._sizes[i], "g", g, f"0 to {self._sizes[i] - 1}, group {i}'s completions")
-        return self._segment(self._first[i] + 1 + g)
+        return self._first[i] + 1 + g
 
-    def visible(self, row: int) -> tuple[slice, slice]:
-        """The keys that packed row `row` sees: of its prefix (none for a row of one), and of its own segment."""
-        expect(0 <= row < self.tokens, "row", row, f"0 to {self.tokens - 1}, the packed tokens")
-        segment = bisect_right(self._offsets, row) - 1
-        own = slice(self._offsets[segment], row + 1)
-        return (self._segment(self._home[segment]) if self._home[segment] != segment else slice(row, row)), own
 
-    def _segment(self, segment: int) -> slice:
-        return slice(self._offsets[segment], self._offsets[segment + 1])
+def _between(offsets: list[int], segment: int) -> slice:
+    return slice(offsets[segment], offsets[segment + 1])

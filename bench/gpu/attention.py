@@ -38,7 +38,7 @@ def _cases(groups: int) -> Iterator[Case]:
         torch.randn(layout.tokens, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     )
-    where, scale = (layout.segment_offsets, layout.segment_prefix), HEAD_DIM**-0.5
+    where, scale = layout.offsets, HEAD_DIM**-0.5
     ops = torch.ops.saga_kernels
     o, lse = ops.group_attention(q, k, v, *where, scale)
     wide = [x.float() for x in (q, k, v)]

@@ -51,6 +51,7 @@ def forward(
     v: Tensor,
     segment_offsets: Tensor,
     segment_prefix: Tensor,
+    query_offsets: Tensor,
     scale: float,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +77,7 @@ def backward(
     lse: Tensor,
     segment_offsets: Tensor,
     segment_prefix: Tensor,
+    query_offsets: Tensor,
     scale: float,
     slots: Tensor | None = None,
     first_columns: Tensor | None = None,

@@ -41,7 +41,7 @@ def run(layout, q, k, v, do, onto=None):
 
 def assert_equals_reference(layout, q, k, v, do, onto, wide):
     results = [*run(layout, q, k, v, do, onto), onto.attention]
-    offsets, scale = (layout.segment_offsets, layout.segment_prefix), q.shape[2] ** -0.5
+    offsets, scale = layout.offsets, q.shape[2] ** -0.5
     q, k, v, do = (x.detach().to(wide) for x in (q, k, v, do))
     right = group_attention_reference(q, k, v, *offsets, scale)
     attention = torch.zeros_like(onto.attention, dtype=wide)

@@ -5,39 +5,42 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from saga_kernels import AttentionOnto, GroupLayout, attention_onto, group_attention
 from saga_kernels.attention import BLOCK_ROWS
 
-SHAPES = {  # prefix lengths, completion lengths, heads, kv_heads, head_dim
-    "ones": ([1], [[1]], 1, 1, 2),
-    "prefill": ([3, 2], [[], []], 2, 1, 4),
-    "ragged": ([5, 1, 4], [[3, 1, 4], [], [2, 7]], 6, 3, 8),
-    "blocks": ([BLOCK_ROWS + 3], [[2 * BLOCK_ROWS + 1, BLOCK_ROWS, 5]], 4, 1, 8),
+SHAPES = {  # prefix lengths, completion lengths, queries of each prefix, heads, kv_heads, head_dim
+    "ones": ([1], [[1]], None, 1, 1, 2),
+    "prefill": ([3, 2], [[], []], None, 2, 1, 4),
+    "ragged": ([5, 1, 4], [[3, 1, 4], [], [2, 7]], None, 6, 3, 8),
+    "blocks": ([BLOCK_ROWS + 3], [[2 * BLOCK_ROWS + 1, BLOCK_ROWS, 5]], None, 4, 1, 8),
+    "fewer": ([5, 1, 4, 3], [[3, 1, 4], [2], [2, 7], [1]], [2, 0, 4, 0], 6, 3, 8),
+    "slices": ([BLOCK_ROWS + 3, 9], [[BLOCK_ROWS + 1, 5], [7]], [BLOCK_ROWS + 1, 0], 4, 1, 8),
 }
 
 
 def make(name: str, dtype=torch.float64, seed=0):
-    prefixes, completions, heads, kv_heads, head_dim = SHAPES[name]
-    layout, generator = GroupLayout(prefixes, completions), torch.Generator().manual_seed(seed)
+    prefixes, completions, queries, heads, kv_heads, head_dim = SHAPES[name]
+    layout, generator = GroupLayout(prefixes, completions, queries), torch.Generator().manual_seed(seed)
     q, k, v = (
-        torch.randn(layout.tokens, n, head_dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for n in (heads, kv_heads, kv_heads)
+        torch.randn(rows, n, head_dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for rows, n in ((layout.queries, heads), (layout.tokens, kv_heads), (layout.tokens, kv_heads))
     )
     return layout, q, k, v
 
 
 def visible(name: str) -> torch.Tensor:
-    """(tokens, tokens) bool, token by token from the definition, without GroupLayout."""
-    prefixes, completions, *_ = SHAPES[name]
-    owner = []  # (group, completion or -1 for the prefix)
+    """(queries, tokens) bool, token by token from the definition, without GroupLayout."""
+    prefixes, completions, queries, *_ = SHAPES[name]
+    owner, asks = [], []  # (group, completion or -1 for the prefix); whether there is a query
     for i, (prefix, lengths) in enumerate(zip(prefixes, completions, strict=True)):
         owner += [(i, -1)] * prefix + [(i, g) for g, n in enumerate(lengths) for _ in range(n)]
+        asks += [queries is None or at >= prefix - queries[i] for at in range(prefix)] + [True] * sum(lengths)
     sees = [
         [a[0] == b[0] and column <= row and b[1] in (-1, a[1]) for column, b in enumerate(owner)]
         for row, a in enumerate(owner)
     ]
-    return torch.tensor(sees)
+    return torch.tensor(sees)[torch.tensor(asks)]
 
 
 def dense(name: str, q, k, v, scale: float):
-    """Probabilities (heads, tokens, tokens), o and LSE by one whole masked softmax."""
+    """Probabilities (heads, queries, tokens), o and LSE by one whole masked softmax."""
     rep = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(rep, 1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k).mul(scale).masked_fill(~visible(name), float("-inf"))
@@ -107,6 +110,7 @@ ONTO = {  # shape → (rows, first_columns, columns): unsorted, twice with the s
     "ones": ([1], [0], 1),
     "ragged": ([12, 6, 8, 8, 8, 15, 24, 3, 11], [0, 1, 0, 3, 3, 14, 15, 0, 9], 2),
     "blocks": ([500, 140, 133, 300, 389, 399], [0, 120, 2, 4, 125, 388], 6),
+    "fewer": ([0, 2, 8, 9, 13, 25], [1, 1, 10, 10, 16, 30], 2),
 }
 
 
@@ -178,14 +182,14 @@ def test_strides_do_not_matter():
 
 
 def test_opcheck():
-    layout, q, k, v = make("ragged")
+    layout, q, k, v = make("fewer")
     ops = torch.ops.saga_kernels
-    args = (q, k, v, layout.segment_offsets, layout.segment_prefix, 0.3)
+    args = (q, k, v, *layout.offsets, 0.3)
     torch.library.opcheck(ops.group_attention.default, args)
     o, lse = ops.group_attention(*(x.detach() for x in args[:3]), *args[3:])
     backward = (o + 1, *(x.detach() for x in args[:3]), o, lse, *args[3:])
     torch.library.opcheck(ops.group_attention_backward.default, backward)
-    chosen = AttentionOnto(layout, *ONTO["ragged"], torch.float64)
+    chosen = AttentionOnto(layout, *ONTO["fewer"], torch.float64)
     buffers = (chosen.slots, chosen.first_columns, chosen.attention)
     torch.library.opcheck(ops.group_attention_backward.default, (*backward, *buffers))
     onto = (q.detach(), k.detach(), lse, torch.tensor([1, 2]), torch.tensor([0]), 0.3)

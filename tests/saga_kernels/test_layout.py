@@ -15,6 +15,24 @@ def test_offsets_follow_the_packed_order():
     assert layout.completion_slice(2, 0) == slice(15, 17)
 
 
+def test_queries_are_of_the_last_tokens_of_a_prefix():
+    layout = GroupLayout([4, 2], [[1, 5], [2]], [3, 0])
+    assert (layout.tokens, layout.queries) == (14, 11)
+    assert layout.segment_offsets.tolist() == [0, 4, 5, 10, 12, 14]
+    assert layout.query_offsets.tolist() == [0, 3, 4, 9, 9, 11]
+    assert layout.prefix_queries(0) == slice(0, 3) and layout.prefix_queries(1) == slice(9, 9)
+    assert layout.completion_queries(0, 1) == slice(4, 9) and layout.completion_queries(1, 0) == slice(9, 11)
+    assert layout.visible(0) == (slice(0, 0), slice(0, 2))  # the prefix's second token
+    assert layout.visible(5) == (slice(0, 4), slice(5, 7))
+    assert layout.visible(10) == (slice(10, 12), slice(12, 14))
+
+
+@pytest.mark.parametrize("queries", [[5, 0], [-1, 0], [1]])
+def test_queries_that_no_prefix_has_are_refused(queries):
+    with pytest.raises(ValueError, match="^prefix_queries"):
+        GroupLayout([4, 2], [[1], [1]], queries)
+
+
 @pytest.mark.parametrize(
     ("prefixes", "completions", "named"),
     [

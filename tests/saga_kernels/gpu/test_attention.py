@@ -40,7 +40,7 @@ def close(got, right, tolerance):
 
 
 def assert_equals_reference(layout, q, k, v, do, tiles=TILES[:1] * 3, onto=None):
-    offsets = layout.segment_offsets, layout.segment_prefix
+    offsets = layout.offsets
     wide = [x.double() for x in (q, k, v)]
     right = group_attention_reference(*wide, *offsets, SCALE)
     o, lse = attention.forward(q, k, v, *offsets, SCALE, tile=tiles[0])
@@ -112,7 +112,7 @@ def test_scores_far_below_zero():
     """Where exp(-LSE) overflows, keys that are not there must not come in as zeros."""
     layout = GroupLayout([3], [[2]])
     q, k, v, do = (x / 100 for x in inputs(layout, 1, 1, 16, torch.float32))
-    q, k, offsets = q + 5, k - 5, (layout.segment_offsets, layout.segment_prefix)
+    q, k, offsets = q + 5, k - 5, layout.offsets
     o, lse = attention.forward(q, k, v, *offsets, SCALE, tile=TILES[0])
     assert lse.max() < -100
     gradients = attention.backward(do, q, k, v, o, lse, *offsets, SCALE, query_tile=TILES[0], key_tile=TILES[0])
