@@ -1,0 +1,272 @@
+"""What the benchmarks against rivals share: the shape of record, its random model on disk, and fair measuring.
+
+A measurement is a function that sets up and returns the work, itself a function without arguments. `child` runs both in
+a fresh process and tells the work's time and peak memory, so neither a warm allocator nor a rival's imports count.
+saga_fast is imported where it is used: a rival's own environment need not have it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from bench import machine
+
+REPOSITORY = Path(__file__).parents[1]
+SPECIAL = ("<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3-VL layout and the work of one step. Completions are ragged around `short` or `long` tokens."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    kv_heads: int = 4
+    head_dim: int = 64
+    ffn: int = 2304
+    vocabulary: int = 9728
+    tower_layers: int = 9
+    tower_width: int = 256
+    tower_ffn: int = 960
+    image_size: int = 224
+    prefix: int = 850
+    pairs: int = 8
+    group: int = 8
+    short: int = 256
+    long: int = 700
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Merged visual tokens a column and row: patches of 16 pixels, merged 2x2."""
+        return self.image_size // 32, self.image_size // 32
+
+    def lengths(self, mean: int, pairs: int | None = None) -> list[list[int]]:
+        """[pair][g] tokens, the end token among them: drawn evenly from mean/2 to 3/2 mean, then moved to that mean."""
+        generator = torch.Generator().manual_seed(mean)
+        drawn = torch.randint(mean // 2, mean + mean // 2 + 1, (pairs or self.pairs, self.group), generator=generator)
+        return (drawn + round(mean - drawn.float().mean().item())).clamp_min(1).tolist()
+
+    def pixels(self, pairs: int | None = None) -> Tensor:
+        """uint8 (2·pairs, 3, S, S), a and b of pair 0, of pair 1, …"""
+        size = (2 * (pairs or self.pairs), 3, self.image_size, self.image_size)
+        return torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+# record: the 8B's proportions; its head, too, costs about 9% of its layers. small: the same in seconds.
+SHAPES = {
+    "record": Shape(),
+    "small": Shape(
+        layers=4, width=256, heads=4, kv_heads=2, ffn=768, vocabulary=2048, tower_layers=3, tower_width=128,
+        tower_ffn=384, image_size=64, prefix=320, pairs=2, group=4, short=32, long=88,
+    ),
+}  # fmt: skip
+
+
+def model(shape: Shape, folder: Path) -> Path:
+    """A random model of `shape` in `folder`, as a release is: weights in fp32, tokenizer, template, image processor.
+
+    One that is there already is taken if it was made for this shape, else written over. Logits have a deviation of 4,
+    so that a nucleus is neither one token nor the vocabulary.
+    """
+    stamp = folder / "shape.json"
+    wanted = json.dumps(asdict(shape))
+    if stamp.exists() and stamp.read_text() == wanted:
+        return folder
+    tokens = _tokenizer(shape.vocabulary)
+    named = dict(zip(SPECIAL, tokens.convert_tokens_to_ids(list(SPECIAL))))
+    axis = shape.head_dim // 2
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim, max_position_embeddings=1 << 15,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 5e6,
+                "mrope_section": [axis - 2 * (axis * 5 // 16), axis * 5 // 16, axis * 5 // 16],
+            },
+        ),
+        vision_config=dict(
+            depth=shape.tower_layers, hidden_size=shape.tower_width, intermediate_size=shape.tower_ffn,
+            num_heads=shape.tower_width // 64, patch_size=16, spatial_merge_size=2, out_hidden_size=shape.width,
+            num_position_embeddings=(shape.image_size // 16) ** 2,
+            deepstack_visual_indexes=[shape.tower_layers * i // 3 - 1 for i in (1, 2, 3)],
+        ),
+        image_token_id=named["<|image_pad|>"], video_token_id=named["<|video_pad|>"],
+        vision_start_token_id=named["<|vision_start|>"], vision_end_token_id=named["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    random = Qwen3VLForConditionalGeneration(config)
+    torch.nn.init.normal_(random.lm_head.weight, std=4 * shape.width**-0.5)
+    random.generation_config = GenerationConfig(eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id)
+    random.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    area = shape.image_size**2
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
+        "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "size": {"shortest_edge": area, "longest_edge": area},
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    stamp.write_text(wanted)
+    return folder
+
+
+def _tokenizer(vocabulary: int):
+    """A byte a token, then words nobody writes to fill the vocabulary, then the special tokens."""
+    known = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known += [f"word{i}" for i in range(vocabulary - len(known) - len(SPECIAL))]
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(known)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=SPECIAL[0], pad_token=SPECIAL[0], extra_special_tokens=list(SPECIAL[1:]),
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def question(shape: Shape, tokenizer):
+    """A `Prompt` whose prefix, images and template included, is exactly `shape.prefix` tokens."""
+    from saga_fast.errors import InputError
+    from saga_fast.supervisor.prompt import Prompt, build_prefix
+
+    def length(item: str) -> int:
+        asked = Prompt("", item, "same", (), generic=True)
+        return len(build_prefix(tokenizer, asked.instruction(), shape.grid[0] * shape.grid[1]).input_ids)
+
+    missing = shape.prefix - length("")
+    if missing < 0:
+        raise InputError(f"shape: a prefix of {shape.prefix} tokens; the question alone takes {shape.prefix - missing}")
+    return Prompt("", "x" * missing, "same", (), generic=True)
+
+
+def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "images_first", **settings):
+    """(encoder, supervisor) of the dense model in `folder`, as a run makes them. settings: of `Supervisor`."""
+    from saga_fast.encoder import Encoder
+    from saga_fast.supervisor.mllm import load_mllm
+    from saga_fast.supervisor.rollout import Sampling
+    from saga_fast.supervisor.supervisor import Supervisor
+
+    mllm = load_mllm(folder, quantize=False)
+    encoder = Encoder.from_tower(mllm.visual, "attention", 64, shape.image_size)
+    sampling = Sampling(shape.group, max_new_tokens=max_new_tokens)
+    return encoder, Supervisor(mllm, question(shape, mllm.tokenizer), order, shape.grid, sampling, **settings)
+
+
+@contextmanager
+def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
+    """Inside, rollouts of pairs 0, 1, … end after `lengths` [pair][g] tokens, neither sooner nor later.
+
+    A random model knows no end. All is computed as ever; only the end token is barred, and then put in its place.
+    """
+    import saga_fast.supervisor.rollout as engine
+
+    table, sample = torch.tensor(lengths).flatten(), engine.sample_top_p
+
+    def sample_until(logits, temperature, top_p, seed, rows, step):
+        logits[:, eos] = -torch.inf
+        token = sample(logits, temperature, top_p, seed, rows, step)
+        return torch.where(step + 1 >= table.to(rows.device)[rows], eos, token)
+
+    engine.sample_top_p = sample_until
+    try:
+        yield
+    finally:
+        engine.sample_top_p = sample
+
+
+def child(measurement: str, *arguments: Any, python: str | Path = sys.executable) -> dict[str, Any]:
+    """Runs `measurement` ("module:function") in a fresh process of `python`, and returns what it found.
+
+    The function takes `arguments` (JSON), sets up, and returns the work, which returns a dict of figures or None. Added
+    to it: `seconds` of the work, `peak_bytes` of resident memory during it, and `growth_bytes`, by how much that is
+    more than before it. Raises RuntimeError if the process fails; its output is the caller's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        command = [python, "-m", "bench.record", measurement, json.dumps(arguments), found]
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(list(map(str, command)), env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)
+        if done.returncode:
+            raise RuntimeError(f"{measurement} failed with exit code {done.returncode}")
+        return json.loads(found.read_text())
+
+
+def measure(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """What `child` says of the work, measured in this process."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before = _resident("VmRSS")
+    started = time.perf_counter()
+    figures = work()
+    seconds, peak = time.perf_counter() - started, _resident("VmHWM")
+    return {"seconds": seconds, "peak_bytes": peak, "growth_bytes": peak - before, **(figures or {})}
+
+
+def _resident(field: str) -> int:
+    """Bytes that /proc/self/status gives for `field`."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit: figures are compared only where these are the same."""
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.strip()
+    return {**machine(), "processor": cpu[0] if cpu else None, "threads": torch.get_num_threads(), "commit": commit}
+
+
+class Log:
+    """Measurements as JSON lines, written as they come, so that what was interrupted goes on where it stopped.
+
+    path: None keeps them in memory. Lines of another environment (another commit, too) are passed over.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.environment = path, environment()
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        known = (json.loads(line) for line in lines)
+        self.known = {json.dumps(line["key"]): line for line in known if line["environment"] == self.environment}
+
+    def once(self, key: dict[str, Any], measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of `key`: those that stand in the file, else of a new measurement."""
+        name = json.dumps(key)
+        if name not in self.known:
+            self.known[name] = {"key": key, "environment": self.environment, "figures": measured()}
+            if self.path:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(json.dumps(self.known[name]) + "\n")
+        return self.known[name]["figures"]
+
+
+if __name__ == "__main__":
+    module, function = sys.argv[1].split(":")
+    work = getattr(importlib.import_module(module), function)(*json.loads(sys.argv[2]))
+    Path(sys.argv[3]).write_text(json.dumps(measure(work)))
