@@ -23,7 +23,7 @@ from saga_fast.errors import exit_on_input_error
 from saga_fast.images import to_pixels
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
@@ -88,11 +88,16 @@ def measure(decoders: dict[str, FrozenDecoder], asked: list[Asked], eos: tuple[i
     for prefix, features, tokens in asked:
         pairs = torch.arange(len(features["dense"].tokens) // 2)
         sampling = Sampling(rollouts, max_new_tokens=tokens)
-        drawn = rollout(decoders["dense"], prefix, features["dense"], pairs, sampling, eos)
+        drawn = rollout(Question(decoders["dense"], prefix), features["dense"], pairs, sampling, eos)
         groups = [Group(group, [torch.zeros(len(c)) for c in group], {}) for group in drawn]
         for name, decoder in decoders.items():
             found = replay(
-                decoder, prefix, features[name], groups, sampling.temperature, anchor_layer=0, token_budget=4096
+                Question(decoder, prefix),
+                features[name],
+                groups,
+                sampling.temperature,
+                anchor_layer=0,
+                token_budget=4096,
             )
             log_probs[name] += [each for group in found.log_probs for each in group]
     dense = torch.cat(log_probs.pop("dense"))

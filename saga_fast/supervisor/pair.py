@@ -9,19 +9,22 @@ from torch import Tensor
 
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.prompt import Prefix
+from saga_kernels import GroupLayout, group_attention
 
 
 @dataclass(frozen=True)
 class PairPrefix:
     """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), rotary.
 
-    next_position: where every completion's positions begin, on all three axes.
+    next_position: where every completion's positions begin, on all three axes. preamble: C, the tokens before the first
+    image; they are the same for every pair and nothing before them trains, see `Question`.
     """
 
     input_ids: Tensor
     images: Tensor
     positions: Tensor
     next_position: int
+    preamble: int
 
     @classmethod
     def of(cls, prefix: Prefix, grid: tuple[int, int] | None, device: torch.device | str = "cpu") -> PairPrefix:
@@ -33,6 +36,7 @@ class PairPrefix:
                 torch.stack([torch.arange(*span) for span in prefix.image_spans]).to(device),
                 torch.arange(len(prefix.input_ids), device=device).expand(3, -1),
                 len(prefix.input_ids),
+                prefix.image_spans[0][0],
             )
         text, images, start, position = [], [], 0, 0
         for span in prefix.image_spans:
@@ -53,15 +57,51 @@ class PairPrefix:
             torch.stack(images).to(device),
             torch.cat(text, dim=1).to(device),
             position + after,
+            prefix.image_spans[0][0],
         )
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def visual_rows(self, starts: Tensor) -> Tensor:
-        """Packed rows (n·2·N,) of the visual tokens of pairs whose prefixes begin at `starts` (n,); image a, then b."""
-        return (starts[:, None, None] + self.images).flatten()
+        """Packed rows (n·2·N,) of the visual tokens of pairs whose first image begins at `starts` (n,); image a, then
+        b."""
+        return (starts[:, None, None] + self.images - self.preamble).flatten()
 
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
         """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D), with their graph, in their rows."""
         return decoder.embed(input_ids).index_copy(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+
+
+class Question:
+    """The prefix as one frozen decoder reads it: what comes before the first image is read once, here.
+
+    keys, values: one (C, kv_heads, head_dim) a layer. With `instruction_first` they are of the whole instruction; with
+    `images_first`, of the template's first few tokens.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: FrozenDecoder, prefix: PairPrefix) -> None:
+        self.decoder, self.prefix = decoder, prefix
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        count = prefix.preamble
+        if count == 0:
+            empty = torch.empty(0, decoder.kv_heads, decoder.head_dim, dtype=decoder.dtype, device=decoder.device)
+            self.keys = self.values = [empty] * decoder.depth
+            return
+        layout = GroupLayout([count], [[]], device=decoder.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys.append(k)
+            self.values.append(v)
+            return group_attention(q, k, v, layout)[0]
+
+        decoder.forward(decoder.embed(prefix.input_ids[:count]), prefix.positions[:, :count], attend)
+
+    def with_preamble(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each pair's prefix → (pairs·P, kv_heads, head_dim)."""
+        return tuple(
+            torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)
+            for first, rest in ((self.keys[layer], k), (self.values[layer], v))
+        )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
-from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_kernels import GroupLayout, attention_onto, group_attention, token_logprob
 
 
@@ -53,8 +53,7 @@ class Replay(NamedTuple):
 
 
 def replay(
-    decoder: FrozenDecoder,
-    prefix: PairPrefix,
+    question: Question,
     features: VisualFeatures,
     groups: Sequence[Group],
     temperature: float,
@@ -67,6 +66,7 @@ def replay(
     features: of 2n images, a and b of group 0, of group 1, …; leaves, so that each pack's backward ends there.
     token_budget: packed tokens that stand in memory at once (no group is split). recompute: keep only layer inputs.
     """
+    decoder, prefix = question.decoder, question.prefix
     loss, log_probs, attention = torch.zeros((), device=decoder.device), [], []
     for first, last in _packs(groups, len(prefix), token_budget):
         pack = VisualFeatures(*_slice(features, 2 * first, 2 * last))
@@ -107,7 +107,7 @@ def _replay_pack(
     layout = GroupLayout([len(prefix)] * len(groups), lengths, device=device)
     input_ids, positions, rows = _pack(prefix, groups, layout)
     starts = torch.tensor([layout.prefix_slice(i).start for i in range(len(groups))], device=device)
-    visual = prefix.visual_rows(starts)
+    visual = prefix.visual_rows(starts + prefix.preamble)
     attention: list[AnchorAttention] = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

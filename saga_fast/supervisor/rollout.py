@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
-from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.pair import Question
 from saga_kernels import GroupLayout, group_attention, sample_top_p
 
 LOOK_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
@@ -32,8 +32,7 @@ class Sampling:
 
 @torch.no_grad()
 def rollout(
-    decoder: FrozenDecoder,
-    prefix: PairPrefix,
+    question: Question,
     features: VisualFeatures,
     pair_ids: Tensor,
     sampling: Sampling,
@@ -44,10 +43,11 @@ def rollout(
     features: of 2n images, a and b of pair 0, of pair 1, …; pair_ids: (n,) int64, unique in the run. A rollout is a
     function of (sampling.seed, pair id, g) and the weights alone: not of the batch it was drawn in.
     """
+    decoder, prefix = question.decoder, question.prefix
     device, pairs, group = decoder.device, len(pair_ids), sampling.group_size
     eos = torch.tensor(eos_token_ids, device=device)
     cache = SharedPrefixCache(decoder, pairs, group, len(prefix), sampling.max_new_tokens)
-    hidden = _prefill(decoder, prefix, features, cache)
+    hidden = _prefill(question, features, cache)
     hidden = hidden.repeat_interleave(group, 0)
     row_ids = (pair_ids.to(device)[:, None] * group + torch.arange(group, device=device)).flatten()
 
@@ -79,19 +79,22 @@ def rollout(
     return [[row[:n] for row, n in zip(rows, count)] for rows, count in zip(tokens.tolist(), counts)]
 
 
-def _prefill(decoder: FrozenDecoder, prefix: PairPrefix, features: VisualFeatures, cache: SharedPrefixCache) -> Tensor:
+def _prefill(question: Question, features: VisualFeatures, cache: SharedPrefixCache) -> Tensor:
     """Runs every pair's prefix once, fills the cache, and returns the hidden state (pairs, D) that predicts token 0."""
-    pairs, length = features.tokens.shape[0] // 2, len(prefix)
-    layout = GroupLayout([length] * pairs, [[] for _ in range(pairs)], device=decoder.device)
+    decoder, prefix = question.decoder, question.prefix
+    pairs, start = features.tokens.shape[0] // 2, prefix.preamble
+    length = len(prefix) - start
+    layout = GroupLayout([len(prefix)] * pairs, [[] for _ in range(pairs)], [length] * pairs, device=decoder.device)
     rows = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
-    h = prefix.embed(decoder, prefix.input_ids.repeat(pairs), rows, features.tokens)
+    h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), rows, features.tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = question.with_preamble(layer, k, v, pairs)
         cache.store_prefix(layer, k, v)
         return group_attention(q, k, v, layout)[0]
 
     deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
-    h = decoder.forward(h, prefix.positions.repeat(1, pairs), attend, deepstack, rows)
+    h = decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, rows)
     return h.unflatten(0, (pairs, length))[:, -1]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.errors import InputError
 from saga_fast.supervisor.mllm import Mllm
-from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import Group, Replay, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
@@ -40,6 +40,7 @@ class Supervisor:
         instruction, count = prompt.instruction(), grid[0] * grid[1]
         prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_marks)
         self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device)
+        self.question = Question(self.decoder, self.prefix)
         depth = self.decoder.depth
         self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
         if not 0 <= self.anchor_layer < depth:
@@ -48,7 +49,7 @@ class Supervisor:
 
     def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""
-        return rollout(self.decoder, self.prefix, features, pair_ids, self.sampling, self.eos_token_ids)
+        return rollout(self.question, features, pair_ids, self.sampling, self.eos_token_ids)
 
     def text(self, completion: Sequence[int]) -> str:
         return self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -72,8 +73,7 @@ class Supervisor:
 
     def replay(self, features: VisualFeatures, groups: Sequence[Group]) -> Replay:
         return replay(
-            self.decoder,
-            self.prefix,
+            self.question,
             features,
             groups,
             self.sampling.temperature,

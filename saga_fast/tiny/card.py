@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from saga_fast.encoder import VisionTower, VisualFeatures
 from saga_fast.metrics import retrieval_metrics
 from saga_fast.supervisor.mllm import Mllm, load_mllm
-from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.supervisor.verdict import attribute_spans, parse
@@ -41,11 +41,12 @@ def ask(
     """Answers [pair][g] about pixels (2n, 3, S, S): pictures a and b of pair 0, of pair 1, …"""
     prompt = PROMPT.as_generic() if generic else PROMPT
     prefix = PairPrefix.of(build_prefix(mllm.tokenizer, prompt.instruction(), GRID**2, order), (GRID, GRID))
+    question = Question(mllm.decoder, prefix)
     features = look(VisionTower.of(mllm.visual), pixels)
     texts = []
     for pairs in torch.arange(len(pixels) // 2).split(32):
         images = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
-        groups = rollout(mllm.decoder, prefix, features.select(images), pairs, sampling, mllm.eos_token_ids)
+        groups = rollout(question, features.select(images), pairs, sampling, mllm.eos_token_ids)
         texts += [[mllm.tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in groups]
     return texts
 

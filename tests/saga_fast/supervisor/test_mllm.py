@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix
+from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
@@ -199,10 +199,12 @@ def test_a_head_in_nf4_is_the_dequantised_head_everywhere(family, tmp_path):
     prefix = build_prefix(packed.tokenizer, "Same?", 4, image_token=packed.image_token)
     prefix = PairPrefix.of(prefix, (2, 2) if packed.decoder.mrope else None)
     sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=8)
-    drawn = [rollout(m.decoder, prefix, features, torch.tensor([0]), sampling, (-1,)) for m in (packed, dense)]
+    drawn = [
+        rollout(Question(m.decoder, prefix), features, torch.tensor([0]), sampling, (-1,)) for m in (packed, dense)
+    ]
     assert drawn[0] == drawn[1]
     groups = [Group(drawn[0][0], [torch.ones(8)] * 3, {})]
-    ours, theirs = (replay(m.decoder, prefix, features, groups, 1.0, 0).log_probs[0] for m in (packed, dense))
+    ours, theirs = (replay(Question(m.decoder, prefix), features, groups, 1.0, 0).log_probs[0] for m in (packed, dense))
     torch.testing.assert_close(ours, theirs)
 
 

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.replay import Group, replay
 
 from .tiny_models import (
@@ -76,7 +77,7 @@ def oracle(model, prefix, features, groups):
 def assert_equal_to_oracle(model, lengths, **settings):
     prefix, groups = pair_prefix(), make_groups(lengths)
     ours, theirs = (leaves(random_features(2 * len(groups))) for _ in range(2))
-    result = replay(decoder_of(model), prefix, ours, groups, TEMPERATURE, ANCHOR, **settings)
+    result = replay(Question(decoder_of(model), prefix), ours, groups, TEMPERATURE, ANCHOR, **settings)
     loss, log_probs, attention = oracle(model, prefix, theirs, groups)
     torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.log_probs, log_probs, rtol=1e-9, atol=1e-9)
@@ -116,7 +117,7 @@ def test_equals_transformers_on_drawn_shapes(lengths):
 
 def test_without_gradient_it_only_reads(model):
     prefix, groups, features = pair_prefix(), make_groups([[4, 3]]), random_features(2)
-    result = replay(decoder_of(model), prefix, features, groups, TEMPERATURE, ANCHOR)
+    result = replay(Question(decoder_of(model), prefix), features, groups, TEMPERATURE, ANCHOR)
     assert features.tokens.grad is None and not result.loss.requires_grad
     assert len(result.attention) == 2 and result.attention[0].weights.shape == (1, TOKENS)
 
@@ -125,6 +126,6 @@ def test_no_weight_gets_a_gradient(model):
     decoder = decoder_of(model)
     before = decoder.fingerprint()
     features = leaves(random_features(2))
-    replay(decoder, pair_prefix(), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
+    replay(Question(decoder, pair_prefix()), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
     assert decoder.fingerprint() == before
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -10,6 +10,7 @@ from scipy.stats import chisquare
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor import rollout as rollout_module
+from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.rollout import Sampling, rollout
 
 from .tiny_models import EOS, decoder_of, oracle_inputs, pair_prefix, random_features, random_model
@@ -31,7 +32,8 @@ def generate(model, features: VisualFeatures, **settings) -> list[int]:
 
 def test_greedy_equals_generate_token_for_token(model):
     features = random_features(12, dtype=torch.float32)
-    ours = rollout(decoder_of(model), pair_prefix(), features, torch.arange(6), GREEDY, (EOS,))
+    decoder, prefix = decoder_of(model), pair_prefix()
+    ours = rollout(Question(decoder, prefix), features, torch.arange(6), GREEDY, (EOS,))
     for i, group in enumerate(ours):
         pair = features.select(torch.tensor([2 * i, 2 * i + 1]))
         theirs = generate(model, pair, max_new_tokens=GREEDY.max_new_tokens, do_sample=False)
@@ -44,11 +46,11 @@ def test_ends_at_the_end_token_and_drops_finished_pairs(model, monkeypatch):
     monkeypatch.setattr(rollout_module, "LOOK_EVERY", 2)
     features = random_features(12, dtype=torch.float32)
     decoder, prefix, sampling = decoder_of(model), pair_prefix(), replace(GREEDY, max_new_tokens=20)
-    whole = rollout(decoder, prefix, features, torch.arange(6), sampling, (-1,))
+    whole = rollout(Question(decoder, prefix), features, torch.arange(6), sampling, (-1,))
     # Take for the end token one that comes soon in some completions, late or never in others.
     first = [tuple(group[0]) for group in whole]
     end = max(range(61), key=lambda t: len({(c.index(t) if t in c else 99) for c in first}))
-    ended = rollout(decoder, prefix, features, torch.arange(6), sampling, (end,))
+    ended = rollout(Question(decoder, prefix), features, torch.arange(6), sampling, (end,))
     expected = [[c[: c.index(end) + 1] if end in c else c for c in group] for group in whole]
     assert ended == expected
     assert len({len(group[0]) for group in ended}) > 1
@@ -57,11 +59,15 @@ def test_ends_at_the_end_token_and_drops_finished_pairs(model, monkeypatch):
 def test_a_rollout_does_not_depend_on_its_neighbours(model):
     decoder, prefix, features = decoder_of(model), pair_prefix(), random_features(6, dtype=torch.float32)
     sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=7)
-    together = rollout(decoder, prefix, features, torch.tensor([5, 9, 11]), sampling, (EOS,))
-    alone = rollout(decoder, prefix, features.select(torch.tensor([2, 3])), torch.tensor([9]), sampling, (EOS,))
+    together = rollout(Question(decoder, prefix), features, torch.tensor([5, 9, 11]), sampling, (EOS,))
+    alone = rollout(
+        Question(decoder, prefix), features.select(torch.tensor([2, 3])), torch.tensor([9]), sampling, (EOS,)
+    )
     assert alone[0] == together[1]
     assert len({tuple(c) for group in together for c in group}) > 1
-    other_seed = rollout(decoder, prefix, features, torch.tensor([5, 9, 11]), replace(sampling, seed=8), (EOS,))
+    other_seed = rollout(
+        Question(decoder, prefix), features, torch.tensor([5, 9, 11]), replace(sampling, seed=8), (EOS,)
+    )
     assert other_seed != together
 
 
@@ -69,7 +75,7 @@ def test_sampled_tokens_have_the_models_distribution(model):
     """First two tokens of 4,000 rollouts of one pair against the exact nucleus probabilities, by chi-square."""
     decoder, prefix, features = decoder_of(model), pair_prefix(), random_features(2, dtype=torch.float32)
     sampling = Sampling(group_size=4000, temperature=0.7, top_p=0.8, max_new_tokens=2)
-    drawn = rollout(decoder, prefix, features, torch.tensor([0]), sampling, (-1,))[0]
+    drawn = rollout(Question(decoder, prefix), features, torch.tensor([0]), sampling, (-1,))[0]
 
     def nucleus(completion: list[int]) -> torch.Tensor:
         logits = model(**oracle_inputs(prefix, features, completion)).logits[0, -1].double()
