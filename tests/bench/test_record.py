@@ -55,7 +55,7 @@ def test_child_tells_the_memory_of_the_work_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = child("measured:allocate", 300 << 20, 100 << 20)
     assert found["sum"] == 100 << 20 and found["seconds"] > 0
-    assert 100 << 20 <= found["growth_bytes"] < 130 << 20 < found["peak_bytes"]
+    assert 98 << 20 <= found["growth_bytes"] < 130 << 20 < found["peak_bytes"]  # the kernel counts in batches
     with pytest.raises(RuntimeError, match="measured:broken failed with exit code 3"):
         child("measured:broken")
 
