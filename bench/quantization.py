@@ -91,14 +91,8 @@ def measure(decoders: dict[str, FrozenDecoder], asked: list[Asked], eos: tuple[i
         drawn = rollout(Question(decoders["dense"], prefix), features["dense"], pairs, sampling, eos)
         groups = [Group(group, [torch.zeros(len(c)) for c in group], {}) for group in drawn]
         for name, decoder in decoders.items():
-            found = replay(
-                Question(decoder, prefix),
-                features[name],
-                groups,
-                sampling.temperature,
-                anchor_layer=0,
-                token_budget=4096,
-            )
+            question = Question(decoder, prefix)
+            found = replay(question, features[name], groups, sampling.temperature, anchor_layer=0, token_budget=4096)
             log_probs[name] += [each for group in found.log_probs for each in group]
     dense = torch.cat(log_probs.pop("dense"))
     return {name: drift(torch.cat(log_probs[name]), dense) for name in VARIANTS}

@@ -100,7 +100,7 @@ class Question:
         decoder.forward(decoder.embed(prefix.input_ids[:count]), prefix.positions[:, :count], attend)
 
     def with_preamble(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each pair's prefix → (pairs·P, kv_heads, head_dim)."""
+        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim)."""
         return tuple(
             torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)
             for first, rest in ((self.keys[layer], k), (self.values[layer], v))

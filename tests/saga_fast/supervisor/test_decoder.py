@@ -51,16 +51,13 @@ def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
     ).logits[0, len(prefix) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
     features = VisualFeatures(levels[0], tuple(levels[1:]))
-    (ours,) = replay(
-        Question(mllm.decoder, prefix), features, [Group([completion], [torch.ones(20)], {})], 1.0, 3
-    ).log_probs[0]
+    groups = [Group([completion], [torch.ones(20)], {})]
+    (ours,) = replay(Question(mllm.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert expected.std() > 0.1, "log-probs that are all alike would hide an error"
 
     dense = load_mllm(SUPERVISOR, quantize=False)
-    (other,) = replay(
-        Question(dense.decoder, prefix), features, [Group([completion], [torch.ones(20)], {})], 1.0, 3
-    ).log_probs[0]
+    (other,) = replay(Question(dense.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
     assert (other - ours).abs().max() > 1e-2, "the language model was not quantised at all"
 
 

@@ -57,17 +57,13 @@ def test_ends_at_the_end_token_and_drops_finished_pairs(model, monkeypatch):
 
 
 def test_a_rollout_does_not_depend_on_its_neighbours(model):
-    decoder, prefix, features = decoder_of(model), pair_prefix(), random_features(6, dtype=torch.float32)
+    question, features = Question(decoder_of(model), pair_prefix()), random_features(6, dtype=torch.float32)
     sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=7)
-    together = rollout(Question(decoder, prefix), features, torch.tensor([5, 9, 11]), sampling, (EOS,))
-    alone = rollout(
-        Question(decoder, prefix), features.select(torch.tensor([2, 3])), torch.tensor([9]), sampling, (EOS,)
-    )
+    together = rollout(question, features, torch.tensor([5, 9, 11]), sampling, (EOS,))
+    alone = rollout(question, features.select(torch.tensor([2, 3])), torch.tensor([9]), sampling, (EOS,))
     assert alone[0] == together[1]
     assert len({tuple(c) for group in together for c in group}) > 1
-    other_seed = rollout(
-        Question(decoder, prefix), features, torch.tensor([5, 9, 11]), replace(sampling, seed=8), (EOS,)
-    )
+    other_seed = rollout(question, features, torch.tensor([5, 9, 11]), replace(sampling, seed=8), (EOS,))
     assert other_seed != together
 
 
