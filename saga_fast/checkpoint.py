@@ -12,7 +12,6 @@ ones as they were. `latest` checks the hashes and steps over a damaged one. Noth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saga_fast.errors import InputError
+from saga_fast.files import sha256
 
 FORMAT = 1
 Parts = dict[str, dict[str, Tensor]]
@@ -52,7 +52,7 @@ def save(folder: str | os.PathLike[str], step: int, parts: Parts, state: dict[st
         for part, tensors in parts.items():
             _write(tensors, aside / f"{part}.safetensors")
         (aside / "state.json").write_text(json.dumps(state))
-        hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        hashes = {path.name: sha256(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
         for path in (*aside.iterdir(), aside):
             _flush(path)
@@ -179,21 +179,13 @@ def _fault(path: Path) -> str | None:
         if set(hashes) != {file.name for file in files}:
             return f"{str(manifest)!r}: lists {sorted(hashes)}, the folder holds {[file.name for file in files]}"
         for file in files:
-            if _sha256(file) != hashes[file.name]:
+            if sha256(file) != hashes[file.name]:
                 return f"{str(file)!r}: its SHA-256 is not the one in manifest.json"
     except OSError as error:
         return f"{str(error.filename or path)!r}: {error.strerror}"
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"{str(manifest)!r}: not a checkpoint's manifest"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -59,6 +59,8 @@ class EncoderConfig:
     """D_e, the width of the embedding."""
     checkpointing: bool = False
     """Keep only the inputs of the tower's blocks for the backward pass, and run each block again there."""
+    license: str = "unknown"
+    """The encoder's licence as its model card states it, by the hub's identifier; the tower's own binds it."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ TINY = "tiny"
 PRESETS: dict[str, Config] = {
     "drawn-birds": Config(
         data=DataConfig(name="drawn-birds", image_size=112),
-        encoder=EncoderConfig(embedding_dim=192),
+        encoder=EncoderConfig(embedding_dim=192, license="apache-2.0"),
         supervisor=SupervisorConfig(model=TINY, prompt="drawn-birds"),
         rollout=RolloutConfig(max_new_tokens=192),
         # On 50 species Potential Field's gradient is a thousand times that of the other two terms.

@@ -2,28 +2,42 @@
 
     z = pooler(tower(image)),  |z| = 1                                       (SAGA, arXiv 2606.15134)
 
-The tower is the MLLM's own, see `towers.py`.
+The tower is the MLLM's own, see `towers.py`. Its folder:
+
+    model.safetensors   the weights
+    config.json         the constructor's arguments
+    manifest.json       the SHA-256 of both, so that what loads is what was saved
+    README.md           the model card
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saga_fast.errors import InputError
+from saga_fast.files import sha256
 from saga_fast.images import open_rgb, to_pixels, to_rgb
 from saga_fast.towers import VisionTower, VisualFeatures
 
 __all__ = ["Encoder", "Pooler", "VisionTower", "VisualFeatures"]
 
 POOLERS = ("attention", "mean", "max")
+CONFIG, WEIGHTS, MANIFEST, CARD = "config.json", "model.safetensors", "manifest.json", "README.md"
+Picture = Image.Image | str | Path | Tensor
 
 
 class Pooler(nn.Module):
@@ -64,14 +78,17 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
     """Images in, unit vectors out: a plain module with the hub's `from_pretrained`, `save_pretrained`, `push_to_hub`.
 
     vision_config: the tower's configuration as a dict; pooler: "attention", "mean" or "max"; embedding_dim: D_e;
-    image_size: the side in pixels that images are resized to.
+    image_size: the side S in pixels that images are resized to.
+    `card`: the text of its README.md; `sha256`: of configuration and weights, known once it is loaded from a folder.
     """
 
     def __init__(
         self, vision_config: dict, pooler: str = "attention", embedding_dim: int = 4096, image_size: int = 224
     ):
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.embedding_dim = image_size, embedding_dim
+        self.card: str | None = None
+        self.sha256: str | None = None
         self.tower = VisionTower.from_config(vision_config)
         self.pooler = Pooler(self.tower.width, embedding_dim, pooler)
         self.tower.grid(image_size, image_size)
@@ -83,9 +100,102 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         encoder.tower.model.load_state_dict(model.state_dict())
         return encoder
 
-    def forward(self, images: Tensor | Sequence[Image.Image | str | Path]) -> Tensor:
-        """uint8 pixels (B, 3, S, S), or a sequence of PIL images or paths → unit vectors (B, D_e), float32."""
-        if not isinstance(images, Tensor):
-            opened = [to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image) for image in images]
-            images = torch.stack([to_pixels(image, self.image_size) for image in opened])
+    def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        """Unit vectors (B, D_e), float32, of uint8 pixels (B, 3, S, S), or of pictures as `pixels` takes them."""
+        if not (isinstance(images, Tensor) and images.ndim == 4):
+            images = self.pixels(images)
+        if images.dtype != torch.uint8 or images.shape[1] != 3:
+            raise InputError(
+                f"images: got {images.dtype} {tuple(images.shape)}; accepted are uint8 pixels (B, 3, S, S)"
+            )
         return self.pooler(self.tower(images.to(self.pooler.project.weight.device)).tokens)
+
+    def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """uint8 (B, 3, S, S) of one or several PIL images, paths, or uint8 tensors (3, H, W) of any size."""
+        images = [images] if isinstance(images, Picture) else images
+        return torch.stack([to_pixels(_open(image), self.image_size) for image in images])
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **download: Any
+    ) -> Encoder:
+        """The encoder of a folder or a hub id, in evaluation mode, on the device `map_location`.
+
+        download: `revision`, `token`, ... as `huggingface_hub.snapshot_download` takes them. Raises InputError, naming
+        the file, where one is missing, damaged or of something else.
+        """
+        if not str(pretrained_model_name_or_path):
+            raise InputError("--encoder: missing; give the encoder/ folder of a run, or a hub id")
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = _download(str(pretrained_model_name_or_path), download)
+        hashes = _check(folder)
+        try:
+            encoder = cls(**json.loads((folder / CONFIG).read_bytes()))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{str(folder / CONFIG)!r}: describes no encoder ({_first_line(error)})") from error
+        try:
+            load_model(encoder, folder / WEIGHTS, strict=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise InputError(f"{str(folder / WEIGHTS)!r}: not this encoder's weights ({_first_line(error)})") from error
+        encoder.sha256 = hashlib.sha256("".join(hashes[name] for name in (CONFIG, WEIGHTS)).encode()).hexdigest()
+        if (folder / CARD).is_file():
+            encoder.card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+        return encoder.eval().to(map_location)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        config: dict | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push: Any,
+    ) -> str | None:
+        """The mixin's own, with this encoder's card and a manifest. Returns the commit's URL if it is pushed."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.card is not None:  # the mixin leaves a card alone that is there
+            (folder / CARD).write_text(self.card, encoding="utf-8")
+        super().save_pretrained(folder, config=config, model_card_kwargs=model_card_kwargs)
+        hashes = {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)}
+        (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+        return self.push_to_hub(repo_id or folder.name, **push) if push_to_hub else None
+
+
+def _open(image: Picture) -> Image.Image:
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise InputError(f"images: got {image.dtype} {tuple(image.shape)}; accepted are uint8 tensors (3, H, W)")
+        return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+    return to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
+
+
+def _download(name: str, options: dict[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, MANIFEST, CARD], **options))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"encoder: {name!r} is no folder, and on the hub it was not found ({_first_line(error)}); "
+            "give the encoder/ folder of a run, or a hub id"
+        ) from error
+
+
+def _check(folder: Path) -> dict[str, str]:
+    """The SHA-256 of configuration and weights, by name, which are as the manifest says. Raises InputError if not."""
+    for name in (CONFIG, WEIGHTS, MANIFEST):
+        if not (folder / name).is_file():
+            raise InputError(f"encoder: {str(folder)!r} holds no {name}; give a whole encoder/ folder of a run")
+    try:
+        hashes = {name: str(json.loads((folder / MANIFEST).read_bytes())["sha256"][name]) for name in (CONFIG, WEIGHTS)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(folder / MANIFEST)!r}: not an encoder's manifest; restore the folder") from error
+    for name in hashes:
+        if sha256(folder / name) != hashes[name]:
+            raise InputError(f"{str(folder / name)!r}: its SHA-256 is not the one in {MANIFEST}; restore the file")
+    return hashes
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from saga_fast.config import DataConfig, parse_flags
 from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.errors import exit_on_input_error
 from saga_fast.metrics import retrieval_metrics
 
 COLUMNS = {
@@ -72,8 +72,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    encoder: Path = Path()
-    """Folder that holds the encoder, as a run writes it."""
+    encoder: str = ""
+    """Folder that holds the encoder, as a run writes it, or hub id."""
     data: DataConfig = field(default_factory=lambda: DataConfig(name="drawn-birds"))
     json: Path | None = None
     """File to write the metrics to."""
@@ -81,9 +81,7 @@ class EvaluateArguments:
 
 def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(EvaluateArguments(), arguments, "python -m saga_fast.evaluate", "Evaluate an encoder.")
-    if not (parsed.encoder / "config.json").is_file():
-        raise InputError(f"--encoder: {parsed.encoder} holds no config.json; give the encoder/ folder of a run")
-    encoder = Encoder.from_pretrained(parsed.encoder).eval()
+    encoder = Encoder.from_pretrained(parsed.encoder)
     _, test = load_images(parsed.data, encoder.image_size)
     metrics = evaluate(encoder, test)
     print(table({parsed.data.name: metrics}))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from saga_fast import checkpoint
+from saga_fast.card import model_card
 from saga_fast.config import Config
 from saga_fast.encoder import Encoder
 
@@ -99,6 +100,7 @@ class Run:
             self.board.add_scalar(name, value, step)
 
     def finish(self, after: dict[str, float], supervisor: str | None) -> dict[str, Any]:
+        self.encoder.card = model_card(self.config, self.before, after, self.step)
         self.encoder.save_pretrained(self.out / "encoder")
         final = {
             "before": self.before,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast import towers
+from saga_fast.card import model_card
+from saga_fast.config import PRESETS
 from saga_fast.encoder import Encoder, Pooler
 from saga_fast.errors import InputError
 
@@ -131,9 +138,142 @@ def test_round_trip_through_a_folder(encoder, tmp_path):
 def test_images_paths_and_tensors_agree(encoder, tmp_path):
     image = Image.fromarray(torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8).numpy())
     image.save(tmp_path / "picture.png")
-    z = encoder([image, tmp_path / "picture.png"])
-    assert z.shape == (2, 16) and torch.equal(z[0], z[1])
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
+    tensor = torch.tensor(list(image.getdata()), dtype=torch.uint8).reshape(20, 30, 3).permute(2, 0, 1)
+    z = encoder([image, tmp_path / "picture.png", str(tmp_path / "picture.png"), tensor])
+    assert z.shape == (4, 16) and all(torch.equal(z[0], row) for row in z)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(4))
+    for alone in (image, str(tmp_path / "picture.png"), tensor):
+        torch.testing.assert_close(encoder(alone), z[:1])
+    for wrong in (tensor.float(), tensor[None].float(), tensor[None, :1], [tensor[0]]):
+        with pytest.raises(InputError, match=r"images: got torch\.\w+ \(.*accepted are uint8"):
+            encoder(wrong)
+
+
+ALONE = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if ABSENT & {name, name.split(".")[0]} else self.finder.find_spec(name, path, target)
+
+    def find_distributions(self, *context):
+        return getattr(self.finder, "find_distributions", lambda *_: [])(*context)
+
+ABSENT = {"bitsandbytes", "triton", "faiss", "saga_kernels", "pytorch_metric_learning", "tyro", "sklearn", "scipy",
+          "tensorboard", "accelerate", "saga_fast.supervisor", "saga_fast.tiny"}
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from saga_fast.encoder import Encoder
+z = Encoder.from_pretrained(sys.argv[1])(sys.argv[2:])
+assert not ABSENT & set(sys.modules), ABSENT & set(sys.modules)
+print(z.shape, float(z.norm(dim=1).sum()))
+"""
+
+
+def test_it_runs_where_nothing_of_the_supervisor_is_installed(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "encoder")
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "a.png")
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "encoder"), str(tmp_path / "a.png"), str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch.Size([2, 16]) ") and float(done.stdout.split()[-1]) == pytest.approx(2)
+
+
+def damage(folder: Path, how: str) -> str:
+    """Breaks the encoder in `folder` in one way; the name of the file that an error should name."""
+    name, what = how.split(": ")
+    file = folder / name
+    if what == "missing":
+        file.unlink()
+    elif what == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif what == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-20] ^= 1
+        file.write_bytes(content)
+    elif what == "foreign":  # of something else, and the manifest with it
+        other = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"PK\x03\x04"}.get(name, b"[1]")
+        file.write_bytes(other)
+        if name != "manifest.json":
+            rehash(folder)
+    return name
+
+
+def rehash(folder: Path) -> None:
+    from hashlib import sha256
+
+    names = ("config.json", "model.safetensors")
+    hashes = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}))
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "flipped", "foreign"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "manifest.json"])
+def test_a_damaged_folder_says_which_file(encoder, tmp_path, name, what):
+    encoder.save_pretrained(tmp_path / "encoder")
+    Encoder.from_pretrained(tmp_path / "encoder")
+    damage(tmp_path / "encoder", f"{name}: {what}")
+    with pytest.raises(InputError) as error:
+        Encoder.from_pretrained(tmp_path / "encoder")
+    assert name in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_of_another_shape_are_refused(visual, encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "encoder")
+    config = json.loads((tmp_path / "encoder/config.json").read_text())
+    (tmp_path / "encoder/config.json").write_text(json.dumps({**config, "embedding_dim": 15}))
+    rehash(tmp_path / "encoder")
+    with pytest.raises(InputError, match=r"model.safetensors': not this encoder's weights"):
+        Encoder.from_pretrained(tmp_path / "encoder")
+
+
+def test_neither_folder_nor_hub_id(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="'no/such/folder' is no folder, and on the hub"):
+        Encoder.from_pretrained("no/such/folder")
+    with pytest.raises(InputError, match="--encoder: missing"):
+        Encoder.from_pretrained("")
+
+
+def test_the_id_is_that_of_weights_and_configuration(visual, encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "a")
+    encoder.card = "Another card."
+    encoder.save_pretrained(tmp_path / "b")
+    encoder.image_size = 24
+    encoder._hub_mixin_config["image_size"] = 24
+    encoder.save_pretrained(tmp_path / "c")
+    a, b, c = (Encoder.from_pretrained(tmp_path / name).sha256 for name in "abc")
+    assert a == b != c and len(a) == 64
+
+
+def test_the_card_says_what_a_reader_needs():
+    before, after = ({"recall_at_1": x, "recall_at_2": 0.5, "recall_at_4": 0.6, "recall_at_8": 0.7, "map_at_r": 0.2,
+                      "nmi": 0.3} for x in (0.25, 0.755))  # fmt: skip
+    card = ModelCard(model_card(PRESETS["cub"], before, after, 300))
+    assert card.data.license == "unknown" and card.data.base_model == "Qwen/Qwen3-VL-8B-Instruct"
+    assert "| before training | 25.00 | 50.00 |" in card.text and "| after training | 75.50 |" in card.text
+    assert "CUB-200-2011" in card.text and "300 steps" in card.text and "from_pretrained" in card.text
+    configuration = json.loads(card.text.split("```json")[1].split("```")[0])
+    assert configuration["encoder"] == PRESETS["cub"].to_dict()["encoder"]
+    tiny = ModelCard(model_card(PRESETS["drawn-birds"], before, after, 24))
+    assert tiny.data.license == "apache-2.0" and tiny.data.base_model is None
+
+
+def test_the_card_goes_to_the_hub_with_the_encoder(encoder, tmp_path, monkeypatch):
+    sent = {}
+
+    def upload(self, *, folder_path, repo_id, **_):
+        sent.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, to=repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Repo", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    encoder.card = "---\nlicense: mit\n---\nMy own words.\n"
+    encoder.save_pretrained(tmp_path / "encoder")
+    Encoder.from_pretrained(tmp_path / "encoder").push_to_hub("me/mine")
+    assert sent.pop("to") == "me/mine" and sent["README.md"].decode() == encoder.card
+    assert sent == {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
 
 
 def test_clear_errors(visual):

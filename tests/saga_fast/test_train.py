@@ -62,6 +62,7 @@ def test_a_run_leaves_what_it_promises(unbroken):
     ].keys()
     assert list(out.glob("events.out.tfevents*"))
     assert Encoder.from_pretrained(out / "encoder").image_size == 112
+    assert f"{100 * final['after']['recall_at_1']:.2f}" in (out / "encoder" / "README.md").read_text()
 
 
 def test_evaluate_measures_a_saved_encoder_alike(unbroken, tmp_path, capsys):

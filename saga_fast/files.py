@@ -1,0 +1,50 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hidden(folder: Path, what: str) -> Path:
+    """The sibling of `folder` named .FOLDER.what."""
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def recover(folder: Path) -> None:
+    """Put back the folder that a killed `replace` had moved out of the way."""
+    old = hidden(folder, "old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+
+
+def replace(aside: Path, folder: Path) -> None:
+    """Flush the files of `aside` to disk, then rename it to `folder`, which may be there already.
+
+    Killed between its two renames it leaves the earlier folder beside its place, for `recover`.
+    """
+    for path in (*aside.iterdir(), aside):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    old = hidden(folder, "old")
+    recover(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
