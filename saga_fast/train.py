@@ -288,8 +288,10 @@ def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
 def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast) -> dict[str, float]:
     """Adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of the buffered pairs."""
     weight = config.lambda_
+    # An image may be in several pairs; it is encoded once.
+    pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
     with autocast, torch.set_grad_enabled(weight.lm > 0):
-        features = encoder.tower(torch.cat([pair.pixels for pair in buffer]))
+        features = encoder.tower(pixels).select(image)
     leaves = features.detach()
     for leaf in (leaves.tokens, *leaves.deepstack):
         leaf.requires_grad_(weight.lm > 0)

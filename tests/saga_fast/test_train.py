@@ -164,6 +164,25 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
         )
 
 
+def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c, monkeypatch):
+    encoder, supervisor, (first, second) = phase_c
+    shared = second._replace(pixels=torch.stack([first.pixels[1], second.pixels[0]]))
+    seen = []
+    hook = encoder.tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+
+    def gradients():
+        encoder.zero_grad(set_to_none=True)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
+        trainer.replay(small(), supervisor, encoder, [first, shared], autocast)
+        return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+    once = gradients()
+    monkeypatch.setattr(torch, "unique", lambda pixels, **_: (pixels, torch.arange(len(pixels))))
+    torch.testing.assert_close(once, gradients(), rtol=1e-4, atol=1e-7)
+    hook.remove()
+    assert seen == [3, 4]
+
+
 def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch):
     class Broken(torch.nn.Module):
         def forward(self, embeddings, labels):
