@@ -265,8 +265,11 @@ class _Arguments(Config):
     """Go on from the last checkpoint in --out, with the configuration it was started with."""
 
 
-def parse(arguments: Sequence[str]) -> Invocation:
-    """Raises InputError for an unknown preset or flag, a bad value, a contradiction, a folder that may not be used."""
+def parse(arguments: Sequence[str], restarted: bool = False) -> Invocation:
+    """The command line; `restarted` implies --resume where there is a run already.
+
+    Raises InputError for an unknown preset or flag, a bad value, a contradiction, a folder that may not be used.
+    """
     arguments = list(arguments)
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "drawn-birds"
     if preset not in PRESETS:
@@ -274,7 +277,8 @@ def parse(arguments: Sequence[str]) -> Invocation:
     parsed = _parse(arguments, PRESETS[preset])
     out = parsed.out or Path("runs") / preset
     config_file = out / "config.json"
-    if parsed.resume:
+    resume = parsed.resume or (restarted and config_file.is_file())
+    if resume:
         if not config_file.is_file():
             raise InputError(
                 f"--resume: {out} holds no run (no config.json); leave --resume out, or name the run's folder"
@@ -289,7 +293,7 @@ def parse(arguments: Sequence[str]) -> Invocation:
                 )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} exists; go on with --resume, or name a new folder")
-    return Invocation(_config(parsed), out, parsed.resume)
+    return Invocation(_config(parsed), out, resume)
 
 
 def _config(parsed: _Arguments) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,5 +18,6 @@ def exit_on_input_error() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the others met the same; what one meets alone, torchrun reports
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

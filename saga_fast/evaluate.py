@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from saga_fast import distributed
 from saga_fast.config import DataConfig, parse_flags
 from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
 from saga_fast.encoder import Encoder
@@ -33,15 +34,17 @@ COLUMNS = {
 
 @torch.no_grad()
 def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor:
-    """(n, D_e) float32 unit vectors of all images, in order."""
-    batches = torch.arange(len(images)).split(batch)
+    """(n, D_e) float32 unit vectors of all images, in order. Ranks embed a share each."""
+    batches = distributed.rows(len(images)).split(batch)
     stream = images.stream([rows.tolist() for rows in batches])
-    return torch.cat([encoder(part.pixels) for part in tqdm(stream, "embedding", len(batches), leave=False, delay=2)])
+    shown = tqdm(stream, "embedding", len(batches), leave=False, delay=2, disable=distributed.rank() > 0)
+    return distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images))
 
 
 def evaluate(encoder: Encoder, images: PixelLoader) -> dict[str, float]:
-    """`retrieval_metrics` of all images, each a query against all others."""
-    return retrieval_metrics(embed_all(encoder, images), images.labels)
+    """`retrieval_metrics` of all images, each a query against all others. Measured by the first rank, told to all."""
+    embeddings = embed_all(encoder, images)
+    return distributed.everyone({} if distributed.rank() else retrieval_metrics(embeddings, images.labels))[0]
 
 
 def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:

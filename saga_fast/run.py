@@ -14,14 +14,18 @@ import transformers
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from saga_fast import checkpoint
+from saga_fast import checkpoint, distributed
 from saga_fast.card import model_card
 from saga_fast.config import Config
 from saga_fast.encoder import Encoder
 
 
 class Run:
-    """A run's folder and its place in it: what `--resume` needs to go on to the same bytes."""
+    """A run's folder and its place in it: what `--resume` needs to go on to the same bytes.
+
+    Of several ranks the first alone writes, and all read: the folder is one that every host sees. Nothing saved is of a
+    rank, so any number of them can go on.
+    """
 
     def __init__(
         self, out: Path, config: Config, encoder: Encoder, dml: nn.Module, optimizer, schedule, sampler
@@ -39,6 +43,8 @@ class Run:
 
     def begin(self, before: dict[str, float]) -> None:
         self.before = before
+        if distributed.rank() > 0:
+            return
         versions = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -66,6 +72,8 @@ class Run:
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]
+        if distributed.rank() > 0:
+            return
         # Steps after the checkpoint are run again, so their lines go.
         metrics = self.out / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True)[: self.step] if metrics.exists() else []
@@ -73,6 +81,8 @@ class Run:
         self.board = SummaryWriter(self.out, purge_step=self.step)
 
     def save(self, out: Path | None = None) -> None:
+        if distributed.rank() > 0:
+            return
         optimizer, optimizer_rest = checkpoint.pack_optimizer(self.optimizer)
         rng, rng_rest = checkpoint.pack_rng()
         parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
@@ -94,14 +104,14 @@ class Run:
     def record(self, step: int, batches: int, log: dict[str, float]) -> None:
         """One more step is done: a line of metrics.jsonl, and the same numbers to TensorBoard."""
         self.step, self.batches = step + 1, self.batches + batches
+        if distributed.rank() > 0:
+            return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **log}) + "\n")
         for name, value in log.items():
             self.board.add_scalar(name, value, step)
 
     def finish(self, after: dict[str, float], supervisor: str | None) -> dict[str, Any]:
-        self.encoder.card = model_card(self.config, self.before, after, self.step)
-        self.encoder.save_pretrained(self.out / "encoder")
         final = {
             "before": self.before,
             "after": after,
@@ -109,6 +119,10 @@ class Run:
             "skipped": self.skipped,
             "supervisor_sha256": supervisor,
         }
+        if distributed.rank() > 0:
+            return final
+        self.encoder.card = model_card(self.config, self.before, after, self.step)
+        self.encoder.save_pretrained(self.out / "encoder")
         (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         self.board.close()
         return final

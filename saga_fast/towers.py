@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,14 @@ class VisualFeatures(NamedTuple):
     deepstack: tuple[Tensor, ...]
 
     def detach(self) -> VisualFeatures:
-        return VisualFeatures(self.tokens.detach(), tuple(level.detach() for level in self.deepstack))
+        return self.map(Tensor.detach)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> VisualFeatures:
+        return VisualFeatures(function(self.tokens), tuple(map(function, self.deepstack)))
 
     def select(self, images: Tensor) -> VisualFeatures:
         """The features of `images` (n,) int64, in that order."""
-        return VisualFeatures(self.tokens[images], tuple(level[images] for level in self.deepstack))
+        return self.map(lambda level: level[images])
 
 
 class VisionTower(nn.Module, ABC):

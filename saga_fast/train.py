@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from saga_fast import distributed
 from saga_fast.config import TINY, Config, parse
 from saga_fast.data import ClassBalancedSampler
 from saga_fast.encoder import Encoder, VisualFeatures
@@ -93,7 +95,7 @@ class Draw:
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`; returns what final.json holds. Raises InputError, Diverged."""
     torch.manual_seed(config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.device()
     dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=config.optim.precision == "bf16", cache_enabled=False
@@ -108,7 +110,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
     name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
-    mllm = load_mllm(name, config.supervisor.quantize, dtype, device.type, config.supervisor.quantize_head)
+    mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
     encoder = Encoder.from_tower(
         mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
     ).to(device)
@@ -140,9 +142,18 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         run.restore()
     else:
         run.begin(before=evaluate(encoder.eval(), test_images))
+    distributed.check_alike(encoder, dml)
     encoder.train()
     batches = train_images.stream(sampler)
-    progress = tqdm(range(run.step, steps), "training", steps, initial=run.step, unit="step", dynamic_ncols=True)
+    progress = tqdm(
+        range(run.step, steps),
+        "training",
+        steps,
+        initial=run.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=distributed.rank() > 0,
+    )
 
     for step in progress:
         started = time.perf_counter()
@@ -156,18 +167,20 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
             used += 1
             pixels, labels = batch.pixels.to(device), batch.labels.to(device)
             with autocast:
-                features = encoder.tower(pixels)
+                features = encoder.tower(pixels[distributed.rows(len(pixels))])
                 embeddings = encoder.pooler(features.tokens)
-            batch_loss = dml(embeddings, labels)
+            # Every rank takes the loss of the whole batch, and a share of it: gradients of all ranks are added up.
+            batch_loss = dml(distributed.gather(embeddings, len(pixels)), labels)
             if config.lambda_.dml > 0:
-                (config.lambda_.dml * batch_loss).backward()
+                (config.lambda_.dml * batch_loss / distributed.ranks()).backward()
             loss_dml += batch_loss.detach()
             if supervisor is None:
                 break
 
             # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
             wanted = config.rollout.pairs - len(buffer)
-            buffer += roll_out(config, supervisor, features.detach(), pixels, labels, step, wanted, draw, run)
+            features = features.detach().map(partial(distributed.gather, count=len(pixels)))
+            buffer += roll_out(config, supervisor, features, pixels, labels, step, wanted, draw, run)
             if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
                 break
         # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
@@ -179,10 +192,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
         # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
         measured = step % config.log.gradients_every == 0
-        gradient_dml = [0 if p.grad is None else p.grad.clone() for p in parameters] if measured else []
+        gradient_dml = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters if measured]
         if buffer:
             log |= replay(config, supervisor, encoder, buffer, autocast)
+        distributed.add_up_gradients(parameters)
         if measured:
+            distributed.add_up(gradient_dml)
             log |= gradient_terms(encoder, parameters, gradient_dml)
 
         # ── Update ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -214,6 +229,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 "lower the learning rates"
             )
         if run.step % config.log.checkpoint_every == 0 or run.step == steps:
+            distributed.check_alike(encoder, dml)
             run.save()
 
     if supervisor and supervisor.decoder.fingerprint() != frozen:
@@ -261,8 +277,12 @@ def roll_out(
         wave, queue = queue.split([size := min(len(queue), need + need % 2), len(queue) - size])
         same = (labels[wave[:, 0]] == labels[wave[:, 1]]).cpu()
         pair_ids = (step << 20) + draw.drawn + torch.arange(size)
-        completions = supervisor.roll_out(features.select(wave.flatten()), pair_ids)
-        rewards, well_formed = supervisor.judge(completions, same.tolist())
+        mine = slice(distributed.rank(), None, distributed.ranks())
+        chosen, ids, truth = features.select(wave[mine].flatten()), pair_ids[mine], same[mine].tolist()
+        completions = supervisor.roll_out(chosen, ids) if truth else []
+        judged = supervisor.judge(completions, truth)
+        completions, *judged = zip(*distributed.interleave(list(zip(completions, *judged))))
+        rewards, well_formed = map(torch.stack, judged)
         advantages, contributes, count = group_advantage(rewards)
         draw.rewards.append(rewards)
         draw.well_formed.append(well_formed)
@@ -286,7 +306,34 @@ def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast) -> dict[str, float]:
-    """Adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of the buffered pairs."""
+    """Adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share of the
+    buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
+    tokens = [sum(map(len, pair.completions)) for pair in buffer]
+    packed = [len(supervisor.prefix) + count for count in tokens]
+    shares = distributed.balance(packed, distributed.ranks())
+    mine = [buffer[i] for i in shares[distributed.rank()]]
+    described = [supervisor.described(pair.completions, pair.rewards) if config.lambda_.kl > 0 else {} for pair in mine]
+    rewarded = sum(distributed.everyone(sum(map(len, described))))
+    losses = replay_share(config, supervisor, encoder, mine, described, sum(tokens), rewarded, autocast)
+    loss_lm, loss_kl = map(sum, zip(*distributed.everyone(losses)))
+    loads = [sum(packed[i] for i in share) for share in shares]
+    log = {"loss_lm": loss_lm, "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
+    return log | ({"loss_kl": loss_kl} if rewarded else {})
+
+
+def replay_share(
+    config: Config,
+    supervisor: Supervisor,
+    encoder: Encoder,
+    buffer: list[Pair],
+    described: list[dict],
+    total_tokens: int,
+    rewarded: int,
+    autocast,
+) -> tuple[float, float]:
+    """Backward of the part that these pairs have in (L_GRPO, L_KL), whose denominators are the last two numbers."""
+    if not buffer:
+        return 0.0, 0.0
     weight = config.lambda_
     # An image may be in several pairs; it is encoded once.
     pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
@@ -296,31 +343,25 @@ def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: lis
     for leaf in (leaves.tokens, *leaves.deepstack):
         leaf.requires_grad_(weight.lm > 0)
 
-    lengths = [[len(completion) for completion in pair.completions] for pair in buffer]
-    total = sum(map(sum, lengths))
-    groups = [
-        Group(
-            pair.completions,
-            token_coefficients(pair.advantages, count, total).split(count),
-            supervisor.described(pair.completions, pair.rewards) if weight.kl > 0 else {},
-        )
-        for pair, count in zip(buffer, lengths)
-    ]
+    groups = []
+    for pair, spans in zip(buffer, described):
+        lengths = [len(completion) for completion in pair.completions]
+        coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
+        groups.append(Group(pair.completions, coefficients, spans))
     result = supervisor.replay(leaves, groups)
-    log = {"loss_lm": result.loss.item()}
     if weight.lm > 0:
         tensors = [features.tokens, *features.deepstack]
         torch.autograd.backward(tensors, [weight.lm * leaf.grad for leaf in (leaves.tokens, *leaves.deepstack)])
-    if result.attention:
-        targets = torch.stack([attention_target(entry.weights) for entry in result.attention])
-        with autocast:
-            beta = encoder.pooler.attention(features.tokens.detach())
-        beta = beta[[2 * entry.group + entry.image for entry in result.attention]]
-        # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
-        loss_kl = 2 * alignment_kl(targets, beta).mean()
-        (weight.kl * loss_kl).backward()
-        log["loss_kl"] = loss_kl.item()
-    return log
+    if not result.attention:
+        return result.loss.item(), 0.0
+    targets = torch.stack([attention_target(entry.weights) for entry in result.attention])
+    with autocast:
+        beta = encoder.pooler.attention(features.tokens.detach())
+    beta = beta[[2 * entry.group + entry.image for entry in result.attention]]
+    # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
+    loss_kl = alignment_kl(targets, beta).sum() / rewarded
+    (weight.kl * loss_kl).backward()
+    return result.loss.item(), loss_kl.item()
 
 
 def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dml: list[Tensor]) -> dict[str, float]:
@@ -331,7 +372,7 @@ def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dm
         pairs = [(p.grad, g) for p, g in zip(parameters, gradient_dml) if id(p) in mine and p.grad is not None]
         if not pairs:
             continue
-        dml = torch.cat([torch.zeros_like(total).add_(g).flatten() for total, g in pairs])
+        dml = torch.cat([g.flatten() for _, g in pairs])
         rest = torch.cat([total.flatten() for total, _ in pairs]) - dml
         terms[f"grad_{part}_dml"], terms[f"grad_{part}_{other}"] = dml.norm().item(), rest.norm().item()
         terms[f"cosine_{part}_dml_{other}"] = nn.functional.cosine_similarity(dml, rest, 0).item()
@@ -347,15 +388,17 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def main() -> None:
-    with exit_on_input_error():
-        config, out, resume = parse(sys.argv[1:])
+    with exit_on_input_error(), distributed.process_group():
+        config, out, resume = parse(sys.argv[1:], distributed.restarted())
+        speaks = distributed.rank() == 0
         try:
             final = train(config, out, resume)
         except Diverged as error:
-            sys.exit(f"error: {error}")
-    rows = {when: final[when] for when in ("before", "after")}
-    print(f"\nRetrieval on classes never seen in training, per cent\n{table(rows)}")
-    print(f"\nrun: {out}   encoder: {out / 'encoder'}")
+            sys.exit(f"error: {error}" if speaks else 1)
+        if speaks:
+            rows = {when: final[when] for when in ("before", "after")}
+            print(f"\nRetrieval on classes never seen in training, per cent\n{table(rows)}")
+            print(f"\nrun: {out}   encoder: {out / 'encoder'}")
 
 
 if __name__ == "__main__":

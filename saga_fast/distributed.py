@@ -1,0 +1,160 @@
+"""More than one process, as `torchrun` starts them: data parallelism with PyTorch's own collectives.
+
+    torchrun --nproc-per-node 8 -m saga_fast.train …
+
+Each rank holds all weights. All draw the same batches and pairs, each computes its share, and what was found is told to
+everyone, so that all decide alike. The loss of a step is the *sum* of what the ranks call backward on; their gradients
+are added up before the update. With one process nothing here communicates, and no process group exists.
+
+Left out: sharded weights and optimizer states, and a sum of gradients that overlaps with the backward pass: a step
+takes seconds, the sum milliseconds (`python -m bench.scale`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+Item = TypeVar("Item")
+
+# How long a rank waits for the others: they may be reading a data set, or the first may be clustering embeddings.
+TIMEOUT = timedelta(minutes=30)
+
+
+class Drifted(RuntimeError):
+    """Ranks that should hold the same weights do not."""
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group of the processes that torchrun started, NCCL's on GPUs and Gloo's without; none if it started none."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    except Exception as error:
+        get_error_handler().record_exception(error)  # so that torchrun can say what ended which rank
+        raise  # and leave the group as it is: to take it down could mean to wait for a rank that is gone
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The GPU that torchrun means for this process, or the only one, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) has started these processes again after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def everyone(value: Item) -> list[Item]:
+    """The `value` (picklable, small) of every rank, in order of rank."""
+    if ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def interleave(mine: Sequence[Item]) -> list[Item]:
+    """All n items, in order, of which this rank brings numbers rank, rank + ranks, … (`items[rank() :: ranks()]`)."""
+    shares = everyone(mine)
+    return [shares[i % ranks()][i // ranks()] for i in range(sum(map(len, shares)))]
+
+
+def rows(count: int) -> Tensor:
+    """Which of `count` rows are this rank's: int64 (⌈count / ranks⌉,), from the first again where they run out."""
+    each = -(-count // ranks())
+    return (rank() * each + torch.arange(each)) % count
+
+
+def gather(mine: Tensor, count: int) -> Tensor:
+    """All `count` rows, of which `mine` holds those of `rows(count)`. Backward adds up what the ranks ask of a row."""
+    return mine if ranks() == 1 else _Gather.apply(mine)[:count]
+
+
+class _Gather(torch.autograd.Function):
+    """As `torch.distributed.nn.functional.all_gather`, which PyTorch 2.13 warns of and 2.11 has no successor to."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor) -> Tensor:
+        parts = [torch.empty_like(mine) for _ in range(ranks())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(ranks())[rank()]
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Puts in place of each tensor its sum over the ranks, the same bits on all of them."""
+    if ranks() > 1:
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sums `.grad` over the ranks. One that only some ranks have is zero on the others; one that none has stays None,
+    as the optimizer passes such a parameter over."""
+    if ranks() > 1:
+        present = everyone([parameter.grad is not None for parameter in parameters])
+        owners = [parameter for parameter, *found in zip(parameters, *present) if any(found)]
+        for parameter in owners:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        add_up(parameter.grad for parameter in owners)
+
+
+def balance(sizes: Sequence[int], shares: int) -> list[list[int]]:
+    """Numbers of the items of `sizes`, in order, in `shares` lists of nearly equal total: longest first, each to the
+    lightest (Graham 1969: the heaviest is at most 4/3 of the best possible)."""
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        lightest = loads.index(min(loads))
+        dealt[lightest].append(i)
+        loads[lightest] += sizes[i]
+    return [sorted(items) for items in dealt]
+
+
+def check_alike(*modules: nn.Module) -> None:
+    """Raises Drifted, on every rank, if their parameters differ between ranks; compares a checksum of the bits."""
+    if ranks() == 1:
+        return
+    names = [name for module in modules for name, _ in module.named_parameters()]
+    sums = [p.detach().contiguous().view(torch.uint8).sum() for module in modules for p in module.parameters()]
+    found = everyone(torch.stack(sums).tolist())
+    for other, theirs in enumerate(found):
+        if theirs != found[0]:
+            name = next(name for name, ours, its in zip(names, found[0], theirs) if ours != its)
+            raise Drifted(
+                f"rank {other}: its {name} is no longer rank 0's, so the ranks train different encoders; the last "
+                "checkpoint stands: resume from it, and have that rank's device checked"
+            )

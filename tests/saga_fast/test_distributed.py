@@ -1,0 +1,171 @@
+"""Several processes by torchrun, Gloo between them: the gradients and weights of one process, also after one is killed.
+
+pytest -m faults tests/saga_fast/test_distributed.py     # 4 processes, another number on resuming, elastic restart
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from saga_fast import distributed
+
+# Batches of 14 images and buffers of 3 pairs are shared evenly by no number of ranks here; the metric loss has proxies
+# and is weighed so that no term's gradient drowns the others'.
+FLAGS = (
+    *("--data.species", "16", "--data.images-per-species", "4"),
+    *("--data.classes-per-batch", "7", "--data.images-per-class", "2"),
+    *("--rollout.pairs", "3", "--rollout.group-size", "4", "--rollout.pairs-per-batch", "4"),
+    *("--rollout.max-batches", "2", "--dml.loss", "potential-field", "--lambda.dml", "1e-4"),
+    *("--log.checkpoint-every", "1", "--log.gradients-every", "1", "--seed", "1"),
+)
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(processes), *arguments]
+
+
+def train(processes: int, out: Path, steps: int, *flags: str, launch: tuple[str, ...] = ()) -> subprocess.Popen:
+    program = ["-m", "saga_fast.train", "drawn-birds", *FLAGS, "--optim.steps", str(steps), "--out", str(out), *flags]
+    command = torchrun(processes, *launch, *program) if processes > 1 else [sys.executable, *program]
+    with open(out.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finished(run: subprocess.Popen, out: Path) -> Path:
+    assert run.wait() == 0, out.with_suffix(".log").read_text()
+    return out
+
+
+def lines(out: Path) -> list[dict]:
+    timed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "idle_share"} for line in timed]
+
+
+def assert_same_step(one: Path, several: Path) -> None:
+    """After step 1: the gradient (a tenth of it is AdamW's first moment) and the weights, to 1e-6 of their norm."""
+    for part in ("optimizer", "encoder", "dml"):
+        ours, theirs = (load_file(out / f"checkpoint/step-000001/{part}.safetensors") for out in (several, one))
+        assert ours.keys() == theirs.keys()
+        names = [name for name in theirs if part != "optimizer" or name.endswith(".exp_avg")]
+        ours, theirs = ([tensors[name].double().flatten() for name in names] for tensors in (ours, theirs))
+        deviation = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs)]
+        whole = (torch.cat(ours) - torch.cat(theirs)).norm() / torch.cat(theirs).norm()
+        assert whole <= 1e-6 and max(deviation) <= 1e-5, (part, whole, names[deviation.index(max(deviation))])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    return finished(train(1, out, 1), out)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.faults)])
+def test_ranks_take_the_step_that_one_process_takes(alone, processes, tmp_path):
+    out = finished(train(processes, tmp_path / "several", 1), tmp_path / "several")
+    (line,) = lines(alone)
+    assert line["pairs_replayed"] == 3 and line["micro_batches"] == 2, "that would test less"
+    assert lines(out)[0] == pytest.approx(line, rel=1e-5)
+    assert_same_step(alone, out)
+    shown = out.with_suffix(".log").read_text()
+    assert shown.count("R@1") == shown.count("run: ") == 1, "one rank speaks"
+
+
+@given(st.lists(st.integers(1, 10_000), max_size=40), st.integers(1, 9))
+def test_balanced_shares_differ_by_no_more_than_the_largest_item(sizes, shares):
+    dealt = distributed.balance(sizes, shares)
+    assert sorted(i for items in dealt for i in items) == list(range(len(sizes))) and len(dealt) == shares
+    loads = [sum(sizes[i] for i in items) for items in dealt]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_the_longest_are_dealt_first():
+    assert distributed.balance([1, 1, 2, 4, 4], 2) == [[2, 3], [0, 1, 4]]
+
+
+def test_collectives_of_three_ranks():
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun(3, __file__), capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stderr
+
+
+def collectives() -> None:
+    """What each of three ranks checks: shares and sums against one process's, in float64."""
+    torch.manual_seed(0)
+    images, truth = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    model = nn.ParameterDict(
+        {"weight": torch.randn(4, 3), "proxies": torch.randn(5, 3), "lone": torch.randn(2)}
+    ).double()
+    rank, ranks = distributed.rank(), distributed.ranks()
+
+    def loss(embeddings, truth):  # as a metric loss, it is no sum over images
+        return ((embeddings @ model["proxies"].T - truth) ** 2).sum().sqrt()
+
+    for count in (7, 2):  # shared as 3, 3, 1; and as 1, 1, 0
+        rows = distributed.rows(count)
+        embeddings = distributed.gather((images[rows] @ model["weight"]).tanh(), count)
+        (loss(embeddings, truth[:count]) / ranks).backward()
+        if rank == 1:
+            model["lone"].sum().backward()
+        distributed.add_up_gradients([*model.values(), unused := nn.Parameter(torch.zeros(1))])
+        alone = loss((images[:count] @ model["weight"]).tanh(), truth[:count]) + model["lone"].sum()
+        for parameter, gradient in zip(model.values(), torch.autograd.grad(alone, list(model.values()))):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+        assert unused.grad is None
+        model.zero_grad()
+
+    assert distributed.interleave(list("abcd")[rank::ranks]) == list("abcd")
+    assert distributed.interleave(["a"][rank::ranks]) == ["a"] and distributed.interleave([]) == []
+    distributed.check_alike(model)
+    with torch.no_grad():
+        model["proxies"][4, 2] += 1e-12 * (rank == 2)
+    with pytest.raises(distributed.Drifted, match="rank 2: its proxies"):
+        distributed.check_alike(model)
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    whole = finished(train(1, tmp_path / "whole", 2), tmp_path / "whole")
+    out = shutil.copytree(whole, tmp_path / "broken")
+    shutil.rmtree(out / "checkpoint/step-000002")
+    finished(train(3, out, 2, "--resume"), out)
+    assert lines(out)[1] == pytest.approx(lines(whole)[1], rel=1e-5)
+    ours, theirs = (
+        torch.cat([w.flatten() for w in load_file(run / "encoder/model.safetensors").values()]) for run in (out, whole)
+    )
+    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.faults
+def test_torchrun_restarts_a_group_one_of_which_was_killed(tmp_path):
+    whole = finished(train(2, tmp_path / "whole", 4), tmp_path / "whole")
+    out = tmp_path / "killed"
+    run = train(2, out, 4, launch=("--max-restarts", "1"))
+    while not (out / "checkpoint/step-000002").exists():
+        assert run.poll() is None, out.with_suffix(".log").read_text()
+        time.sleep(0.05)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    finished(run, out)
+    assert "Signal 9 (SIGKILL)" in out.with_suffix(".log").read_text()
+    assert lines(out) == lines(whole)
+    assert (out / "encoder/model.safetensors").read_bytes() == (whole / "encoder/model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    with distributed.process_group():
+        collectives()
