@@ -12,8 +12,9 @@ takes seconds, the sum milliseconds (`python -m bench.scale`).
 
 from __future__ import annotations
 
+import heapq
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -113,11 +114,14 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(ranks())[rank()]
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
-    """Puts in place of each tensor its sum over the ranks, the same bits on all of them."""
-    if ranks() > 1:
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Puts in place of each tensor (all of a dtype) its sum over the ranks, the same bits on all of them. In one piece:
+    a copy of all gradients, made when no activations are left, for the latency of a single collective."""
+    if ranks() > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -129,18 +133,18 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
         for parameter in owners:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        add_up(parameter.grad for parameter in owners)
+        add_up([parameter.grad for parameter in owners])
 
 
 def balance(sizes: Sequence[int], shares: int) -> list[list[int]]:
     """Numbers of the items of `sizes`, in order, in `shares` lists of nearly equal total: longest first, each to the
     lightest (Graham 1969: the heaviest is at most 4/3 of the best possible)."""
     dealt: list[list[int]] = [[] for _ in range(shares)]
-    loads = [0] * shares
+    loads = [(0, share) for share in range(shares)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        lightest = loads.index(min(loads))
+        load, lightest = loads[0]
         dealt[lightest].append(i)
-        loads[lightest] += sizes[i]
+        heapq.heapreplace(loads, (load + sizes[i], lightest))
     return [sorted(items) for items in dealt]
 
 

@@ -1,0 +1,174 @@
+"""What more GPUs should bring, on paper: a step of Qwen3-VL-8B on 1 to 512 H100s, its communication and its idle time.
+
+    python -m bench.ranks [1..512] [--json FILE]
+
+Nothing here is measured. Times are the floors of `bench.roofline`; what ranks wait for each other comes from simulated
+steps, whose pairs are rolled out in waves, shared out, and balanced before the replay by the code that training uses.
+Two ways to grow: the paper's batch and K on all ranks together, and as much again on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench import roofline, write_json
+from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, LENGTH, PREFIX, TENSOR_CORES
+from saga_fast.config import Config
+from saga_fast.distributed import balance
+
+# NVLink 4 carries 450 GB/s each way from every H100 of a host (NVIDIA's data sheet: 900 GB/s both ways together). Hosts
+# of eight, each GPU beside a port of 400 Gb/s InfiniBand, as in NVIDIA's DGX H100: rings use all eight ports at once.
+NVLINK, INFINIBAND, GPUS_A_HOST = 450e9, 400e9 / 8, 8
+HOP_SECONDS = 10e-6  # of a small message, assumed; a tree of ranks is as deep as the logarithm of their number
+
+# The tower as released (27 blocks, four mergers; 196 patches of 224 pixels), the attention pooler, CUB's proxies.
+TOWER_WIDTH, TOWER_FFN, TOWER_DEPTH, PATCHES, DEEPSTACK = 1152, 4304, 27, 196, 3
+TOWER = TOWER_DEPTH * (4 * TOWER_WIDTH**2 + 2 * TOWER_WIDTH * TOWER_FFN)
+TOWER += (1 + DEEPSTACK) * 4 * TOWER_WIDTH * (4 * TOWER_WIDTH + HIDDEN)
+TRAINED = TOWER + 2 * HIDDEN**2 + 100 * 15 * HIDDEN
+LANGUAGE_MODEL = LAYERS * sum(math.prod(shape) * (1 + (n in roofline.TWICE)) for n, shape in roofline.LINEARS.items())
+
+# Assumed of the rollouts: half of the pairs contribute, and lengths spread by so many tokens between and within pairs.
+RATE, BETWEEN, WITHIN = 0.5, 100, 100
+STEPS = 40  # simulated for each row
+
+
+class Step(NamedTuple):
+    """A step's seconds by phase, what the ranks idle of two of them (shares), bytes that a rank sends, and those
+    it holds of a micro-batch's visual features, which every rank has of all images."""
+
+    embed: float
+    roll_out: float
+    replay: float
+    communicate: float
+    update: float
+    idle_roll_out: float
+    idle_replay: float
+    sent: float
+    held: float
+
+    @property
+    def seconds(self) -> float:
+        return self.embed + self.roll_out + self.replay + self.communicate + self.update
+
+
+@lru_cache
+def decode_seconds(pairs: int, rows: int) -> float:
+    """One token for each of `rows` rollouts of `pairs` pairs: the kernels, the head, and half-grown caches read."""
+    kernels = sum(line.calls * line.floor for line in roofline.decode(rows))
+    head = 2 * HIDDEN * roofline.VOCABULARY
+    cache = 2 * 2 * LAYERS * KV_HEADS * HEAD_DIM * (pairs * PREFIX + rows * LENGTH / 2)
+    return kernels + max(head / BANDWIDTH, head * rows / TENSOR_CORES) + cache / BANDWIDTH
+
+
+@lru_cache
+def replay_seconds(tokens: int) -> float:
+    """Forward and backward of so many packed tokens: what dequantising costs is the same for any number of them."""
+    lines = list(roofline.replay())
+    fixed = sum(line.calls * line.floor for line in lines if "dequantize" in line.kernel)
+    kernels = sum(line.calls * line.floor for line in lines) - fixed
+    whole = roofline.GROUPS * (PREFIX + COMPLETIONS * LENGTH)
+    return fixed + tokens * (kernels / whole + 2 * 2 * LANGUAGE_MODEL / TENSOR_CORES) if tokens else 0.0
+
+
+def transfer(ranks: int, received: float, calls: int) -> float:
+    """Seconds of ring collectives that bring `received` bytes to each rank."""
+    bus = NVLINK if ranks <= GPUS_A_HOST else min(NVLINK, GPUS_A_HOST * INFINIBAND)
+    return received / bus + calls * HOP_SECONDS * math.ceil(math.log2(ranks)) if ranks > 1 else 0.0
+
+
+def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step:
+    """One simulated step of `wanted` contributing pairs, drawn from micro-batches of `images`."""
+    batch = Config().rollout
+    tower = 6 * TOWER * PATCHES / TENSOR_CORES  # an image, forward and backward
+    lengths_kept: list[np.ndarray] = []
+    micro_batches, rolled_out, busy, sent, left = 0, 0.0, 0.0, 0.0, 0
+    while len(lengths_kept) < wanted:
+        if not left:
+            micro_batches, left = micro_batches + 1, batch.pairs_per_batch * images // 64
+        size = min(left, math.ceil((wanted - len(lengths_kept)) / RATE))
+        left -= size
+        lengths = rng.normal(LENGTH, BETWEEN, (size, 1)) + rng.normal(0, WITHIN, (size, batch.group_size))
+        lengths = lengths.clip(1, batch.max_new_tokens).astype(int)
+        seconds = [_rank_seconds(lengths[rank::ranks]) for rank in range(ranks)]
+        rolled_out, busy = rolled_out + max(seconds), busy + sum(seconds) / ranks
+        sent += 4 * lengths.sum()  # pickled token ids
+        lengths_kept += [pair for pair in lengths if rng.random() < RATE][: wanted - len(lengths_kept)]
+    packed = [PREFIX + int(pair.sum()) for pair in lengths_kept]
+    shares = balance(packed, ranks)
+    loads = [sum(packed[i] for i in share) for share in shares]
+    replayed = [replay_seconds(load) + 2 * len(share) * tower for load, share in zip(loads, shares)]
+
+    # All-gathers bring every rank all but its own part, all-reduces (the sums) twice that.
+    features = 2 * (1 + DEEPSTACK) * (PATCHES // 4) * HIDDEN  # bf16
+    gathered = sent + micro_batches * images * (features + 4 * HIDDEN)
+    summed = 4 * TRAINED + micro_batches * images * 4 * HIDDEN
+    sent = (gathered + 2 * summed) * (ranks - 1) / ranks
+    return Step(
+        embed=micro_batches * math.ceil(images / ranks) * tower,
+        roll_out=rolled_out,
+        replay=max(replayed),
+        communicate=transfer(ranks, sent, calls=10 * micro_batches + 6),
+        update=28 * TRAINED / BANDWIDTH,  # AdamW reads and writes weight and both moments, and reads the gradient
+        idle_roll_out=1 - busy / rolled_out,
+        idle_replay=1 - sum(loads) / ranks / max(loads),
+        sent=sent,
+        held=images * features,
+    )
+
+
+def _rank_seconds(lengths: np.ndarray) -> float:
+    """Prefill and decode of a rank's (pairs, G) rollouts, all in one batch until the last one ends."""
+    if not len(lengths):
+        return 0.0
+    prefill = 2 * LANGUAGE_MODEL * PREFIX * len(lengths) / TENSOR_CORES
+    return prefill + int(lengths.max()) * decode_seconds(len(lengths), lengths.size)
+
+
+@lru_cache
+def mean_step(ranks: int, images: int, wanted: int) -> Step:
+    rng = np.random.default_rng(0)
+    return Step(*np.mean([step(ranks, images, wanted, rng) for _ in range(STEPS)], 0).tolist())
+
+
+COLUMNS = "{:>6} {:>5} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>14} {:>12} {:>11}".format
+TITLES = ("ranks", "K", "embed s", "roll out s", "replay s", "comm. s", "step s", "sent GB", "held GB")
+TITLES += ("idle, roll out", "idle, replay", "efficiency")
+
+
+def ranks(first: int, last: int) -> list[dict[str, Any]]:
+    """Prints and returns a row for each power of two from `first` to `last`, for both ways to grow."""
+    images, wanted = Config().data.classes_per_batch * Config().data.images_per_class, Config().rollout.pairs
+    alone, rows = mean_step(1, images, wanted).seconds, []
+    for way, grows in (("the paper's batch and K on all ranks together", False), ("as much on every rank", True)):
+        print(way, COLUMNS(*TITLES), sep="\n")
+        for count in (2**power for power in range(last.bit_length()) if 2**power >= first):
+            times = count if grows else 1
+            mean = mean_step(count, images * times, wanted * times)
+            efficiency = alone * times / count / mean.seconds
+            row = {"ranks": count, "pairs": wanted * times, "seconds": mean.seconds, "efficiency": efficiency}
+            rows.append({**row, **mean._asdict()})
+            seconds = [f"{value:.3f}" for value in (*mean[:4], mean.seconds)]
+            shares = [f"{value:.1%}" for value in (mean.idle_roll_out, mean.idle_replay, efficiency)]
+            gigabytes = [f"{value / 1e9:.2f}" for value in (mean.sent, mean.held)]
+            print(COLUMNS(count, wanted * times, *seconds, *gigabytes, *shares))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("range", nargs="?", default="1..512", help="FIRST..LAST number of ranks")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    first, last = map(int, options.range.split(".."))
+    write_json(options.json, {"rows": ranks(first, last)})
+
+
+if __name__ == "__main__":
+    main()

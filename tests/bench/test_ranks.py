@@ -1,0 +1,37 @@
+"""The model of many ranks: its sizes are those of the real architecture, and its limits are what they must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen3VLTextConfig, Qwen3VLTextModel, Qwen3VLVisionConfig, Qwen3VLVisionModel
+
+from bench import ranks
+
+
+def size(kind, config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in kind(config).parameters())
+
+
+def test_sizes_are_those_of_the_model():
+    vision = Qwen3VLVisionConfig(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096)
+    assert len(vision.deepstack_visual_indexes) == ranks.DEEPSTACK
+    assert pytest.approx(size(Qwen3VLVisionModel, vision), rel=0.02) == ranks.TOWER
+    text = Qwen3VLTextConfig(
+        num_hidden_layers=36,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_attention_heads=32,
+        vocab_size=1,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    assert pytest.approx(size(Qwen3VLTextModel, text), rel=0.001) == ranks.LANGUAGE_MODEL
+
+
+def test_one_rank_waits_for_nobody_and_many_send_twice_the_gradient():
+    one, many = (ranks.mean_step(count, 64, 8) for count in (1, 512))
+    assert (one.communicate, one.idle_roll_out, one.idle_replay, one.sent) == pytest.approx((0, 0, 0, 0), abs=1e-9)
+    assert many.sent > 2 * 4 * ranks.TRAINED * 511 / 512
+    assert many.idle_replay >= 1 - 8 / 512 and many.seconds < one.seconds
