@@ -25,7 +25,7 @@ from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
-from saga_fast.supervisor.replay import Group, replay
+from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds
@@ -92,7 +92,7 @@ def measure(decoders: dict[str, FrozenDecoder], asked: list[Asked], eos: tuple[i
         groups = [Group(group, [torch.zeros(len(c)) for c in group], {}) for group in drawn]
         for name, decoder in decoders.items():
             question = Question(decoder, prefix)
-            found = replay(question, features[name], groups, sampling.temperature, anchor_layer=0, token_budget=4096)
+            found = replay(question, features[name], groups, sampling.temperature, 0, Plan(4096))
             log_probs[name] += [each for group in found.log_probs for each in group]
     dense = torch.cat(log_probs.pop("dense"))
     return {name: drift(torch.cat(log_probs[name]), dense) for name in VARIANTS}

@@ -89,6 +89,13 @@ class GroupLayout:
         """The rows of completion `g` of group `i` among the queries."""
         return _between(self._queries, self._completion(i, g))
 
+    def key_rows(self) -> Tensor:
+        """(queries,) int64: the row among the keys of each query's own token."""
+        missing = self.segment_offsets[1:] - self.query_offsets[1:]
+        counts = self.query_offsets.diff().long()
+        rows = torch.arange(self.queries, device=missing.device)
+        return rows + torch.repeat_interleave(missing.long(), counts, output_size=self.queries)
+
     def visible(self, query: int) -> tuple[slice, slice]:
         """The keys that a row of the queries sees: of its prefix (none for one of a prefix), and of its own segment."""
         expect(0 <= query < self.queries, "query", query, f"0 to {self.queries - 1}, the packed queries")

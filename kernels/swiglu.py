@@ -5,33 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulator, expect_contiguous_on_gpu, expect_same_device, expect_tensor
+from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_tensor
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, in float32. Differentiable in both; the backward recomputes the sigmoid.
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, in float32: (..., 2 F), gate and up side by side as one matmul gives them → (..., F).
 
-    gate, up: alike in shape, dtype and device; contiguous on a GPU.
+    Contiguous on a GPU. The backward recomputes the sigmoid, and gives the two gradients side by side again.
     """
-    expect_tensor("gate", gate, tuple(gate.shape), FLOATS)
-    expect_tensor("up", up, tuple(gate.shape), (gate.dtype,))
-    expect_same_device(gate=gate, up=up)
-    expect_contiguous_on_gpu(gate=gate, up=up)
-    return _swiglu(gate, up)
+    expect(gate_up.dim() > 0, "gate_up", "a scalar", "shape (..., 2 F)")
+    expect_tensor("gate_up", gate_up, tuple(gate_up.shape), FLOATS)
+    expect(gate_up.shape[-1] % 2 == 0, "gate_up", f"width {gate_up.shape[-1]}", "an even width")
+    expect_contiguous_on_gpu(gate_up=gate_up)
+    return _swiglu(gate_up)
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     """`swiglu` in plain PyTorch, in float32 at least."""
-    dtype = accumulator(gate.dtype)
-    return torch.nn.functional.silu(gate.to(dtype)).mul_(up.to(dtype)).to(gate.dtype)
+    gate, up = gate_up.to(accumulator(gate_up.dtype)).chunk(2, -1)
+    return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
 
 
-def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """dgate = dy * up * s * (1 + gate * (1 - s)) and dup = dy * gate * s, with s = sigmoid(gate)."""
-    dtype = accumulator(gate.dtype)
-    dy, wide = dy.to(dtype), gate.to(dtype)
-    s = wide.sigmoid()
-    return (dy * up * s * (1 + wide * (1 - s))).to(gate.dtype), (dy * wide * s).to(gate.dtype)
+def swiglu_backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """dgate = dy * up * s * (1 + gate * (1 - s)) and dup = dy * gate * s, with s = sigmoid(gate), side by side."""
+    wide = accumulator(gate_up.dtype)
+    gate, up = gate_up.to(wide).chunk(2, -1)
+    s = gate.sigmoid()
+    dy = dy.to(wide)
+    return torch.cat((dy * up * s * (1 + gate * (1 - s)), dy * gate * s), -1).to(gate_up.dtype)
 
 
 _swiglu = torch.library.custom_op("saga_kernels::swiglu", swiglu_reference, mutates_args=())
@@ -39,31 +40,31 @@ _swiglu_backward = torch.library.custom_op("saga_kernels::swiglu_backward", swig
 
 
 @_swiglu.register_kernel("cuda")
-def _(gate, up):
-    if gate.dtype == torch.float64:
-        return swiglu_reference(gate, up)
+def _(gate_up):
+    if gate_up.dtype == torch.float64:
+        return swiglu_reference(gate_up)
     from .gpu import swiglu  # Triton is needed on a GPU alone
 
-    return swiglu.forward(gate, up)
+    return swiglu.forward(gate_up)
 
 
 @_swiglu_backward.register_kernel("cuda")
-def _(dy, gate, up):
-    if gate.dtype == torch.float64:
-        return swiglu_backward_reference(dy, gate, up)
+def _(dy, gate_up):
+    if gate_up.dtype == torch.float64:
+        return swiglu_backward_reference(dy, gate_up)
     from .gpu import swiglu
 
-    return swiglu.backward(dy.contiguous(), gate, up)
+    return swiglu.backward(dy.contiguous(), gate_up)
 
 
 @_swiglu.register_fake
-def _(gate, up):
-    return torch.empty_like(gate)
+def _(gate_up):
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @_swiglu_backward.register_fake
-def _(dy, gate, up):
-    return torch.empty_like(gate), torch.empty_like(gate)
+def _(dy, gate_up):
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):

@@ -93,9 +93,9 @@ class RolloutConfig:
     max_batches: int = 4
     """Micro-batches per step at most: the draw is bounded, and a step may go on with fewer than K pairs, or none."""
     token_budget: int = 65536
-    """Packed tokens that one replay pass holds in memory (a pair's group is never split)."""
-    recompute: bool = False
-    """Keep only layer inputs between a replay's forward and backward."""
+    """Packed tokens that go through a replay together; a pair's group that is longer goes in slices."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """What a replay's backward computes again: nothing, gate and up of each layer, or all from each layer's input."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from saga_fast.losses.policy import token_coefficients
 from saga_fast.run import Run
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
-from saga_fast.supervisor.replay import Group
+from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
@@ -247,8 +247,7 @@ def make_supervisor(config: Config, mllm, encoder: Encoder) -> Supervisor:
         encoder.tower.grid(config.data.image_size, config.data.image_size),
         Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
         config.supervisor.anchor_layer,
-        rollout.token_budget,
-        rollout.recompute,
+        Plan(rollout.token_budget, rollout.recompute, rollout.recompute),
     )
     if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
         attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)

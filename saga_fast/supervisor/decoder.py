@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from saga_kernels import NF4Weight, add_rms_norm, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
 
@@ -27,20 +26,44 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear map: weight (out, in), NF4 or dense; bias (out,) or None."""
+    """A frozen linear map, or several of the same input, whose outputs come side by side.
 
-    weight: NF4Weight | Tensor
+    weights: of each (out, in), NF4 or dense; dense ones lie in one matrix. bias: (out,) of all together, or None.
+    """
+
+    weights: tuple[NF4Weight | Tensor, ...]
     bias: Tensor | None
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> Projection:
-        return cls(_frozen(linear.weight), None if linear.bias is None else linear.bias.detach())
+    def of(cls, *linears: nn.Linear) -> Projection:
+        weights = tuple(_frozen(linear.weight) for linear in linears)
+        if len(weights) > 1 and all(isinstance(weight, Tensor) for weight in weights):
+            weights = (torch.cat(weights),)
+            rows = weights[0].split([linear.out_features for linear in linears])
+            for linear, row in zip(linears, rows):  # the model keeps views: nothing is there twice
+                linear.weight.data = row
+        biases = [linear.bias for linear in linears]
+        return cls(weights, None if None in biases else torch.cat(biases).detach())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of all together."""
+        return sum(weight.shape[0] for weight in self.weights), self.weights[0].shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.weight, Tensor):
-            return F.linear(x, self.weight, self.bias)
-        y = nf4_matmul(x, self.weight)
+        if isinstance(self.weights[0], Tensor) and len(self.weights) == 1:
+            return F.linear(x, self.weights[0], self.bias)
+        parts = [x @ w.T if isinstance(w, Tensor) else nf4_matmul(x, w) for w in self.weights]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if self.bias is None else y + self.bias
+
+    def dense(self, buffer: Tensor) -> Tensor:
+        """(out, in): the weight itself where it is one dense matrix, else `buffer` of that shape, filled."""
+        if isinstance(self.weights[0], Tensor) and len(self.weights) == 1:
+            return self.weights[0]
+        for weight, rows in zip(self.weights, buffer.split([weight.shape[0] for weight in self.weights])):
+            rows.copy_(weight) if isinstance(weight, Tensor) else nf4_dequantize(weight, out=rows)
+        return buffer
 
 
 @dataclass(frozen=True)
@@ -48,15 +71,12 @@ class DecoderLayer:
     """One layer's frozen weights. `q_norm` and `k_norm` (head_dim,) are None in models without them."""
 
     input_norm: Tensor
-    q: Projection
-    k: Projection
-    v: Projection
+    qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Projection
     mlp_norm: Tensor
-    gate: Projection
-    up: Projection
+    gate_up: Projection
     down: Projection
 
     @classmethod
@@ -67,11 +87,12 @@ class DecoderLayer:
         ]
         return cls(
             layer.input_layernorm.weight.detach(),
-            *(Projection.of(getattr(attention, f"{name}_proj")) for name in "qkv"),
+            Projection.of(attention.q_proj, attention.k_proj, attention.v_proj),
             *head_norm,
             Projection.of(attention.o_proj),
             layer.post_attention_layernorm.weight.detach(),
-            *(Projection.of(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
+            Projection.of(mlp.gate_proj, mlp.up_proj),
+            Projection.of(mlp.down_proj),
         )
 
 
@@ -125,19 +146,14 @@ class FrozenDecoder:
         attend: Attend,
         deepstack: Sequence[Tensor] = (),
         visual: Tensor | None = None,
-        recompute: bool = False,
     ) -> Tensor:
         """Hidden states h (tokens, D) at rotary `positions` (3, tokens) → final normed hidden states (tokens, D).
 
         deepstack: per level a tensor (visual tokens, D), added after layers 0, 1, … at the rows `visual` (int64).
-        recompute: keep only each layer's input for the backward pass, and run the layer again there.
         """
         rotation = self.rotate(positions, h.dtype)
         for i, layer in enumerate(self.layers):
-            if recompute and torch.is_grad_enabled():
-                h = checkpoint(self._layer, i, layer, h, rotation, attend, use_reentrant=False)
-            else:
-                h = self._layer(i, layer, h, rotation, attend)
+            h = self._layer(i, layer, h, rotation, attend)
             if i < len(deepstack):
                 h = h.index_add(0, visual, deepstack[i])
         return rms_norm(h, self.norm, self.eps)
@@ -149,11 +165,11 @@ class FrozenDecoder:
         return cos[0], sin[0]
 
     def _layer(self, i: int, layer: DecoderLayer, h: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = rms_norm(h, layer.input_norm, self.eps)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (layer.q, layer.k, layer.v))
+        qkv = layer.qkv(rms_norm(h, layer.input_norm, self.eps)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), -2)
         q, k = rope(q, *rotation, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
         h, x = add_rms_norm(h, layer.o(attend(i, q, k, v).flatten(-2)), layer.mlp_norm, self.eps)
-        return h + layer.down(swiglu(layer.gate(x), layer.up(x)))
+        return h + layer.down(swiglu(layer.gate_up(x)))
 
     def fingerprint(self) -> str:
         """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA."""
@@ -166,6 +182,9 @@ class FrozenDecoder:
         def tensors(value: object) -> Iterator[Tensor]:
             if isinstance(value, Tensor):
                 yield value
+            elif isinstance(value, tuple):
+                for part in value:
+                    yield from tensors(part)
             elif isinstance(value, Projection | NF4Weight | DecoderLayer):
                 for field in vars(value).values():
                     yield from tensors(field)

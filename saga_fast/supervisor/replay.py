@@ -1,9 +1,11 @@
 """Phase C: the policy gradient of buffered groups, from the completions' log-probabilities back into the visual tokens.
 
 Whole groups (one prefix, then its G completions) lie end to end in one packed sequence, so a prefix is computed once,
-not G times. Only rows that predict a generated token meet the head; the gradient into them comes out of the same pass
-as the log-probabilities, as every token's coefficient is known by then. Left out: importance ratio, clip, reference
-model, KL to it: one on-policy update needs none.
+not G times. A group that is longer than the token budget goes in slices: its prefix first, then a few completions at a
+time against the prefix's keys and values, whose gradients add up, and the prefix's own backward last. Either way the
+numbers are the same. Only rows that predict a generated token meet the head; the gradient into them comes out of the
+same pass as the log-probabilities, as every token's coefficient is known by then. Left out: importance ratio, clip,
+reference model, KL to it: one on-policy update needs none.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.decoder import FrozenDecoder
-from saga_fast.supervisor.pair import PairPrefix, Question
-from saga_kernels import GroupLayout, attention_onto, group_attention, token_logprob
+from saga_fast.supervisor.frozen_pass import Earlier, FrozenPass, Observe, Recompute, Scratch
+from saga_fast.supervisor.pair import Question
+from saga_kernels import GroupLayout, attention_onto, token_logprob
 
 
 @dataclass(frozen=True)
@@ -52,111 +54,207 @@ class Replay(NamedTuple):
     attention: list[AnchorAttention]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a replay spends memory on time; the numbers it gives are the same.
+
+    token_budget: packed tokens that go through together; a longer group goes in slices of its completions. recompute:
+    of groups that go whole, and of slices. prefix_recompute: of a prefix that stands while its slices go through.
+    """
+
+    token_budget: int = 1 << 16
+    recompute: Recompute = "none"
+    prefix_recompute: Recompute = "none"
+
+
+WHOLE = Plan()
+
+
 def replay(
     question: Question,
     features: VisualFeatures,
     groups: Sequence[Group],
     temperature: float,
     anchor_layer: int,
-    token_budget: int = 1 << 16,
-    recompute: bool = False,
+    plan: Plan = WHOLE,
 ) -> Replay:
     """Teacher-forces `groups` and adds d loss / d features to the `.grad` of `features`, where they require it.
 
-    features: of 2n images, a and b of group 0, of group 1, …; leaves, so that each pack's backward ends there.
-    token_budget: packed tokens that stand in memory at once (no group is split). recompute: keep only layer inputs.
+    features: of 2n images, a and b of group 0, of group 1, …; leaves.
     """
-    decoder, prefix = question.decoder, question.prefix
-    loss, log_probs, attention = torch.zeros((), device=decoder.device), [], []
-    for first, last in _packs(groups, len(prefix), token_budget):
-        pack = VisualFeatures(*_slice(features, 2 * first, 2 * last))
-        part = _replay_pack(decoder, prefix, pack, groups[first:last], temperature, anchor_layer, recompute)
-        loss = loss + part.loss
-        log_probs += part.log_probs
-        attention += [entry._replace(group=entry.group + first) for entry in part.attention]
-    return Replay(loss, log_probs, attention)
+    run = _Run(question, features, groups, temperature, anchor_layer, plan)
+    sizes = [len(question.prefix) - question.prefix.preamble + sum(map(len, group.completions)) for group in groups]
+    for pack in _packs(sizes, plan.token_budget):
+        if sum(sizes[i] for i in pack) <= plan.token_budget:
+            run.whole(pack)
+        else:
+            run.sliced(pack[0])
+    log_probs = [[run.log_probs[i, g] for g in range(len(group.completions))] for i, group in enumerate(groups)]
+    loss = torch.zeros((), device=question.decoder.device)
+    for group, found in zip(groups, log_probs):
+        for coefficients, log_prob in zip(group.coefficients, found):
+            loss = loss + coefficients.to(log_prob) @ log_prob
+    return Replay(loss, log_probs, sorted(run.attention, key=lambda entry: entry[:3]))
 
 
-def _slice(features: VisualFeatures, start: int, end: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return features.tokens[start:end], tuple(level[start:end] for level in features.deepstack)
+def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Neighbours together, up to the budget; a larger one alone."""
+    pack: list[int] = []
+    for i, size in enumerate(sizes):
+        if pack and sum(sizes[j] for j in pack) + size > token_budget:
+            yield pack
+            pack = []
+        pack.append(i)
+    if pack:
+        yield pack
 
 
-def _packs(groups: Sequence[Group], prefix: int, token_budget: int) -> Iterator[tuple[int, int]]:
-    first, packed = 0, 0
-    for i, group in enumerate(groups):
-        size = prefix + sum(map(len, group.completions))
-        if i > first and packed + size > token_budget:
-            yield first, i
-            first, packed = i, 0
-        packed += size
-    if first < len(groups):
-        yield first, len(groups)
+class _Run:
+    """One replay under way: what it was asked, and what it has found."""
 
+    def __init__(
+        self,
+        question: Question,
+        features: VisualFeatures,
+        groups: Sequence[Group],
+        temperature: float,
+        anchor_layer: int,
+        plan: Plan,
+    ) -> None:
+        self.question, self.features, self.groups, self.plan = question, features, groups, plan
+        self.temperature, self.anchor_layer = temperature, anchor_layer
+        self.decoder, self.prefix, self.device = question.decoder, question.prefix, question.decoder.device
+        self.scratch, self.head = Scratch(self.decoder), self.decoder.dense_head()
+        self.keep = features.tokens.requires_grad
+        self.log_probs: dict[tuple[int, int], Tensor] = {}
+        self.attention: list[AnchorAttention] = []
+        if self.keep:
+            for leaf in (features.tokens, *features.deepstack):
+                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
-def _replay_pack(
-    decoder: FrozenDecoder,
-    prefix: PairPrefix,
-    features: VisualFeatures,
-    groups: Sequence[Group],
-    temperature: float,
-    anchor_layer: int,
-    recompute: bool,
-) -> Replay:
-    device = decoder.device
-    lengths = [[len(completion) for completion in group.completions] for group in groups]
-    layout = GroupLayout([len(prefix)] * len(groups), lengths, device=device)
-    input_ids, positions, rows = _pack(prefix, groups, layout)
-    starts = torch.tensor([layout.prefix_slice(i).start for i in range(len(groups))], device=device)
-    visual = prefix.visual_rows(starts + prefix.preamble)
-    attention: list[AnchorAttention] = []
+    @torch.no_grad()
+    def whole(self, pack: Sequence[int]) -> None:
+        """Neighbouring groups in one packed sequence."""
+        groups, prefix, count = [self.groups[i] for i in pack], self.prefix, len(pack)
+        lengths, length = [[len(c) for c in group.completions] for group in groups], [len(prefix)] * count
+        rest = len(prefix) - prefix.preamble
+        layout = GroupLayout(length, lengths, [rest] * count, self.device)
+        last = GroupLayout(length, lengths, [1] * count, self.device)
+        # Of the last layer a prefix's last row is read, and its completions behind it.
+        ends = [layout.completion_queries(j, len(lengths[j]) - 1).stop for j in range(count)]
+        asking = torch.cat([torch.arange(layout.prefix_queries(j).stop - 1, end) for j, end in enumerate(ends)])
+        ids, positions = [], []
+        for group in groups:
+            ids += [prefix.input_ids[prefix.preamble :], *map(self._ids, group.completions)]
+            positions += [prefix.positions[:, prefix.preamble :], *map(self._positions, group.completions)]
+        visual = prefix.visual_rows(
+            torch.tensor([layout.prefix_queries(j).start for j in range(count)], device=self.device)
+        )
+        images = slice(2 * pack[0], 2 * pack[-1] + 2)
+        h = prefix.embed(self.decoder, torch.cat(ids), visual, self.features.tokens[images])
+        run = FrozenPass(
+            self.decoder, self.scratch, layout, torch.cat(positions, 1), self.plan.recompute, self._preamble(count),
+            asking=asking.to(self.device), last_layout=last,
+        )  # fmt: skip
+        members = [(i, g, j, g) for j, i in enumerate(pack) for g in range(len(lengths[j]))]
+        hidden = run.forward(h, self._levels(images), visual, self._observer(layout, members), self.keep)
+        rows, targets = [], []
+        for i, g, j, _ in members:
+            at = last.completion_queries(j, g)
+            rows += [last.prefix_queries(j).start, *range(at.start, at.stop - 1)]
+            targets.append(((i, g), slice(None)))
+        d = self._meet_head(hidden, rows, targets)
+        if self.keep:
+            self._give(images, *run.backward(d, visual))
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o, lse = group_attention(q, k, v, layout)
-        if layer == anchor_layer and not attention:
-            attention.extend(_anchor_attention(prefix, groups, layout, q.detach(), k.detach(), lse.detach()))
-        return o
+    @torch.no_grad()
+    def sliced(self, i: int) -> None:
+        """One group: its prefix, then slices of its completions against the prefix's keys and values.
 
-    with torch.set_grad_enabled(features.tokens.requires_grad):
-        h = prefix.embed(decoder, input_ids, visual, features.tokens)
-        deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
-        h = decoder.forward(h, positions, attend, deepstack, visual, recompute)[rows]
-    targets = torch.tensor([token for group in groups for c in group.completions for token in c], device=device)
-    coefficients = torch.cat([c for group in groups for c in group.coefficients]).to(device)
-    log_probs, dh = token_logprob(h.detach(), decoder.dense_head(), targets, coefficients, temperature)
-    if h.requires_grad:
-        h.backward(dh)
-    counts = [count for group in lengths for count in group]
-    each = iter(log_probs.split(counts))
-    return Replay(coefficients @ log_probs, [[next(each) for _ in group] for group in lengths], attention)
+        Within a slice completions are few, but never split: what one of them keeps is what bounds the memory.
+        """
+        prefix, completions = self.prefix, self.groups[i].completions
+        rest = len(prefix) - prefix.preamble
+        visual = prefix.visual_rows(torch.zeros(1, dtype=torch.int64, device=self.device))
+        images = slice(2 * i, 2 * i + 2)
+        h = prefix.embed(self.decoder, prefix.input_ids[prefix.preamble :], visual, self.features.tokens[images])
+        before = FrozenPass(
+            self.decoder, self.scratch, GroupLayout([len(prefix)], [[]], [rest], self.device),
+            prefix.positions[:, prefix.preamble :], self.plan.prefix_recompute, self._preamble(1),
+            asking=torch.tensor([rest - 1], device=self.device),
+            last_layout=GroupLayout([len(prefix)], [[]], [1], self.device), hold=True,
+        )  # fmt: skip
+        hidden = before.forward(h, self._levels(images), visual, keep=self.keep)
+        members = range(len(completions))
+        d = self._meet_head(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
+        gradient = [tuple(map(torch.zeros_like, pair)) for pair in before.held] if self.keep else None
+        for part in _packs([len(c) for c in completions], self.plan.token_budget):
+            chosen = [completions[g] for g in part]
+            layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
+            run = FrozenPass(
+                self.decoder, self.scratch, layout, torch.cat([self._positions(c) for c in chosen], 1),
+                self.plan.recompute, before.held.__getitem__, gradient,
+            )  # fmt: skip
+            h = self.decoder.embed(torch.cat([self._ids(c) for c in chosen]))
+            observe = self._observer(layout, [(i, g, 0, k) for k, g in enumerate(part)])
+            hidden = run.forward(h, observe=observe, keep=self.keep)
+            spans = [layout.completion_queries(0, k) for k in range(len(part))]
+            rows = [row for span in spans for row in range(span.start, span.stop - 1)]
+            d_slice = self._meet_head(hidden, rows, [((i, g), slice(1, None)) for g in part])
+            if self.keep:
+                run.backward(d_slice, visual[:0])
+        if self.keep:
+            before.held_gradient = gradient
+            self._give(images, *before.backward(d, visual))
 
+    def _meet_head(
+        self, hidden: Tensor, rows: Sequence[int], tokens: Sequence[tuple[tuple[int, int], slice]]
+    ) -> Tensor:
+        """log π of the `tokens` ((group, g), which) that the `rows` of hidden predict; d loss / d hidden."""
+        which = [(self.groups[i].completions[g][part], self.groups[i].coefficients[g][part]) for (i, g), part in tokens]
+        targets = torch.tensor([token for ids, _ in which for token in ids], dtype=torch.int64, device=self.device)
+        coefficients = torch.cat([c for _, c in which]).to(self.device)
+        at = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        found, dh = token_logprob(hidden[at], self.head, targets, coefficients, self.temperature)
+        for (place, _), part in zip(tokens, found.split([len(ids) for ids, _ in which])):
+            known = self.log_probs.get(place)
+            self.log_probs[place] = part if known is None else torch.cat((known, part))
+        return torch.zeros_like(hidden).index_add_(0, at, dh)
 
-def _pack(prefix: PairPrefix, groups: Sequence[Group], layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (tokens,), positions (3, tokens), and the rows (generated,) that predict each generated token."""
-    device = prefix.input_ids.device
-    input_ids, positions, rows = [], [], []
-    for i, group in enumerate(groups):
-        input_ids.append(prefix.input_ids)
-        positions.append(prefix.positions)
-        last = torch.tensor([layout.prefix_slice(i).stop - 1], device=device)
-        for g, completion in enumerate(group.completions):
-            at = layout.completion_slice(i, g)
-            input_ids.append(torch.tensor(completion, device=device))
-            positions.append(torch.arange(len(completion), device=device).expand(3, -1) + prefix.next_position)
-            rows += [last, torch.arange(at.start, at.stop - 1, device=device)]
-    return torch.cat(input_ids), torch.cat(positions, 1), torch.cat(rows)
+    def _observer(self, layout: GroupLayout, members: Sequence[tuple[int, int, int, int]]) -> Observe:
+        """Notes the anchor layer's attention of members: (group, g), and where the layout has them."""
 
+        def observe(layer: int, q: Tensor, keys: Tensor, lse: Tensor) -> None:
+            if layer != self.anchor_layer:
+                return
+            for i, g, j, k in members:
+                for image, positions in enumerate(self.groups[i].described.get(g, ())):
+                    rows = torch.tensor(positions, dtype=torch.int64, device=self.device)
+                    rows += layout.completion_queries(j, k).start
+                    columns = self.prefix.images[image] + layout.prefix_slice(j).start
+                    weights = attention_onto(q, keys, lse, rows, columns)
+                    self.attention.append(AnchorAttention(i, g, image, weights))
 
-def _anchor_attention(
-    prefix: PairPrefix, groups: Sequence[Group], layout: GroupLayout, q: Tensor, k: Tensor, lse: Tensor
-) -> Iterator[AnchorAttention]:
-    """Per group and image one op over the rows of all its rollouts, split by rollout."""
-    for i, group in enumerate(groups):
-        for image in (0, 1):
-            columns = prefix.images[image] + layout.prefix_slice(i).start
-            rows = [
-                torch.tensor(spans[image], dtype=torch.int64, device=q.device) + layout.completion_slice(i, g).start
-                for g, spans in group.described.items()
-            ]
-            if rows:
-                weights = attention_onto(q, k, lse, torch.cat(rows), columns).split([len(row) for row in rows])
-                yield from (AnchorAttention(i, g, image, part) for g, part in zip(group.described, weights))
+        return observe
+
+    def _preamble(self, groups: int) -> Earlier:
+        question = self.question
+
+        def earlier(layer: int) -> tuple[Tensor, Tensor]:
+            pair = question.keys[layer], question.values[layer]
+            return tuple(x.expand(groups, *x.shape).flatten(0, 1) for x in pair)
+
+        return earlier
+
+    def _ids(self, completion: Sequence[int]) -> Tensor:
+        return torch.tensor(completion, device=self.device)
+
+    def _positions(self, completion: Sequence[int]) -> Tensor:
+        return torch.arange(len(completion), device=self.device).expand(3, -1) + self.prefix.next_position
+
+    def _levels(self, images: slice) -> list[Tensor]:
+        return [level[images].flatten(0, 1).to(self.decoder.dtype) for level in self.features.deepstack]
+
+    def _give(self, images: slice, d: Tensor, levels: Sequence[Tensor]) -> None:
+        for leaf, gradient in zip((self.features.tokens, *self.features.deepstack), (d, *levels)):
+            leaf.grad[images] += gradient.view_as(leaf[images])

@@ -12,7 +12,7 @@ from saga_fast.errors import InputError
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
-from saga_fast.supervisor.replay import Group, Replay, replay
+from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.supervisor.verdict import attribute_tokens, parse
 
@@ -32,8 +32,7 @@ class Supervisor:
         grid: tuple[int, int],
         sampling: Sampling,
         anchor_layer: int | None = None,
-        token_budget: int = 1 << 16,
-        recompute: bool = False,
+        plan: Plan = WHOLE,
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
@@ -45,7 +44,7 @@ class Supervisor:
         self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
         if not 0 <= self.anchor_layer < depth:
             raise InputError(f"supervisor.anchor-layer: {anchor_layer}; the model's layers are 0 to {depth - 1}")
-        self.token_budget, self.recompute = token_budget, recompute
+        self.plan = plan
 
     def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""
@@ -78,6 +77,5 @@ class Supervisor:
             groups,
             self.sampling.temperature,
             self.anchor_layer,
-            self.token_budget,
-            self.recompute,
+            self.plan,
         )

@@ -9,11 +9,13 @@ TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 3e-6}
 
 def run(dtype, *shape):
     """Forward and backward in dtype and in float64."""
-    made = torch.randn(3, *shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
+    rows, width = shape
+    made = torch.randn(rows, 3 * width, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
     for wide in (False, True):
-        gate, up, dy = made.double() if wide else made
-        y = swiglu(gate.requires_grad_(), up.requires_grad_())
-        yield y, *torch.autograd.grad(y, (gate, up), dy)
+        dy, gate_up = (made.double() if wide else made).split([width, 2 * width], -1)
+        gate_up = gate_up.contiguous().requires_grad_()
+        y = swiglu(gate_up)
+        yield y, *torch.autograd.grad(y, gate_up, dy)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -28,11 +30,10 @@ def test_small(width):
 
 
 def test_more_elements_than_32_bits_count():
-    gate = torch.ones(1 << 31, device="cuda", dtype=torch.bfloat16)
-    gate[-1] = 2
-    up = torch.full_like(gate, 3)
-    y = swiglu(gate, up)
-    assert y[-2] == swiglu(gate[:1], up[:1]) and y[-1] == swiglu(gate[-1:].clone(), up[-1:].clone())
+    gate_up = torch.ones(1 << 17, 1 << 15, device="cuda", dtype=torch.bfloat16)
+    gate_up[-1, 0] = 2
+    y = swiglu(gate_up)
+    assert y[0, 0] == y[-2, 0] == y[-1, 1] and y[-1, 0] == swiglu(gate_up[-1:].clone())[0, 0] != y[0, 0]
 
 
 def compare(dtype, *shape):
@@ -46,8 +47,5 @@ def test_the_same_bits_twenty_times():
 
 
 def test_wrong_arguments_are_named():
-    gate = torch.randn(8, 64, device="cuda")
-    with pytest.raises(ValueError, match=r"^up: got strides \(1, 8\), accepted is contiguous on a GPU"):
-        swiglu(square := gate[:, :8].contiguous(), square.T)
-    with pytest.raises(ValueError, match="^up: got device cpu"):
-        swiglu(gate, gate.cpu())
+    with pytest.raises(ValueError, match=r"^gate_up: got strides \(1, 8\), accepted is contiguous on a GPU"):
+        swiglu(torch.randn(8, 8, device="cuda").T)

@@ -74,7 +74,7 @@ def test_fingerprint_sees_a_single_bit():
     mllm = load_mllm(SUPERVISOR)
     before = mllm.decoder.fingerprint()
     assert load_mllm(SUPERVISOR).decoder.fingerprint() == before
-    mllm.decoder.layers[2].down.weight.packed.view(-1)[7] ^= 1
+    mllm.decoder.layers[2].down.weights[0].packed.view(-1)[7] ^= 1
     assert mllm.decoder.fingerprint() != before
 
 

@@ -102,7 +102,7 @@ def case(request, folder) -> Case:
 
 def test_the_language_model_is_in_nf4_if_asked_and_nothing_else(case, request):
     quantized = "nf4" in request.node.callspec.id
-    kinds = {type(layer.down.weight).__name__ for layer in case.mllm.decoder.layers}
+    kinds = {type(layer.down.weights[0]).__name__ for layer in case.mllm.decoder.layers}
     assert kinds == {"NF4Weight" if quantized else "Tensor"}
     assert isinstance(case.mllm.decoder.head, Tensor)
     assert all(parameter.dtype == torch.float32 for parameter in case.encoder.parameters())
@@ -196,7 +196,7 @@ def test_greedy_rollouts_equal_generate_from_pixels(case, monkeypatch):
         rollouts = supervisor.roll_out(case.encoder.tower(case.pixels), torch.arange(2))
     for pair, (ours,) in zip(case.pixels.split(2), rollouts):
         inputs = {name: value for name, value in case.inputs(pair).items() if name != "interpolate_pos_encoding"}
-        if isinstance(case.mllm.decoder.layers[0].down.weight, Tensor):
+        if isinstance(case.mllm.decoder.layers[0].down.weights[0], Tensor):
             out = case.oracle.generate(**case.asked([]), **inputs, max_new_tokens=12, do_sample=False)
             assert ours == out[0, len(supervisor.prefix) :].tolist()
         # bitsandbytes sums NF4 in another order, which tips the choice where two logits are nearly equal.

@@ -8,8 +8,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor import frozen_pass
 from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.replay import Group, replay
+from saga_fast.supervisor.replay import Group, Plan, replay
 
 from .tiny_models import (
     TOKENS,
@@ -100,11 +101,13 @@ def test_equals_transformers_rollout_by_rollout(model, lengths):
     assert_equal_to_oracle(model, lengths)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"recompute": True}, {"token_budget": 1}, {"token_budget": 60, "recompute": True}]
-)
-def test_packing_and_recompute_change_nothing(model, settings):
-    assert_equal_to_oracle(model, [[3, 5], [7, 2, 4], [6]], **settings)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("token_budget", [1 << 16, 60, 9, 1], ids=["one-pack", "packs", "slices", "rollouts"])
+def test_packing_slices_and_recompute_change_nothing(model, recompute, token_budget, monkeypatch):
+    monkeypatch.setattr(frozen_pass, "MLP_ROWS", 5)
+    prefix_recompute = {"none": "full", "mlp": "none", "full": "mlp"}[recompute]
+    plan = Plan(token_budget, recompute, prefix_recompute)
+    assert_equal_to_oracle(model, [[3, 5, 1], [7, 2, 4], [6]], plan=plan)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
