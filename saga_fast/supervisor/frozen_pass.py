@@ -25,8 +25,8 @@ and up, as q, k, v, o and the residual between are kept too (18,432); none: noth
 
 MLP_ROWS = 8192  # rows whose gate and up stand at a time where they are not kept
 
-# observe(layer, q, keys, lse): as `attention_onto` takes them
-Observe = Callable[[int, Tensor, Tensor, Tensor], None]
+# observe(layer, layout, q, keys, lse): as `attention_onto` takes them
+Observe = Callable[[int, GroupLayout, Tensor, Tensor, Tensor], None]
 KeysValues = list[tuple[Tensor, Tensor]]
 Earlier = Callable[[int], tuple[Tensor, Tensor]]
 ops = torch.ops.saga_kernels
@@ -166,7 +166,7 @@ class FrozenPass:
         rotated, keys, values = self._rotate(i, layer, q, kv, asking)
         o, lse = group_attention(rotated, keys, values, self._layout(asking))
         if observe is not None:
-            observe(i, rotated, keys, lse)
+            observe(i, self._layout(asking), rotated, keys, lse)
         middle = F.linear(o.flatten(-2), weights.o, layer.o.bias).add_(h if asking is None else h[asking])
         return Kept(h, q, kv, o, lse, middle), (keys, values)
 

@@ -157,7 +157,7 @@ class _Run:
             asking=asking.to(self.device), last_layout=last,
         )  # fmt: skip
         members = [(i, g, j, g) for j, i in enumerate(pack) for g in range(len(lengths[j]))]
-        hidden = run.forward(h, self._levels(images), visual, self._observer(layout, members), self.keep)
+        hidden = run.forward(h, self._levels(images), visual, self._observer(members), self.keep)
         rows, targets = [], []
         for i, g, j, _ in members:
             at = last.completion_queries(j, g)
@@ -196,7 +196,7 @@ class _Run:
                 self.plan.recompute, before.held.__getitem__, gradient,
             )  # fmt: skip
             h = self.decoder.embed(torch.cat([self._ids(c) for c in chosen]))
-            observe = self._observer(layout, [(i, g, 0, k) for k, g in enumerate(part)])
+            observe = self._observer([(i, g, 0, k) for k, g in enumerate(part)])
             hidden = run.forward(h, observe=observe, keep=self.keep)
             spans = [layout.completion_queries(0, k) for k in range(len(part))]
             rows = [row for span in spans for row in range(span.start, span.stop - 1)]
@@ -221,10 +221,10 @@ class _Run:
             self.log_probs[place] = part if known is None else torch.cat((known, part))
         return torch.zeros_like(hidden).index_add_(0, at, dh)
 
-    def _observer(self, layout: GroupLayout, members: Sequence[tuple[int, int, int, int]]) -> Observe:
-        """Notes the anchor layer's attention of members: (group, g), and where the layout has them."""
+    def _observer(self, members: Sequence[tuple[int, int, int, int]]) -> Observe:
+        """Notes the anchor layer's attention of members: (group, g), and where a layout has them."""
 
-        def observe(layer: int, q: Tensor, keys: Tensor, lse: Tensor) -> None:
+        def observe(layer: int, layout: GroupLayout, q: Tensor, keys: Tensor, lse: Tensor) -> None:
             if layer != self.anchor_layer:
                 return
             for i, g, j, k in members:

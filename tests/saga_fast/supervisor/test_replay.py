@@ -54,7 +54,7 @@ def leaves(features: VisualFeatures) -> VisualFeatures:
     )
 
 
-def oracle(model, prefix, features, groups):
+def oracle(model, prefix, features, groups, anchor):
     """Loss, log-probs [group][g], anchor attention by (group, rollout, image); gradients land in `features`."""
     loss, log_probs, attention = 0.0, [], {}
     for i, group in enumerate(groups):
@@ -69,17 +69,17 @@ def oracle(model, prefix, features, groups):
             loss = loss + (group.coefficients[g] * log_prob).sum()
             log_probs[-1].append(log_prob.detach())
             for image, positions in enumerate(group.described.get(g, ())):
-                rows = out.attentions[ANCHOR][0].mean(0)[len(prefix) + torch.tensor(positions)]
+                rows = out.attentions[anchor][0].mean(0)[len(prefix) + torch.tensor(positions)]
                 attention[i, g, image] = rows[:, prefix.images[image]].detach()
     loss.backward()
     return loss.detach(), log_probs, attention
 
 
-def assert_equal_to_oracle(model, lengths, **settings):
+def assert_equal_to_oracle(model, lengths, anchor=ANCHOR, **settings):
     prefix, groups = pair_prefix(), make_groups(lengths)
     ours, theirs = (leaves(random_features(2 * len(groups))) for _ in range(2))
-    result = replay(Question(decoder_of(model), prefix), ours, groups, TEMPERATURE, ANCHOR, **settings)
-    loss, log_probs, attention = oracle(model, prefix, theirs, groups)
+    result = replay(Question(decoder_of(model), prefix), ours, groups, TEMPERATURE, anchor, **settings)
+    loss, log_probs, attention = oracle(model, prefix, theirs, groups, anchor)
     torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.log_probs, log_probs, rtol=1e-9, atol=1e-9)
     for mine, other in zip((ours.tokens, *ours.deepstack), (theirs.tokens, *theirs.deepstack)):
@@ -108,6 +108,11 @@ def test_packing_slices_and_recompute_change_nothing(model, recompute, token_bud
     prefix_recompute = {"none": "full", "mlp": "none", "full": "mlp"}[recompute]
     plan = Plan(token_budget, recompute, prefix_recompute)
     assert_equal_to_oracle(model, [[3, 5, 1], [7, 2, 4], [6]], plan=plan)
+
+
+@pytest.mark.parametrize("token_budget", [1 << 16, 9])
+def test_the_anchor_may_be_the_last_layer_where_fewer_rows_ask(model, token_budget):
+    assert_equal_to_oracle(model, [[3, 5], [7, 2, 4]], anchor=3, plan=Plan(token_budget))
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
