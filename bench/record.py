@@ -7,6 +7,7 @@ saga_fast is imported where it is used: a rival's own environment need not have 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -202,7 +203,8 @@ def child(measurement: str, *arguments: Any, python: str | Path = sys.executable
     """Runs `measurement` ("module:function") in a fresh process of `python`, and returns what it found.
 
     The function takes `arguments` (JSON), sets up, and returns the work, which returns a dict of figures or None. Added
-    to it: `seconds` of the work, `peak_bytes` of resident memory during it, and `growth_bytes`, by how much that is
+    to it: `seconds` of the work, `cpu_seconds` of its threads together (what to compare on a busy machine),
+    `peak_bytes` of resident memory during it, and `growth_bytes`, by how much that is
     more than before it. Raises RuntimeError if the process fails; its output is the caller's.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -216,13 +218,15 @@ def child(measurement: str, *arguments: Any, python: str | Path = sys.executable
 
 
 def measure(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """What `child` says of the work, measured in this process."""
+    """What `child` says of the work, measured in this process; needs Linux and its C library."""
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     before = _resident("VmRSS")
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     figures = work()
-    seconds, peak = time.perf_counter() - started, _resident("VmHWM")
-    return {"seconds": seconds, "peak_bytes": peak, "growth_bytes": peak - before, **(figures or {})}
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
+    peak = _resident("VmHWM")
+    return {**spent, "peak_bytes": peak, "growth_bytes": peak - before, **(figures or {})}
 
 
 def _resident(field: str) -> int:
