@@ -43,7 +43,10 @@ def process_group() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # Restarted processes may be given the store of those that died, and must not read the addresses these left in it.
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=TIMEOUT)
     try:
         yield
     except Exception as error:

@@ -152,10 +152,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
 
 @pytest.mark.faults
 def test_torchrun_restarts_a_group_one_of_which_was_killed(tmp_path):
-    whole = finished(train(2, tmp_path / "whole", 4), tmp_path / "whole")
+    whole = finished(train(2, tmp_path / "whole", 3), tmp_path / "whole")
     out = tmp_path / "killed"
-    run = train(2, out, 4, launch=("--max-restarts", "1"))
-    while not (out / "checkpoint/step-000002").exists():
+    run = train(2, out, 3, launch=("--max-restarts", "1"))
+    while not (out / "checkpoint/step-000001").exists():
         assert run.poll() is None, out.with_suffix(".log").read_text()
         time.sleep(0.05)
     workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
