@@ -1,6 +1,6 @@
 """What more GPUs should bring, on paper: a step of Qwen3-VL-8B on 1 to 512 H100s, its communication and its idle time.
 
-    python -m bench.ranks [1..512] [--json FILE]
+    python -m bench.scale --ranks 1..512 [--json FILE]
 
 Nothing here is measured. Times are the floors of `bench.roofline`; what ranks wait for each other comes from simulated
 steps, whose pairs are rolled out in waves, shared out, and balanced before the replay by the code that training uses.
@@ -9,15 +9,13 @@ Two ways to grow: the paper's batch and K on all ranks together, and as much aga
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import roofline, write_json
+from bench import roofline
 from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, LENGTH, PREFIX, TENSOR_CORES
 from saga_fast.config import Config
 from saga_fast.distributed import balance
@@ -159,16 +157,3 @@ def ranks(first: int, last: int) -> list[dict[str, Any]]:
             gigabytes = [f"{value / 1e9:.2f}" for value in (mean.sent, mean.held)]
             print(COLUMNS(count, wanted * times, *seconds, *gigabytes, *shares))
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("range", nargs="?", default="1..512", help="FIRST..LAST number of ranks")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    first, last = map(int, options.range.split(".."))
-    write_json(options.json, {"rows": ranks(first, last)})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """How the cost of a step grows: with G, prefix, completion length, pairs, image size and vocabulary, one at a time.
 
     python -m bench.scale [--repeats 3] [--json FILE] [--plot FILE.svg]
+    python -m bench.scale --ranks 1..512 [--json FILE]      # the number of GPUs, on paper: see ranks.py
 
 A small random Qwen3-VL, fp32. For each value a process of its own measures, in the median, the tower (forward and
 backward), the prefix (a rollout of one token: prefill and what does not grow with the answer), the rollout and the
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from bench import write_json
+from bench.ranks import ranks
 from bench.record import SHAPES, Log, Shape, child, ending_at, measure, model, supervisor
 from bench.step import learn
 
@@ -138,7 +140,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--ranks", metavar="FIRST..LAST", help="numbers of GPUs, on paper, and nothing else")
     options = parser.parse_args()
+    if options.ranks:
+        write_json(options.json, {"rows": ranks(*map(int, options.ranks.split("..")))})
+        return
     log = Log(options.json and options.json.with_suffix(".jsonl"))
     found: dict[str, dict[int, dict[str, float]]] = {}
     slopes: dict[str, dict[str, float]] = {}

@@ -7,7 +7,7 @@ everyone, so that all decide alike. The loss of a step is the *sum* of what the 
 are added up before the update. With one process nothing here communicates, and no process group exists.
 
 Left out: sharded weights and optimizer states, and a sum of gradients that overlaps with the backward pass: a step
-takes seconds, the sum milliseconds (`python -m bench.scale`).
+takes seconds, the sum milliseconds (`python -m bench.scale --ranks 1..512`).
 """
 
 from __future__ import annotations
