@@ -29,7 +29,7 @@ from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.images import to_pixels
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.prompt_file import load_prompt
 from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
@@ -164,7 +164,7 @@ def main() -> None:
     rollout = config.rollout
     supervisor = Supervisor(
         mllm,
-        PROMPTS[config.supervisor.prompt],
+        load_prompt(config.supervisor.prompt),
         config.supervisor.order,
         encoders["before"].tower.grid(config.data.image_size, config.data.image_size),
         Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, options.seed),

@@ -71,7 +71,8 @@ class SupervisorConfig:
     """Language model in NF4 with nested absmax; False keeps it dense."""
     quantize_head: bool = False
     """Embedding and head in NF4 too; `python -m bench.quantization` says what that costs."""
-    prompt: Literal["birds", "cars", "aircraft", "drawn-birds"] = "birds"
+    prompt: str = "birds"
+    """birds, cars, aircraft, drawn-birds, or a file of your own that ends in .toml."""
     generic: bool = False
     """The prompt without role and attribute list (an ablation; has no attention target)."""
     order: Literal["images_first", "instruction_first"] = "images_first"

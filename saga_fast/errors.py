@@ -7,9 +7,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 2000  # characters of a message: names and values in it may come from anywhere
+
 
 class InputError(ValueError):
-    """Bad user input. The message is one line: the file or field, what was found, what is accepted, the mend."""
+    """Bad user input. The message is one line: the file or field, what was found, what is accepted, the mend.
+
+    It may quote hostile names and values, so line breaks and other unprintable characters in it are escaped, and a very
+    long one loses its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 3 :]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @contextmanager

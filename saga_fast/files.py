@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files from anywhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ def sha256(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """A regular file's content.
+
+    Raises OSError, whose `strerror` says what is wrong, for more than `limit` bytes too, and for a pipe or a device,
+    which may have no end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(0, "not a regular file", os.fspath(path))
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(0, f"more than {limit:,} bytes", os.fspath(path))
+    return content
 
 
 def hidden(folder: Path, what: str) -> Path:

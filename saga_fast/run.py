@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -18,6 +19,7 @@ from saga_fast import checkpoint, distributed
 from saga_fast.card import model_card
 from saga_fast.config import Config
 from saga_fast.encoder import Encoder
+from saga_fast.supervisor.prompt import Prompt
 
 
 class Run:
@@ -41,7 +43,8 @@ class Run:
         """Share of the pairs drawn so far that contributed; half before anything is known."""
         return (self.contributing + 1) / (self.drawn + 2)
 
-    def begin(self, before: dict[str, float]) -> None:
+    def begin(self, before: dict[str, float], prompt: Prompt | None) -> None:
+        """prompt: what the supervisor is asked, if there is one; config.json keeps it."""
         self.before = before
         if distributed.rank() > 0:
             return
@@ -50,7 +53,12 @@ class Run:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        described = {"config": self.config.to_dict(), "versions": versions, "commit": git_commit()}
+        described = {
+            "config": self.config.to_dict(),
+            "prompt": prompt and dataclasses.asdict(prompt),
+            "versions": versions,
+            "commit": git_commit(),
+        }
         # Made aside and renamed, as checkpoints are: a folder that is there can be resumed.
         aside = self.out.absolute().with_name(f".{self.out.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,10 @@ from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_target
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.run import Run
+from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.prompt import Prompt
+from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
@@ -101,6 +104,11 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         device.type, torch.bfloat16, enabled=config.optim.precision == "bf16", cache_enabled=False
     )
 
+    # The question: a resumed run asks what it began with, whatever became of its file.
+    prompt = None
+    if config.uses_supervisor:
+        prompt = stored_prompt(out / "config.json") if resume else load_prompt(config.supervisor.prompt)
+
     # Data, split by class: no class of the test half is ever trained on.
     train_images, test_images = load_images(config.data, config.data.image_size)
     sampler = ClassBalancedSampler(
@@ -116,7 +124,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     ).to(device)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
-    supervisor = make_supervisor(config, mllm, encoder) if config.uses_supervisor else None
+    supervisor = make_supervisor(config, mllm, encoder, prompt) if prompt else None
     frozen = supervisor and supervisor.decoder.fingerprint()
     settings = {}
     if config.dml.loss == "potential-field":
@@ -141,7 +149,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     if resume:
         run.restore()
     else:
-        run.begin(before=evaluate(encoder.eval(), test_images))
+        run.begin(before=evaluate(encoder.eval(), test_images), prompt=prompt)
     distributed.check_alike(encoder, dml)
     encoder.train()
     batches = train_images.stream(sampler)
@@ -237,8 +245,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     return run.finish(after=evaluate(encoder.eval(), test_images), supervisor=frozen)
 
 
-def make_supervisor(config: Config, mllm, encoder: Encoder) -> Supervisor:
-    prompt = PROMPTS[config.supervisor.prompt]
+def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
     rollout = config.rollout
     supervisor = Supervisor(
         mllm,
@@ -251,6 +258,11 @@ def make_supervisor(config: Config, mllm, encoder: Encoder) -> Supervisor:
     )
     if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
         attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
+    lengths = measure(supervisor)
+    if distributed.rank() == 0:
+        print(lengths.line(rollout.max_new_tokens))
+        if shortage := lengths.shortage(rollout.max_new_tokens):
+            warnings.warn(shortage, stacklevel=2)
     return supervisor
 
 

@@ -8,6 +8,7 @@ generic prompt (an ablation) has neither role nor attributes.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -16,12 +17,18 @@ from saga_fast.errors import InputError
 IMAGE_PAD = "<|image_pad|>"
 Order = Literal["images_first", "instruction_first"]
 
+_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")  # item and verdict_key: their every letter is said to the model
+_TEXT = 200  # characters of a role or an attribute at most
+_ATTRIBUTES = 100
+
 
 @dataclass(frozen=True)
 class Prompt:
     """One question about a pair of images.
 
-    Raises InputError where the answer's keys would collide, or where `generic` and `attributes` contradict each other.
+    Raises InputError, naming the field, for what a model could not be asked or could not write back: text that is
+    empty, longer than a line, not printable or looks like a model's control tokens; keys that are no plain words or
+    collide; `generic` and `attributes` that contradict each other.
     """
 
     role: str
@@ -31,6 +38,18 @@ class Prompt:
     generic: bool = False
 
     def __post_init__(self) -> None:
+        for field, key in (("item", self.item), ("verdict_key", self.verdict_key)):
+            if not _KEY.fullmatch(key):
+                raise InputError(
+                    f"prompt.{field}: {key!r}; accepted is a letter, then up to 39 letters, digits, _ and - (ASCII)"
+                )
+        texts = [("role", self.role)] * (not self.generic) + [("attributes", name) for name in self.attributes]
+        for field, text in texts:
+            _check_text(f"prompt.{field}", text)
+            if field == "attributes" and "," in text:
+                raise InputError(f"prompt.attributes: {text!r} holds a comma; give one attribute a string")
+        if len(self.attributes) > _ATTRIBUTES:
+            raise InputError(f"prompt.attributes: {len(self.attributes)} given; accepted are up to {_ATTRIBUTES}")
         if self.generic == bool(self.attributes):
             raise InputError(
                 f"prompt.attributes: {len(self.attributes)} given with generic={self.generic}; "
@@ -88,6 +107,18 @@ class Prompt:
             for key, described in zip(self.item_keys, (attributes_a, attributes_b), strict=True):
                 values[key] = {name: described[name] for name in self.attributes}
         return json.dumps({key: values[key] for key in self.keys}, ensure_ascii=False)
+
+
+def _check_text(field: str, text: str) -> None:
+    if not text.strip():
+        raise InputError(f"{field}: empty; say it in a word or more")
+    if len(text) > _TEXT:
+        raise InputError(f"{field}: {text[:40]!r}… has {len(text):,} characters; accepted are up to {_TEXT}")
+    if not text.isprintable():
+        odd = next(character for character in text if not character.isprintable())
+        raise InputError(f"{field}: {text!r} holds the unprintable character {odd!r}; take it out")
+    if "<" in text or ">" in text:
+        raise InputError(f"{field}: {text!r} holds < or >, which mark a model's control tokens; take them out")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -173,7 +173,7 @@ def _token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
     except KeyError as error:
         raise InputError(
             f"{tokenizer.name_or_path or 'tokenizer'}: symbol {error.args[0]!r} is not of a byte-level BPE; "
-            "attribute tokens need one (Qwen, Llama 3, GPT-2 style)"
+            "lambda.kl needs one (Qwen, Llama 3, GPT-2 style): take such a model, or pass --lambda.kl 0"
         ) from None
 
 

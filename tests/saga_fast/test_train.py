@@ -20,6 +20,7 @@ from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError
 from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.tiny import SUPERVISOR
 
 
@@ -107,6 +108,32 @@ def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path, monkeypa
     assert lines(out) == lines(unbroken[0])
 
 
+def test_a_resumed_run_asks_what_it_began_with(tmp_path, capsys):
+    """Its prompt file has become nonsense meanwhile."""
+    file = tmp_path / "my.toml"
+    prompt = dataclasses.replace(PROMPTS["drawn-birds"], attributes=PROMPTS["drawn-birds"].attributes[:6])
+    fields = dataclasses.asdict(prompt) | {"attributes": list(prompt.attributes)}
+    del fields["generic"]
+    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items()))
+    config = small(
+        supervisor={"prompt": str(file)},
+        optim={"steps": 2},
+        log={"checkpoint_every": 1},
+        rollout={"max_new_tokens": 64},
+    )
+    with pytest.warns(UserWarning, match="rollout.max-new-tokens: 64; an answer"):
+        trainer.train(config, whole := tmp_path / "whole")
+    assert json.loads((whole / "config.json").read_text())["prompt"]["attributes"] == list(prompt.attributes)
+    assert capsys.readouterr().out.count("of rollout.max-new-tokens 64") == 1
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    shutil.rmtree(broken / "checkpoint/step-000002")
+    (broken / "final.json").unlink()
+    file.write_text("role = 3")
+    trainer.train(config, broken, resume=True)
+    assert lines(broken) == lines(whole)
+    assert (broken / "final.json").read_bytes() == (whole / "final.json").read_bytes()
+
+
 def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     """8-bit optimizer states, a checkpointed tower, embedding and head in NF4."""
     config = small(
@@ -133,7 +160,7 @@ def phase_c():
     torch.manual_seed(0)
     mllm = load_mllm(SUPERVISOR)
     encoder = Encoder.from_tower(mllm.visual, "attention", 32, 112)
-    supervisor = trainer.make_supervisor(config, mllm, encoder)
+    supervisor = trainer.make_supervisor(config, mllm, encoder, PROMPTS["drawn-birds"])
     pixels = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8)
     with torch.no_grad():
         completions = supervisor.roll_out(encoder.tower(pixels), torch.arange(2))
@@ -239,6 +266,8 @@ def pictures(tmp_path) -> Path:
         (["--optim.steps", "three"], "--optim.steps"),
         (["--encoder.pooler", "median"], "--encoder.pooler"),
         (["--supervisor.generic"], "pass --lambda.kl 0"),
+        (["--supervisor.prompt", "brids"], "supervisor.prompt: 'brids' is unknown; use one of birds, cars"),
+        (["--supervisor.prompt", "{tmp}/none.toml"], "none.toml': cannot be read (No such file or directory)"),
         (["--encoder.pooler", "mean"], "pass --lambda.kl 0"),
         (["--supervisor.anchor-layer", "9"], "supervisor.anchor-layer: 9; the model's layers are 0 to 3"),
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),

@@ -1,0 +1,52 @@
+"""How many tokens the question and its answer take, told before anything is sampled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from saga_fast.supervisor.supervisor import Supervisor
+
+VALUE = "short red"  # a brief description: two words that every vocabulary has, the tiny supervisor's too
+
+
+class Lengths(NamedTuple):
+    """Tokens. prefix: the question with both images; of it `images` and `instruction`, the rest is the chat template's.
+    answer: one line of JSON whose values have two words, and its end token; least: the same with empty values."""
+
+    prefix: int
+    images: int
+    instruction: int
+    answer: int
+    least: int
+
+    def line(self, max_new_tokens: int) -> str:
+        return (
+            f"prompt: {self.prefix} tokens, of them {self.images} of images and {self.instruction} of instruction; "
+            f"an answer of two words a value takes {self.answer} of rollout.max-new-tokens {max_new_tokens}"
+        )
+
+    def shortage(self, max_new_tokens: int) -> str | None:
+        """What to warn of where answers do not fit: they are cut off before the verdict, and earn nothing."""
+        if self.answer <= max_new_tokens:
+            return None
+        even = "even of empty values" if self.least > max_new_tokens else "of two words a value"
+        needed = self.least if self.least > max_new_tokens else self.answer
+        return (
+            f"rollout.max-new-tokens: {max_new_tokens}; an answer {even} takes {needed} tokens and would be cut off "
+            f"before its verdict: give {self.answer} or more, or ask for fewer attributes"
+        )
+
+
+def measure(supervisor: Supervisor) -> Lengths:
+    """The lengths of `supervisor`'s prompt, by its model's tokenizer."""
+    prompt = supervisor.prompt
+
+    def count(text: str) -> int:
+        return len(supervisor.tokenizer.encode(text, add_special_tokens=False))
+
+    def answer(value: str) -> int:
+        described = dict.fromkeys(prompt.attributes, value)
+        return count(prompt.answer(described, described, value, "medium", value, same=False)) + 1
+
+    prefix = supervisor.prefix
+    return Lengths(len(prefix), prefix.images.numel(), count(prompt.instruction()), answer(VALUE), answer(""))
