@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from saga_fast.errors import InputError
 from saga_fast.supervisor.prompt import PROMPTS, Prompt
-from saga_fast.supervisor.verdict import Verdict, attribute_spans, attribute_tokens, parse, reward, tokens_by_attribute
+from saga_fast.supervisor.verdict import (
+    Span,
+    Verdict,
+    attribute_spans,
+    attribute_tokens,
+    parse,
+    reward,
+    tokens_by_attribute,
+)
+from saga_fast.tiny import SUPERVISOR
 
 PROMPT = Prompt(role="ornithologist", item="bird", verdict_key="same", attributes=("bill", "leg color"))
 RED, BLUE = {"bill": "long", "leg color": "red"}, {"bill": "long", "leg color": "blue"}
@@ -220,11 +230,11 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [*TOKENIZERS, "tiny supervisor"])
 @settings(max_examples=40, deadline=None)
 @given(a=VALUES | st.just(RED), b=VALUES | st.just({**BLUE, "bill": "a 猫 cat's"}))
 def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a, b):
-    tokenizer, text = TOKENIZERS[name], LAYOUTS[layout](answer(True, a, b))
+    tokenizer, text = TOKENIZERS.get(name, TINY), LAYOUTS[layout](answer(True, a, b))
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id]
     found, flat = tokens_by_attribute(ids, tokenizer, PROMPT), attribute_tokens(ids, tokenizer, PROMPT)
@@ -237,6 +247,78 @@ def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a,
         }
         assert tokens == expected
         assert everything == sorted(set().union(*expected.values()))
+
+
+SPELLED = Prompt(role="expert", item="bird", verdict_key="same", attributes=("bill", "Größe 猫", 'the "leg"'))
+TINY = AutoTokenizer.from_pretrained(SUPERVISOR)
+
+
+def spelled(a: dict, b: dict, layout: str, chance: random.Random) -> tuple[bytes, list[dict[str, Span]]]:
+    """A completion as UTF-8, and of each item attribute -> the bytes of its value, noted down while writing.
+
+    Each character of a value stands as itself or in one of its JSON escapes, by chance.
+    """
+    colon, comma = {"minified": (":", ","), "pretty": (" : ", ",\n\t")}.get(layout, (": ", ", "))
+    out = bytearray(b"Here it is:\n```json\n" if layout == "fenced" else b"")
+    spans: list[dict[str, Span]] = [{}, {}]
+
+    def character(c: str) -> str:
+        units = c.encode("utf-16-be").hex()
+        ways = ["".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))]
+        ways += [short for short, meant in (('\\"', '"'), ("\\\\", "\\"), ("\\/", "/"), ("\\n", "\n")) if meant == c]
+        ways += [c] * 3 if c >= " " and c not in '"\\' else []
+        return chance.choice(ways)
+
+    for number, (item, described) in enumerate((("bird_1", a), ("bird_2", b))):
+        out += f'{"{" if number == 0 else comma}"{item}"{colon}'.encode() + b"{"
+        for i, (name, value) in enumerate(described.items()):
+            out += f'{comma if i else ""}{json.dumps(name, ensure_ascii=False)}{colon}"'.encode()
+            start = len(out)
+            out += "".join(map(character, value)).encode()
+            spans[number][name] = (start, len(out))
+            out += b'"'
+        out += b"}"
+    out += f'{comma}"same"{colon}"yes"'.encode() + b"}" + (b"\n```" if layout == "fenced" else b"")
+    return bytes(out), spans
+
+
+def cut(text: bytes, tokenizer, chance: random.Random) -> tuple[list[int], list[int]]:
+    """One of the many ways to write `text` in the vocabulary, seldom the tokenizer's own: ids, and where each ends."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    symbols = "".join(byte_level.pre_tokenize_str(c)[0][0] for c in text.decode())  # one a byte
+    vocabulary, ids, ends = tokenizer.get_vocab(), [], [0]
+    while (at := ends[-1]) < len(text):
+        ends.append(chance.choice([end for end in range(at + 1, at + 9) if symbols[at:end] in vocabulary]))
+        ids.append(vocabulary[symbols[at : ends[-1]]])
+    return ids, ends[1:]
+
+
+@pytest.mark.parametrize("layout", ["one line", "minified", "pretty", "fenced"])
+@pytest.mark.parametrize("name", [*TOKENIZERS, "tiny supervisor"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), chance=st.randoms(use_true_random=False))
+def test_attribute_tokens_of_sampled_ids_are_those_a_walk_over_the_bytes_finds(layout, name, data, chance):
+    values = st.fixed_dictionaries(dict.fromkeys(SPELLED.attributes, HARD_TEXT | st.sampled_from(["long red", "né"])))
+    text, spans = spelled(data.draw(values), data.draw(values), layout, chance)
+    tokenizer = TOKENIZERS.get(name, TINY)
+    ids, ends = cut(text, tokenizer, chance)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text.decode()
+    expected = tuple(
+        {
+            attribute: [i for i, (s, e) in enumerate(zip([0, *ends], ends)) if max(s, start) < min(e, end)]
+            for attribute, (start, end) in item.items()
+        }
+        for item in spans
+    )
+    assert tokens_by_attribute(ids, tokenizer, SPELLED) == expected
+
+
+def test_sampled_ids_are_seldom_the_tokenizers_own():
+    text, _ = spelled(dict.fromkeys(SPELLED.attributes, "long red"), {}, "minified", random.Random(0))
+    for name in ("merged", "tiny supervisor"):
+        tokenizer = TOKENIZERS.get(name, TINY)
+        ways = {tuple(cut(text, tokenizer, random.Random(i))[0]) for i in range(20)}
+        assert len(ways) == 20 and tuple(tokenizer(text.decode())["input_ids"]) not in ways
 
 
 def test_merges_that_straddle_a_quote_are_exercised():
@@ -258,5 +340,5 @@ def test_attribute_tokens_survive_broken_utf8_and_unknown_ids():
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused():
     model = Tokenizer(models.WordLevel({"▁bird": 0, "<unk>": 1}, unk_token="<unk>"))
-    with pytest.raises(InputError, match="▁"):
+    with pytest.raises(InputError, match="▁.*pass --lambda.kl 0"):
         attribute_tokens([0], PreTrainedTokenizerFast(tokenizer_object=model), PROMPT)
