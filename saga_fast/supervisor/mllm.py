@@ -3,12 +3,16 @@
 Three kinds, a folder or a hub id each: Qwen3-VL; InternVL as transformers ships it; and the plain case, a ViT with a
 projector (LLaVA) before a dense Llama, Qwen2 or Qwen3 decoder. What cannot be run is told from the
 configuration, before any weight is read.
+
+A model's folder may come from anywhere, and loading it runs nothing of it: weights are safetensors, never pickles, and
+code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the layers, so such code could not be obeyed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +28,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import cached_file
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import BLOCK, FrozenDecoder
@@ -61,7 +66,7 @@ def load_mllm(
     Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
     """
     config = _configuration(name)
-    for reason in _objections(config):
+    for reason in chain(_objections(config), _pickles(name)):
         raise InputError(f"supervisor.model: {name} {reason}")
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
@@ -71,7 +76,7 @@ def load_mllm(
     try:
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(config)
-        settings = {"dtype": dtype, "device_map": device}
+        settings = {"dtype": dtype, "device_map": device, "trust_remote_code": False, "use_safetensors": True}
         if quantize and not hasattr(config, "quantization_config"):
             parts = [name for name, _ in skeleton.model.named_children()]
             settings["quantization_config"] = BitsAndBytesConfig(
@@ -85,10 +90,12 @@ def load_mllm(
         if missing := sorted(loaded["missing_keys"]):
             raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
         _expect_shapes(model, skeleton)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "file named model.safetensors" in str(error):
+            raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {_SAFETENSORS}") from None
         raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
     tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
     eos = model.generation_config.eos_token_id
@@ -106,18 +113,42 @@ def load_mllm(
 
 def _configuration(name: str | Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
+        if getattr(config, "auto_map", None) or "AutoTokenizer" in get_tokenizer_config(name).get("auto_map", {}):
+            raise ValueError("trust_remote_code")
+        return config
     except (OSError, ValueError) as error:
         if "gated" in str(error):
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
-            mend = (
-                "brings code of its own, which is not run; "
-                "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
-            )
+            mend = _OWN_CODE
         else:
             mend = f"is no model ({_first_line(error)}); give a folder or hub id"
         raise InputError(f"supervisor.model: {name} {mend}") from None
+
+
+_OWN_CODE = (
+    "brings code of its own, which is not run; "
+    "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
+)
+_SAFETENSORS = (
+    "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
+    "or convert it by transformers' save_pretrained if you trust it"
+)
+
+
+def _pickles(name: str | Path) -> Iterator[str]:
+    """Weight files that the index of a sharded checkpoint names, if they are not safetensors."""
+    if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
+        try:
+            files = set(json.loads(Path(index).read_text())["weight_map"].values())
+            bad = sorted(file for file in files if not file.endswith(".safetensors"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            yield f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} is malformed); restore the file"
+        else:
+            if bad:
+                yield f"names {bad[0]!r} among its weights; {_SAFETENSORS}"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:

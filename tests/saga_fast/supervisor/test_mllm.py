@@ -53,6 +53,10 @@ REFUSED = {
         llava() | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         "is quantised already, by 'bitsandbytes'; of quantised checkpoints those of bitsandbytes in NF4 are read",
     ),
+    "own code of a known kind": (
+        llava() | {"auto_map": {"AutoModelForImageTextToText": "code.Model"}},
+        "brings code of its own, which is not run; take the release",
+    ),
     "own code": (
         {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration.Config"}},
         "brings code of its own, which is not run; take the release .* whose name ends in -HF",
@@ -103,6 +107,46 @@ def test_weights_that_are_not_all_there_are_named(sharded, tmp_path):
     for quantize in (True, False):
         with pytest.raises(InputError, match="is not whole"):
             load_mllm(other, quantize)
+
+
+def test_code_and_pickles_in_a_folder_are_refused_and_never_run(sharded, tmp_path):
+    ran = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(InputError, match=message) as caught:
+            load_mllm(folder)
+        assert str(caught.value).startswith(f"supervisor.model: {folder} ") and not ran.exists()
+
+    pickles = "pickles .* are not read: take a release in safetensors, or convert it"
+    folder = shutil.copytree(sharded, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors*"))
+    for name in ("pytorch_model.bin", "model.bin", "pytorch_model-00001-of-00001.bin"):
+        torch.save({"weight": Payload()}, folder / name)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
+    refused(folder, "has no weights in safetensors files; " + pickles)
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    refused(folder, "has no weights in safetensors files; " + pickles)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "names 'pytorch_model-00001-of-00001.bin' among its weights; " + pickles)
+    for malformed in ("[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(malformed)
+        refused(folder, r"is not whole \(model.safetensors.index.json is malformed\)")
+
+    folder = shutil.copytree(sharded, tmp_path / "code")
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    for file, value in (
+        ("config.json", {"AutoConfig": "code.Config"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.Tokenizer", None]}),
+    ):
+        whole = (folder / file).read_text()
+        (folder / file).write_text(json.dumps({**json.loads(whole), "auto_map": value}))
+        refused(folder, "brings code of its own, which is not run")
+        (folder / file).write_text(whole)
+    load_mllm(folder)
 
 
 @pytest.mark.parametrize("family,tower", [("qwen3-vl", False), ("internvl", True)])
