@@ -10,9 +10,9 @@ Both sides: fp32, dense weights, 8 pairs that contribute (rewards are given, rig
 sampling, so neither side draws pairs it would drop), sampling at temperature 0.7 and top-p 0.95, language model frozen,
 tower trained by AdamW, token-level loss without KL. The metric loss and L_KL, which TRL lacks, are left out of ours.
 TRL generates for all 64 rows at once and learns in micro-batches of one group; it is tried with and without gradient
-checkpointing, and the faster one goes on. Before any timing both must agree, on TRL's own completions, on every log π
-and on the tower's gradient. Each measurement is a process of its own, ours and TRL's in turn; with `--json FILE` each
-is kept in FILE's .jsonl beside it, and an interrupted run goes on from there.
+checkpointing, and with a static cache, and the fastest one goes on. Before any timing both must agree, on TRL's own
+completions, on every log π and on the tower's gradient. Each measurement is a process of its own, ours and TRL's in
+turn; with `--json FILE` each is kept in FILE's .jsonl beside it, and an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from saga_kernels import group_advantage
 
 GOAL = 5.0  # times as fast as TRL
 LOG_PROB, GRADIENT = 1e-3, 1e-3  # nats, and of the gradient's norm: what fp32 may differ by
-RIVALS = {"TRL": False, "TRL, checkpointed": True}
+# Gradient checkpointing or not, and how `generate` holds keys and values.
+RIVALS = {"TRL": (False, None), "TRL, static cache": (False, "static"), "TRL, checkpointed": (True, None)}
 MEND = (
     "make it by `python -m venv trl && trl/bin/pip install torch torchvision trl`, and say --trl-python trl/bin/python"
 )
@@ -127,7 +128,7 @@ def check(python: Path, folder: Path, shape_name: str, mean: int, asked: str) ->
     work = [str(folder), shape_name, 1, mean]
     with tempfile.TemporaryDirectory() as scratch:
         file = f"{scratch}/trl.pt"
-        child("bench.step_trl:dump", file, *work, asked, SHAPES[shape_name].group, False, python=python)
+        child("bench.step_trl:dump", file, *work, asked, python=python)
         found = child("bench.step:compare", file, *work)
     agree = found["same_prompts"] and found["same_lengths"] and found["same_parameters"]
     assert agree and found["log_prob"] < LOG_PROB and found["gradient"] < GRADIENT, f"ours and TRL differ: {found}"
@@ -167,7 +168,7 @@ def main() -> None:
                 work = [str(folder), options.shape]
                 if side == "ours":
                     return child("bench.step:step", *work, shape.short)
-                work += [shape.pairs, shape.short, asked, shape.group, RIVALS[side]]
+                work += [shape.pairs, shape.short, asked, *RIVALS[side]]
                 return child("bench.step_trl:step", *work, python=python)
 
             figures = log.once({"shape": options.shape, "side": side, "repeat": repeat}, run)

@@ -1,7 +1,7 @@
 """One optimizer step of TRL's GRPOTrainer on pairs of images: the rival of `bench.step`, run by TRL's own Python.
 
 The strongest that a careful user would set up on a CPU: fp32, SDPA, language model frozen and vision tower trained, no
-reference model, one generation a step for all rollouts, and then micro-batches of as many rows as are asked for.
+reference model, one generation a step for all rollouts, and then micro-batches of one group's rows.
 """
 
 from __future__ import annotations
@@ -64,11 +64,19 @@ class Watch(TrainerCallback):
 
 
 def trainer(
-    folder: str, shape_name: str, pairs: int, mean: int, question: str, rows: int, checkpointing: bool, keep: bool
+    folder: str,
+    shape_name: str,
+    pairs: int,
+    mean: int,
+    question: str,
+    checkpointing: bool = False,
+    cache: str | None = None,
+    keep: bool = False,
 ) -> tuple[GRPOTrainer, Watch, dict[str, float]]:
     """The trainer of one step, what watches it, and where the seconds of `generate` will be found.
 
-    rows: of a micro-batch. keep: for the comparison: the gradient is kept, unclipped.
+    cache: how `generate` holds keys and values, transformers' own way unless given. keep: for the comparison the
+    gradient is kept, unclipped.
     """
     shape = SHAPES[shape_name]
     torch.manual_seed(0)
@@ -87,8 +95,8 @@ def trainer(
     config = GRPOConfig(
         output_dir=f"{folder}/trl", use_cpu=True, bf16=False, seed=0, report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, max_steps=1, shuffle_dataset=False,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=total // rows, generation_batch_size=total,
-        gradient_checkpointing=checkpointing, num_generations=shape.group, num_iterations=1,
+        per_device_train_batch_size=shape.group, gradient_accumulation_steps=pairs, generation_batch_size=total,
+        gradient_checkpointing=checkpointing, cache_implementation=cache, num_generations=shape.group, num_iterations=1,
         max_completion_length=max(map(max, lengths)), temperature=0.7, top_p=0.95, top_k=0,
         beta=0.0, loss_type="dapo", scale_rewards="group",
         learning_rate=2e-5, weight_decay=0.01, max_grad_norm=0.0 if keep else 1.0,
