@@ -27,13 +27,11 @@ from saga_fast.config import TINY, Config
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.images import to_pixels
-from saga_fast.losses.policy import token_coefficients
+from saga_fast.supervisor.credit import attention_by_attribute, gradient_by_attribute
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt_file import load_prompt
-from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
-from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds, differing
 from saga_kernels import group_advantage
@@ -95,45 +93,20 @@ def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted:
 
 def gradient_shares(supervisor, pair: VisualFeatures, completions, advantages, differ: list[str], share) -> None:
     """Share on tokens of attributes that differ: of the tokens, of the gradient at the token, and at the images."""
-    lengths = [len(completion) for completion in completions]
-    coefficients = token_coefficients(advantages, lengths, sum(lengths)).split(lengths)
-    where = [tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt) for completion in completions]
-    log_probs = supervisor.replay(pair, [Group(completions, coefficients, {})]).log_probs[0]
-
-    tokens, at_token, at_images = ({True: 0.0, False: 0.0} for _ in range(3))
-    for name in supervisor.prompt.attributes:
-        only = [torch.zeros_like(c) for c in coefficients]
-        for g, items in enumerate(where):
-            positions = [t for item in items for t in item.get(name, [])]
-            only[g][positions] = coefficients[g][positions]
-            tokens[name in differ] += len(positions)
-            at_token[name in differ] += float((only[g].abs() * (1 - log_probs[g].exp())).sum())
-        leaves = pair.detach()
-        for leaf in (leaves.tokens, *leaves.deepstack):
-            leaf.requires_grad_()
-        supervisor.replay(leaves, [Group(completions, only, {})])
-        squared = sum(leaf.grad.square().sum() for leaf in (leaves.tokens, *leaves.deepstack))
-        at_images[name in differ] += float(squared.sqrt())
-    for title, sums in (("tokens", tokens), ("gradient at the token", at_token), ("gradient at the images", at_images)):
-        if total := sums[True] + sums[False]:
-            share[f"{title}, on attributes that differ"].append(sums[True] / total)
+    credit = gradient_by_attribute(supervisor, pair, completions, advantages)
+    titles = {"tokens": "tokens", "at_token": "gradient at the token", "at_images": "gradient at the images"}
+    for field, title in titles.items():
+        if total := sum(getattr(of, field) for of in credit.values()):
+            on = sum(getattr(of, field) for name, of in credit.items() if name in differ)
+            share[f"{title}, on attributes that differ"].append(on / total)
 
 
 def attention_shares(supervisor, pair: VisualFeatures, completions, rewards, cells, share) -> None:
     """Share of each value token's attention, renormalised over its image, that its attribute's mask touches."""
-    described, names = {}, {}
-    for g in rewards.nonzero().flatten().tolist():
-        items = tokens_by_attribute(completions[g], supervisor.tokenizer, supervisor.prompt)
-        named = [[(name, t) for name, tokens in item.items() for t in tokens] for item in items]
-        if all(named):
-            described[g] = tuple([t for _, t in item] for item in named)
-            names[g] = [[name for name, _ in item] for item in named]
-    none = [torch.zeros(len(completion)) for completion in completions]
-    for entry in supervisor.replay(pair, [Group(completions, none, described)]).attention:
-        weights = (entry.weights / entry.weights.sum(1, keepdim=True)).numpy()
-        for name, row in zip(names[entry.rollout][entry.image], weights):
-            if name in cells[entry.image]:
-                share["attention target, inside the mask"].append(float(row[cells[entry.image][name]].sum()))
+    for entry in attention_by_attribute(supervisor, pair, completions, rewards.nonzero().flatten().tolist()):
+        if entry.attribute in cells[entry.image]:
+            inside = entry.weights.numpy()[:, cells[entry.image][entry.attribute]].sum(1)
+            share["attention target, inside the mask"] += inside.tolist()
 
 
 def main() -> None:

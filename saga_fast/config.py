@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import json
 import math
@@ -144,6 +145,8 @@ class LogConfig:
     """Steps between checkpoints."""
     gradients_every: int = 10
     """Steps between measurements of each loss term's gradient norm and of the cosine between them."""
+    samples_every: int | None = None
+    """Steps between samples of rollouts for the report; default the first step, the middle one and the last."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ class Config:
     """Weight of each loss term."""
     optim: OptimConfig = OptimConfig()
     log: LogConfig = LogConfig()
+    tracker: Literal["trackio", "wandb"] | None = None
+    """Show the run there too, if it is installed."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -195,6 +200,7 @@ class Config:
             ("rollout.max-new-tokens", self.rollout.max_new_tokens),
             ("rollout.max-batches", self.rollout.max_batches),
             ("log.checkpoint-every", self.log.checkpoint_every),
+            ("log.samples-every", self.log.samples_every),
             ("encoder.embedding-dim", self.encoder.embedding_dim),
         ):
             if count is not None and count < 1:
@@ -276,6 +282,11 @@ def parse(arguments: Sequence[str], restarted: bool = False) -> Invocation:
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is unknown; use one of {', '.join(PRESETS)}")
     parsed = _parse(arguments, PRESETS[preset])
+    if parsed.tracker and not importlib.util.find_spec(parsed.tracker):
+        raise InputError(
+            f"--tracker: {parsed.tracker} is not installed; `pip install {parsed.tracker}`, or leave --tracker out: "
+            "TensorBoard has it all"
+        )
     out = parsed.out or Path("runs") / preset
     config_file = out / "config.json"
     resume = parsed.resume or (restarted and config_file.is_file())

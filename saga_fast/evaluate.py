@@ -42,9 +42,13 @@ def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor
 
 
 def evaluate(encoder: Encoder, images: PixelLoader) -> dict[str, float]:
-    """`retrieval_metrics` of all images, each a query against all others. Measured by the first rank, told to all."""
-    embeddings = embed_all(encoder, images)
-    return distributed.everyone({} if distributed.rank() else retrieval_metrics(embeddings, images.labels))[0]
+    """`retrieval_metrics` of all images, each a query against all others."""
+    return score(embed_all(encoder, images), images.labels)
+
+
+def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """`retrieval_metrics`, computed by the first rank and told to all."""
+    return distributed.everyone({} if distributed.rank() else retrieval_metrics(embeddings, labels))[0]
 
 
 def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:

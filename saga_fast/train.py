@@ -7,7 +7,8 @@ pairs from it and lets the frozen language model describe and judge each pair G 
 wrong are kept, until there are K. C replays those with gradient: GRPO into the vision tower, attention alignment into
 the pooler. Left out, as the one update per draw is on policy: importance ratio, clipping, a reference model.
 
-A run's folder: config.json, metrics.jsonl (a line a step), final.json, encoder/, checkpoint/, TensorBoard events.
+A run's folder: config.json, metrics.jsonl (a line a step), final.json, encoder/, checkpoint/, report.html and what it
+shows, TensorBoard events.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from saga_fast.config import TINY, Config, parse
 from saga_fast.data import ClassBalancedSampler
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import exit_on_input_error
-from saga_fast.evaluate import evaluate, load_images, table
+from saga_fast.evaluate import embed_all, load_images, score, table
+from saga_fast.gallery import neighbours
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_target
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.run import Run
+from saga_fast.samples import describe, sampled_steps, sheet
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import Prompt
@@ -149,10 +152,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     if resume:
         run.restore()
     else:
-        run.begin(before=evaluate(encoder.eval(), test_images), prompt=prompt)
+        embeddings = embed_all(encoder.eval(), test_images)
+        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt)
     distributed.check_alike(encoder, dml)
     encoder.train()
     batches = train_images.stream(sampler)
+    sampled = sampled_steps(steps, config.log.samples_every)
     progress = tqdm(
         range(run.step, steps),
         "training",
@@ -208,6 +213,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
             distributed.add_up(gradient_dml)
             log |= gradient_terms(encoder, parameters, gradient_dml)
 
+        if buffer and step in sampled and distributed.rank() == 0:
+            run.sample(step, describe(supervisor, encoder, buffer, autocast), sheet(buffer))
+
         # ── Update ──────────────────────────────────────────────────────────────────────────────────────────────────
         norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip).item()
         losses = [value for name, value in log.items() if name.startswith("loss_")]
@@ -242,7 +250,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     if supervisor and supervisor.decoder.fingerprint() != frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
-    return run.finish(after=evaluate(encoder.eval(), test_images), supervisor=frozen)
+    embeddings = embed_all(encoder.eval(), test_images)
+    after = score(embeddings, test_images.labels)
+    return run.finish(after, frozen, test_images, neighbours(embeddings))
 
 
 def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
@@ -409,7 +419,7 @@ def main() -> None:
         if speaks:
             rows = {when: final[when] for when in ("before", "after")}
             print(f"\nRetrieval on classes never seen in training, per cent\n{table(rows)}")
-            print(f"\nrun: {out}   encoder: {out / 'encoder'}")
+            print(f"\nrun: {out}   encoder: {out / 'encoder'}   report: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

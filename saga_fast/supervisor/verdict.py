@@ -162,7 +162,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 
 
-def _token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
+def token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
     """The bytes each token writes. An id the tokenizer does not know (a padded row of the head) writes none."""
     added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
     try:
@@ -186,7 +186,7 @@ def tokens_by_attribute(
     several tokens, and a token may hold a quote and the start of a value: it counts. One that only touches the quotes
     does not. Raises InputError if the tokenizer is not byte-level.
     """
-    pieces = _token_bytes(token_ids, tokenizer)
+    pieces = token_bytes(token_ids, tokenizer)
     ends = list(accumulate(map(len, pieces)))
     text = b"".join(pieces).decode("utf-8", "surrogateescape")  # one character for each stray byte: nothing shifts
     byte_at = [0, *accumulate(len(character.encode("utf-8", "surrogateescape")) for character in text)]

@@ -62,6 +62,10 @@ def test_a_run_leaves_what_it_promises(unbroken):
         0
     ].keys()
     assert list(out.glob("events.out.tfevents*"))
+    assert len((out / "telemetry.jsonl").read_text().splitlines()) == 4
+    assert list((out / "samples").glob("step-*.json")) and (out / "gallery/gallery.jpg").exists()
+    page = (out / "report.html").read_text()
+    assert all(f'<section id="{name}">' in page for name in ("figures", "gallery", "curves", "attention", "rollouts"))
     assert Encoder.from_pretrained(out / "encoder").image_size == 112
     assert f"{100 * final['after']['recall_at_1']:.2f}" in (out / "encoder" / "README.md").read_text()
 
@@ -106,6 +110,8 @@ def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path, monkeypa
     ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (out, unbroken[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert lines(out) == lines(unbroken[0])
+    shown = [{path.name: path.read_bytes() for path in (run / "samples").iterdir()} for run in (out, unbroken[0])]
+    assert shown[0] == shown[1]
 
 
 def test_a_resumed_run_asks_what_it_began_with(tmp_path, capsys):

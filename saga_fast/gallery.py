@@ -1,0 +1,94 @@
+"""What retrieval looks like: queries of the test half with their five nearest, before training and after.
+
+`RUN/gallery/before.npy` holds every image's neighbours before anything is trained, int32 (n, 5), as only the end of the
+run tells which queries are worth showing: those that were wrong and became right, those still wrong, those spoilt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from saga_fast.data import PixelLoader
+from saga_fast.metrics import nearest
+
+NEIGHBOURS = 5
+ROWS = {"fixed": 8, "still_wrong": 6, "spoilt": 4}  # queries shown of each kind, at most
+THUMBNAIL = 96  # pixels a side
+COLUMNS = 16  # thumbnails in a row of the sheet
+
+
+def neighbours(embeddings: Tensor) -> Tensor:
+    """int32 (n, 5): of each row the others of largest inner product, best first; fewer columns where n < 6."""
+    rows = torch.arange(len(embeddings), device=embeddings.device)
+    found = [nearest(embeddings, part, min(NEIGHBOURS, len(rows) - 1)) for part in rows.split(1024)]
+    return torch.cat(found).int().cpu()
+
+
+def compare(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """Queries by what became of their first neighbour: kept (right both times), and the kinds of `ROWS`.
+
+    labels: (n,); before, after: as `neighbours` gives them. An image alone in its class is no query.
+    """
+    _, classes, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    findable = sizes[classes] > 1
+    was, became = (labels[first[:, 0].long()] == labels for first in (before, after))
+    kinds = {"kept": was & became, "fixed": ~was & became, "still_wrong": ~was & ~became, "spoilt": was & ~became}
+    return {kind: (rows & findable).nonzero().flatten() for kind, rows in kinds.items()}
+
+
+def gallery(images: PixelLoader, before: Tensor, after: Tensor) -> tuple[dict[str, Any], Image.Image]:
+    """(what gallery.json holds, the sheet of thumbnails).
+
+    counts: queries of each kind; classes: names; cells: (image, class) of each thumbnail, in reading order; rows: by
+    kind {query, before, after} in cells; columns: thumbnails in a row of the sheet.
+    """
+    kinds = compare(images.labels, before, after)
+    cells: dict[int, int] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for kind, count in ROWS.items():
+        queries = kinds[kind]
+        spread = torch.linspace(0, len(queries) - 1, min(count, len(queries))).round().long()  # over all classes alike
+        rows[kind] = [
+            {
+                "query": cells.setdefault(query, len(cells)),
+                "before": [cells.setdefault(i, len(cells)) for i in before[query].tolist()],
+                "after": [cells.setdefault(i, len(cells)) for i in after[query].tolist()],
+            }
+            for query in queries[spread].tolist()
+        ]
+    picture = Image.new("RGB", (COLUMNS * THUMBNAIL, max(1, -(-len(cells) // COLUMNS)) * THUMBNAIL))
+    for index, cell in cells.items():
+        whole = Image.fromarray(images.batch([index]).pixels[0].permute(1, 2, 0).contiguous().numpy())
+        thumbnail = whole.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        picture.paste(thumbnail, (cell % COLUMNS * THUMBNAIL, cell // COLUMNS * THUMBNAIL))
+    described = {
+        "counts": {kind: len(queries) for kind, queries in kinds.items()},
+        "classes": images.dataset.classes,
+        "cells": [(index, int(images.labels[index])) for index in cells],
+        "columns": COLUMNS,
+        "rows": rows,
+    }
+    return described, picture
+
+
+def as_rows(described: dict[str, Any], thumbnails: Image.Image) -> Image.Image:
+    """`gallery`'s rows as one picture: query, neighbours before, neighbours after; right ones green, wrong ones red."""
+    rows = [row for kind in described["rows"].values() for row in kind]
+    cells, edge, side = described["cells"], 3, THUMBNAIL + 6
+    picture = Image.new("RGB", ((2 * NEIGHBOURS + 2) * side, max(1, len(rows)) * side), "white")
+    for y, row in enumerate(rows):
+        for x, cell in enumerate([row["query"], *row["before"], None, *row["after"]]):
+            if cell is None:  # a gap between before and after
+                continue
+            left, top = cell % COLUMNS * THUMBNAIL, cell // COLUMNS * THUMBNAIL
+            right = cells[cell][1] == cells[row["query"]][1]
+            color = "white" if x == 0 else "#1a7f37" if right else "#cf222e"
+            framed = ImageOps.expand(
+                thumbnails.crop((left, top, left + THUMBNAIL, top + THUMBNAIL)), border=edge, fill=color
+            )
+            picture.paste(framed, (x * side, y * side))
+    return picture

@@ -1,0 +1,313 @@
+"""From a run's files to the values that page.html shows. Jinja escapes them all: what a model wrote is text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from saga_fast.errors import InputError
+from saga_fast.report.chart import Chart, chart, short
+
+FIGURES = {
+    "recall_at_1": "Recall@1",
+    "recall_at_2": "Recall@2",
+    "recall_at_4": "Recall@4",
+    "recall_at_8": "Recall@8",
+    "map_at_r": "MAP@R",
+    "r_precision": "R-precision",
+    "nmi": "NMI",
+}
+
+# title, unit, does the axis begin at zero, field of metrics.jsonl or telemetry.jsonl -> name
+CHARTS = (
+    ("Metric loss", "loss", False, {"loss_dml": "DML"}),
+    ("Policy loss", "loss", False, {"loss_lm": "GRPO"}),
+    ("Attention alignment", "nats", False, {"loss_kl": "KL"}),
+    ("Reward", "share right", True, {"reward_same": "same class", "reward_different": "different class"}),
+    ("Well-formed answers", "share", True, {"well_formed": "well formed"}),
+    (
+        "Pairs a step",
+        "pairs",
+        True,
+        {"pairs_drawn": "drawn", "pairs_contributing": "contributing", "pairs_replayed": "replayed"},
+    ),
+    ("Length of an answer", "tokens", True, {"completion_tokens": "mean"}),
+    ("Gradient norm before clipping", "norm", True, {"grad_norm": "all"}),
+    ("Gradient norm in the tower", "norm", True, {"grad_tower_dml": "DML", "grad_tower_lm": "GRPO"}),
+    ("Gradient norm in the pooler", "norm", True, {"grad_pooler_dml": "DML", "grad_pooler_kl": "KL"}),
+    (
+        "Cosine of the terms' gradients",
+        "cosine",
+        False,
+        {"cosine_tower_dml_lm": "DML, GRPO (tower)", "cosine_pooler_dml_kl": "DML, KL (pooler)"},
+    ),
+    ("Learning rate of the encoder", "", True, {"lr": "rate"}),
+    ("GPU power", "watts", True, {"gpu_power_watts": "power"}),
+    ("GPU load", "share", True, {"gpu_utilisation": "load"}),
+    ("Energy a step", "joules", True, {"gpu_joules": "GPU"}),
+)
+
+KINDS = {
+    "fixed": "Wrong before, right after",
+    "still_wrong": "Wrong before and after",
+    "spoilt": "Right before, wrong after",
+}
+SHADES = 5  # of a token's share in the gradient, each half of the next
+
+
+class Sprite(NamedTuple):
+    """A sheet of equal pictures, embedded once as the CSS class `name`; `rule` is that class."""
+
+    name: str
+    columns: int
+    rows: int
+    rule: Markup
+
+    def at(self, cell: int) -> Markup:
+        """CSS that shows one picture, counted in reading order."""
+        x, y = cell % self.columns, cell // self.columns
+        place = [100 * i / max(1, n - 1) for i, n in ((x, self.columns), (y, self.rows))]
+        return Markup(f"background-position:{place[0]:.4g}% {place[1]:.4g}%")
+
+
+def write_report(run: Path) -> Path:
+    """Writes `run`/report.html and returns its path. Raises InputError if `run` is no run, or names its broken file."""
+    if not (run / "config.json").is_file():
+        raise InputError(f"{run}: holds no config.json; give the folder of a run")
+    described, final = _read(run / "config.json"), _read(run / "final.json")
+    metrics, telemetry = _lines(run / "metrics.jsonl"), _lines(run / "telemetry.jsonl")
+    sprites: list[Sprite] = []
+    samples = [_sample(path, sprites) for path in sorted((run / "samples").glob("step-*.json"))]
+
+    folder = Environment(
+        loader=PackageLoader("saga_fast.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    script = folder.loader.get_source(folder, "page.js")[0]
+    page = folder.get_template("page.html").render(
+        name=run.resolve().name,
+        described=described,
+        config=json.dumps(described.get("config"), indent=2),
+        final=final,
+        figures=_figures(final) if final else [],
+        gallery=_gallery(run / "gallery", sprites),
+        charts=[drawn for drawn in (_chart(metrics + telemetry, *one) for one in CHARTS) if drawn],
+        samples=samples,
+        steps=len(metrics),
+        phases=_phases(metrics),
+        phase_chart=_phase_chart(metrics),
+        machine=_machine(telemetry),
+        sprites=sprites,
+        style=Markup(folder.loader.get_source(folder, "page.css")[0]),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        shades=range(1, SHADES + 1),
+    )
+    aside = run / ".report.html.partial"
+    aside.write_text(page, encoding="utf-8")
+    os.replace(aside, run / "report.html")
+    return run / "report.html"
+
+
+def _read(path: Path) -> Any:
+    """A JSON file, or None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); restore it, or remove it and make the report again"
+        ) from None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """A file with a JSON object a line. A run that is still going, or was killed, may leave half a line at the end."""
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise InputError(f"{path}: a line is no JSON ({error}); remove that line") from None
+
+
+def _sprite(path: Path, side: int | None, sprites: list[Sprite]) -> Sprite:
+    """side: pixels of one picture; None if there are two in a row."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+    except OSError as error:
+        raise InputError(f"{path}: is no picture ({error}); remove what stands beside it too") from None
+    side = side or width // 2
+    name, data = f"sheet{len(sprites)}", base64.b64encode(path.read_bytes()).decode()
+    columns, rows = width // side, height // side
+    rule = f".{name}{{background-image:url(data:image/jpeg;base64,{data});background-size:{columns}00% {rows}00%}}"
+    sprites.append(Sprite(name, columns, rows, Markup(rule)))
+    return sprites[-1]
+
+
+def _figures(final: dict[str, Any]) -> list[dict[str, Any]]:
+    before, after = final["before"], final["after"]
+    return [
+        {"name": title, "before": 100 * before[key], "after": 100 * after[key]}
+        for key, title in FIGURES.items()
+        if key in before and key in after
+    ]
+
+
+def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
+    described = _read(folder / "gallery.json")
+    if described is None:
+        return None
+    with Image.open(folder / "gallery.jpg") as picture:
+        side = picture.width // described["columns"]
+    sprite = _sprite(folder / "gallery.jpg", side, sprites)
+
+    def shown(cell: int, query: int | None = None) -> dict[str, Any]:
+        label = described["cells"][cell][1]
+        right = None if query is None else label == described["cells"][query][1]
+        return {"place": sprite.at(cell), "class": described["classes"][label], "right": right}
+
+    rows = {
+        KINDS[kind]: [
+            {
+                "query": shown(row["query"]),
+                "before": [shown(cell, row["query"]) for cell in row["before"]],
+                "after": [shown(cell, row["query"]) for cell in row["after"]],
+            }
+            for row in rows
+        ]
+        for kind, rows in described["rows"].items()
+    }
+    counts = described["counts"]
+    titles = {KINDS[kind]: counts[kind] for kind in KINDS}
+    return {"sprite": sprite, "rows": rows, "counts": titles, "kept": counts["kept"], "queries": sum(counts.values())}
+
+
+def _chart(lines: list[dict[str, Any]], title: str, unit: str, zero: bool, fields: dict[str, str]) -> Chart | None:
+    found = [(name, [line for line in lines if field in line], field) for field, name in fields.items()]
+    series = [(name, [line["step"] for line in has], [line[field] for line in has]) for name, has, field in found]
+    return chart(title, series, unit, zero)
+
+
+def _phase_fields(metrics: list[dict[str, Any]]) -> dict[str, str]:
+    fields = dict.fromkeys(field for line in metrics for field in line if field.startswith("seconds_"))
+    return {field: field.removeprefix("seconds_").replace("_", " ") for field in fields}
+
+
+def _phases(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    spent = {name: [line[f] for line in metrics if f in line] for f, name in _phase_fields(metrics).items()}
+    total = sum(map(sum, spent.values())) or 1.0
+    return [
+        {"name": name, "total": sum(of), "median": statistics.median(of), "share": 100 * sum(of) / total}
+        for name, of in spent.items()
+    ]
+
+
+def _phase_chart(metrics: list[dict[str, Any]]) -> Chart | None:
+    return _chart(metrics, "Time a step", "seconds", True, _phase_fields(metrics))
+
+
+def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the run cost, as (name, figure with its unit)."""
+    of = {field: [line[field] for line in telemetry if field in line] for line in telemetry for field in line}
+    told = {
+        "Peak memory of the process": ("memory_peak_rss_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
+        "Processor time": ("seconds_cpu", lambda v: f"{sum(v):,.0f} s, {statistics.median(v):.1f} s a step"),
+        "GPU memory at most": ("gpu_memory_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
+        "GPU power": ("gpu_power_watts", lambda v: f"{statistics.mean(v):.0f} W on average, {max(v):.0f} W at most"),
+        "GPU load": ("gpu_utilisation", lambda v: f"{100 * statistics.mean(v):.0f} % on average"),
+        "GPU energy": ("gpu_joules", lambda v: f"{sum(v) / 1e3:,.1f} kJ, {short(statistics.mean(v))} J a step"),
+    }
+    return [(name, tell(of[field])) for name, (field, tell) in told.items() if of.get(field)]
+
+
+def _sample(path: Path, sprites: list[Sprite]) -> dict[str, Any]:
+    described = _read(path)
+    sprite = _sprite(path.with_suffix(".jpg"), None, sprites)
+    pairs = [_pair(described, pair, sprite, 2 * i) for i, pair in enumerate(described["pairs"])]
+    return {
+        "step": described["step"],
+        "sprite": sprite,
+        "pairs": pairs,
+        "shown": next((p for p in pairs if p["maps"]), None),
+    }
+
+
+def _pair(described: dict[str, Any], pair: dict[str, Any], sprite: Sprite, cell: int) -> dict[str, Any]:
+    rollouts = [_rollout(rollout) for rollout in pair["rollouts"]]
+    shares = dict.fromkeys(described["attributes"], 0.0)
+    for rollout in pair["rollouts"]:
+        for _, name, at in rollout["attributes"]:
+            shares[name] += sum(rollout["gradient"][t] for t in at)
+    largest = max(shares.values(), default=0) or 1.0
+    bars = [
+        {"name": name, "share": 100 * share, "width": 100 * share / largest}
+        for name, share in sorted(shares.items(), key=lambda item: -item[1])
+    ]
+    rest = 100 * (1 - sum(shares.values())) if bars else None
+    places = [sprite.at(cell), sprite.at(cell + 1)]
+    maps = [_maps(described, pair, image, place) for image, place in enumerate(places)] if pair["attention"] else None
+    return {"same": pair["same"], "places": places, "rollouts": rollouts, "bars": bars, "rest": rest, "maps": maps}
+
+
+def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Markup) -> dict[str, Any]:
+    """Of one image: where the supervisor looked, attribute by attribute and on average, and where the pooler looks."""
+    attention, grid = pair["attention"]["images"][image], described["grid"]
+    rollout = pair["rollouts"][pair["attention"]["rollout"]]
+    said = {
+        name: "".join(rollout["tokens"][t] for t in at) for item, name, at in rollout["attributes"] if item == image
+    }
+    mean = [sum(column) / len(attention) for column in zip(*attention.values())]
+    return {
+        "item": described["items"][image].replace("_", " "),
+        "place": place,
+        "mean": _heat(mean, grid) if attention else None,
+        "beta": _heat(pair["beta"][image], grid) if pair["beta"] else None,
+        "attributes": [
+            {"name": name, "said": said.get(name, ""), "heat": _heat(weights, grid)}
+            for name, weights in attention.items()
+        ],
+    }
+
+
+def _heat(weights: list[float], grid: tuple[int, int]) -> str:
+    """A PNG, as a data URI, of one pixel a token: orange, the more opaque the larger its weight."""
+    peak = max(weights) or 1.0
+    alpha = bytes(round(215 * max(0.0, w) / peak) if math.isfinite(w) else 0 for w in weights)
+    rows, columns = grid
+    picture = Image.new("RGBA", (columns, rows), (245, 80, 0, 0))
+    picture.putalpha(Image.frombytes("L", (columns, rows), alpha))
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _rollout(rollout: dict[str, Any]) -> dict[str, Any]:
+    """parts: the answer cut where an attribute's value begins or ends: {name, share, tokens: (text, shade)}."""
+    owner = {t: (item, name) for item, name, at in rollout["attributes"] for t in at}
+    largest = max((rollout["gradient"][t] for t in owner), default=0) or 1.0
+    parts: list[dict[str, Any]] = []
+    last = None
+    for t, (text, gradient) in enumerate(zip(rollout["tokens"], rollout["gradient"], strict=True)):
+        of = owner.get(t)
+        if not parts or of != last:
+            parts.append({"name": of and of[1], "share": 0.0, "tokens": []})
+        # Shade 5 is more than half of the largest share, 4 more than a quarter, and so on.
+        shade = max(0, math.ceil(SHADES + math.log2(gradient / largest))) if of and gradient > 0 else 0
+        parts[-1]["share"] += 100 * gradient
+        parts[-1]["tokens"].append((text, shade))
+        last = of
+    for part in parts:
+        if part["name"] is None:
+            part["tokens"] = [("".join(text for text, _ in part["tokens"]), 0)]
+    return {**rollout, "parts": parts, "count": len(rollout["tokens"])}

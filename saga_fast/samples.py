@@ -1,0 +1,141 @@
+"""What a step did, kept to be looked at: a few of its contributing pairs, the answers to them, and who looked where.
+
+`RUN/samples/step-NNNNNN.json` (documented at `describe`) and beside it a JPEG with the pairs' images, a pair a row.
+Nothing here draws a random number or touches a gradient: a run with samples ends in the same bytes as one without.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.errors import InputError
+from saga_fast.losses.policy import token_coefficients
+from saga_fast.supervisor.credit import attention_by_attribute, gradient_at_tokens
+from saga_fast.supervisor.replay import Group
+from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.supervisor.verdict import parse, token_bytes, tokens_by_attribute
+
+PAIRS = 4  # of a step, at most
+
+
+def sampled_steps(steps: int, every: int | None) -> set[int]:
+    """Which of so many steps are sampled: every so many and the last, or the first, the middle and the last."""
+    return {*(range(0, steps, every) if every else (0, steps // 2)), steps - 1}
+
+
+def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], autocast) -> dict[str, Any]:
+    """Plain values about the first few of a step's contributing `pairs` (as train.py buffers them), under the weights
+    that sampled them:
+
+    attributes, items: the prompt's; grid: rows, columns of an image's tokens; pairs: for each
+      same        whether the images are of one class
+      beta        the pooler's attention, two lists of N; None for a pooler without
+      attention   {rollout, images: two of attribute -> N}: ᾱ of each attribute's tokens, of the first rewarded rollout
+                  that describes both images; None if none does
+      rollouts    for each: tokens (their text), gradient (each token's |A (1 - π)|, as a share of the pair's),
+                  attributes (item, name, positions), verdict (yes, no or None), well_formed, reward, advantage,
+                  log_prob (the mean of a token)
+    """
+    pairs = pairs[:PAIRS]
+    with torch.no_grad(), autocast:
+        features = encoder.tower(torch.cat([pair.pixels for pair in pairs]))
+        beta = encoder.pooler.attention(features.tokens) if encoder.pooler.kind == "attention" else None
+    prompt, described = supervisor.prompt, []
+    for i, pair in enumerate(pairs):
+        images = torch.tensor([2 * i, 2 * i + 1], device=features.tokens.device)
+        described.append(
+            {
+                "beta": None if beta is None else _rounded(beta[images]),
+                **_describe_pair(supervisor, features.select(images), pair),
+            }
+        )
+    return {
+        "attributes": prompt.attributes,
+        "items": prompt.item_keys,
+        "grid": encoder.tower.grid(encoder.image_size, encoder.image_size),
+        "pairs": described,
+    }
+
+
+def _describe_pair(supervisor: Supervisor, features: VisualFeatures, pair: Any) -> dict[str, Any]:
+    lengths = [len(completion) for completion in pair.completions]
+    coefficients = token_coefficients(pair.advantages, lengths, sum(lengths)).split(lengths)
+    log_probs = supervisor.replay(features.detach(), [Group(pair.completions, coefficients, {})]).log_probs[0]
+    gradients = [gradient_at_tokens(c.to(p), p) for c, p in zip(coefficients, log_probs)]
+    total = sum(float(gradient.sum()) for gradient in gradients) or 1.0
+
+    rollouts, rewarded, same = [], [], None
+    for g, completion in enumerate(pair.completions):
+        text, attributes = _read(completion, supervisor)
+        verdict, reward = parse(supervisor.text(completion), supervisor.prompt), float(pair.rewards[g])
+        if reward:
+            same = verdict.same
+            rewarded += [g] if attributes else []
+        rollouts.append(
+            {
+                "tokens": text,
+                "gradient": _rounded(gradients[g] / total),
+                "attributes": attributes,
+                "verdict": None if verdict is None else ("no", "yes")[verdict.same],
+                "well_formed": verdict is not None and verdict.well_formed,
+                "reward": reward,
+                "advantage": float(pair.advantages[g]),
+                "log_prob": float(log_probs[g].mean()),
+            }
+        )
+    attention: dict[str, Any] | None = None
+    for entry in attention_by_attribute(supervisor, features, pair.completions, rewarded):
+        attention = attention or {"rollout": entry.rollout, "images": [{}, {}]}
+        if entry.rollout == attention["rollout"]:
+            attention["images"][entry.image][entry.attribute] = _rounded(entry.weights.mean(0))
+    return {"same": same, "attention": attention, "rollouts": rollouts}
+
+
+def _read(completion: Sequence[int], supervisor: Supervisor) -> tuple[list[str], list[tuple[int, str, list[int]]]]:
+    """The text of each token, and where which attribute is described."""
+    try:
+        # A character spread over several tokens is written by the last of them.
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        text = [utf8.decode(piece) for piece in token_bytes(completion, supervisor.tokenizer)]
+        items = tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt)
+    except InputError:  # not byte-level, which only attribute tokens need
+        return [supervisor.tokenizer.decode([token]) for token in completion], []
+    return text, [(item, name, at) for item, found in enumerate(items) for name, at in found.items() if at]
+
+
+def _rounded(values: Tensor) -> list:
+    """Nested lists of four significant digits: what a picture shows."""
+    if values.dim() > 1:
+        return [_rounded(row) for row in values]
+    return [float(f"{value:.4g}") for value in values.tolist()]
+
+
+def sheet(pairs: Sequence[Any]) -> Tensor:
+    """uint8 (rows, columns, 3): the images of the pairs that `describe` takes, a pair a row."""
+    pixels = torch.stack([pair.pixels for pair in pairs[:PAIRS]]).cpu()  # (P, 2, 3, S, S)
+    return pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).contiguous()
+
+
+def overlays(described: dict[str, Any], sheet: Tensor) -> Image.Image | None:
+    """Of the first pair with an attention target: a row an image, as it is, under the mean ᾱ, under the pooler's β."""
+    for i, pair in enumerate(described["pairs"]):
+        if pair["attention"] and pair["beta"]:
+            side = sheet.shape[1] // 2
+            images = sheet[i * side : (i + 1) * side].unflatten(1, (2, side)).transpose(0, 1)  # (2, S, S, 3)
+            pictures = [images]
+            target = [torch.tensor(list(image.values())).mean(0).tolist() for image in pair["attention"]["images"]]
+            for weights in (target, pair["beta"]):
+                heat = torch.tensor(weights).unflatten(1, described["grid"])[:, None]
+                heat = F.interpolate(heat / heat.amax((1, 2, 3), True), (side, side), mode="bilinear")
+                heat = 0.75 * heat.permute(0, 2, 3, 1)
+                pictures.append(((1 - heat) * images + heat * torch.tensor([240.0, 70.0, 0.0])).byte())
+            return Image.fromarray(torch.cat([picture.flatten(0, 1) for picture in pictures], 1).numpy())
+    return None

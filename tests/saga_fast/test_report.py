@@ -1,0 +1,330 @@
+"""The page of a run: whole in one file, what a model wrote only text, usable by keyboard, in a real browser too."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from saga_fast.config import PRESETS
+from saga_fast.gallery import compare, gallery, neighbours
+from saga_fast.report import write_report
+from saga_fast.report.chart import chart
+from saga_fast.samples import sampled_steps
+
+EVIL = '</p><script>document.title="owned"</script><img src=x onerror="document.title=1">&amp;"\''
+GRID = (2, 3)
+VOID = {"meta", "img", "br", "link"}
+
+
+class Pictures:
+    """Twelve plain pictures of four classes, as a loader of pixels has them."""
+
+    labels = torch.arange(4).repeat_interleave(3)
+    dataset = type("Birds", (), {"classes": ["wren", "owl & co", f"bird {EVIL}", "tern"]})
+
+    def batch(self, indices):
+        pixels = torch.stack([torch.full((3, 8, 8), 20 * i, dtype=torch.uint8) for i in indices])
+        return type("Batch", (), {"pixels": pixels})
+
+
+def rollout(verdict: str | None, reward: float, tokens: list[str], attributes: list) -> dict:
+    share = [1 / (2 * len(tokens))] * len(tokens)
+    return {
+        "tokens": tokens,
+        "gradient": share,
+        "attributes": attributes,
+        "verdict": verdict,
+        "well_formed": reward > 0,
+        "reward": reward,
+        "advantage": 2 * reward - 1,
+        "log_prob": -0.25,
+    }
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run's folder made by hand, with markup in every text that comes from outside."""
+    out = tmp_path / "birds <b>"
+    (out / "samples").mkdir(parents=True)
+    (out / "gallery").mkdir()
+    config = PRESETS["drawn-birds"].to_dict()
+    config["supervisor"]["model"] = EVIL
+    described = {"config": config, "versions": {"torch": "2"}, "commit": None}
+    (out / "config.json").write_text(json.dumps(described))
+    lines = [
+        {"step": i, "loss_dml": 2 - i / 10, "reward_same": 0.5, "seconds_replay": 1.0, "seconds_roll_out": 3.0}
+        for i in range(20)
+    ]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo')
+    cost = [{"step": i, "seconds_cpu": 2.0, "memory_peak_rss_bytes": 2**30} for i in range(20)]
+    (out / "telemetry.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cost))
+    before, after = {"recall_at_1": 0.25, "nmi": 0.5}, {"recall_at_1": 0.75, "nmi": 0.5}
+    (out / "final.json").write_text(json.dumps({"before": before, "after": after}))
+    tokens = ["{", '"crown', " red", EVIL, "}"]
+    uniform = [1 / 6] * 6
+    pair = {
+        "same": False,
+        "beta": [uniform, uniform],
+        "attention": {"rollout": 0, "images": [{EVIL: uniform, "crown": [0, 0, 1, 0, 0, 0]}, {EVIL: uniform}]},
+        "rollouts": [
+            rollout("no", 1.0, tokens, [(0, "crown", [2]), (1, EVIL, [3])]),
+            rollout(None, 0.0, [EVIL], []),
+        ],
+    }
+    sample = {"attributes": ["crown", EVIL], "items": ["bird_1", "bird_2"], "grid": GRID, "pairs": [pair, pair]}
+    for step in (0, 19):
+        (out / f"samples/step-{step:06d}.json").write_text(json.dumps({"step": step, **sample}))
+        Image.new("RGB", (16, 16), (90, 120, 40)).save(out / f"samples/step-{step:06d}.jpg")
+    found = torch.tensor([[(i + 1) % 12, (i + 5) % 12] for i in range(12)])
+    described, sheet = gallery(Pictures(), found, (torch.arange(12) // 3 * 3)[:, None] + torch.tensor([[1, 2]]))
+    sheet.save(out / "gallery/gallery.jpg")
+    (out / "gallery/gallery.json").write_text(json.dumps(described))
+    return out
+
+
+class Outline(html.parser.HTMLParser):
+    """Elements with their attributes, and the text of each; fails where tags do not close as they opened."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):  # SVG
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append((self.open[-1] if self.open else "", data))
+
+    def every(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def page(run) -> str:
+    return write_report(run).read_text()
+
+
+def test_nothing_from_outside_is_markup(page):
+    outline = Outline(page)
+    (script,) = (text for tag, text in outline.text if tag == "script")
+    assert "owned" not in script, "an answer became a script"
+    assert "owned" in "".join(text for tag, text in outline.text if tag != "script"), "the answer is not shown"
+    assert page.count(EVIL) == 0
+    assert not [a for _, a in outline.elements for name in a if name.startswith("on")]
+    # Should something slip through, the browser runs the page's own script alone.
+    policy = next(a["content"] for a in outline.every("meta") if "content" in a and "script-src" in a["content"])
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_one_file_holds_it_all(page):
+    outline = Outline(page)
+    addresses = [a[k] for _, a in outline.elements for k in ("src", "href") if k in a]
+    assert all(address.startswith(("#", "data:")) for address in addresses)
+    assert all(url.startswith("data:image/") for url in re.findall(r"url\(([^)]*)", page))
+    assert not re.search(r"@import|<link|//cdn|https?://", page)
+    targets = {a["id"] for _, a in outline.elements if "id" in a}
+    assert {a["href"][1:] for a in outline.every("a")} <= targets
+
+
+def test_keyboards_and_screen_readers_find_their_way(page):
+    outline = Outline(page)
+    ids = Counter(a["id"] for _, a in outline.elements if "id" in a)
+    assert max(ids.values()) == 1
+    tabs = [a for a in outline.every("button") if a.get("role") == "tab"]
+    panels = {a["id"]: a for _, a in outline.elements if a.get("role") == "tabpanel"}
+    assert len(tabs) == len(panels) == 2 + 4 + 8  # steps, pairs, answers
+    for tab in tabs:
+        assert panels[tab["aria-controls"]]["aria-labelledby"] == tab["id"]
+        assert panels[tab["aria-controls"]]["tabindex"] == "0"
+    assert all(a.get("aria-label") for _, a in outline.elements if a.get("role") == "img")
+    assert all("alt" in a for a in outline.every("img"))
+    assert [a["lang"] for a in outline.every("html")] == ["en"]
+    assert any("width=device-width" in a.get("content", "") for a in outline.every("meta"))
+    assert ":focus-visible" in page and "prefers-color-scheme: dark" in page
+    # Where there is no script, every panel shows.
+    assert not any("hidden" in a for a in panels.values())
+
+
+def test_it_says_what_the_run_found(page):
+    text = " ".join(" ".join(text for tag, text in Outline(page).text if tag not in ("style", "script")).split())
+    assert "Recall@1 25.00 75.00 +50.00" in text and "NMI 50.00 50.00 +0.00" in text
+    assert "20 steps" in text and "not finished" not in text
+    # Three seconds of four are spent rolling out; the half line at the end of metrics.jsonl is not counted.
+    assert "roll out 60.0 3.00 75 %" in text and "replay 20.0 1.00 25 %" in text
+    assert "Peak memory of the process 1.00 GiB" in text and "Processor time 40 s, 2.0 s a step" in text
+    # Each of the first answer's five tokens has a tenth of the pair's gradient.
+    assert "all other text 80.0 %" in text and "crown 10.0 %" in text
+    assert "no verdict, wrong" in text and "no, right" in text
+
+
+def test_the_darkest_shade_is_the_largest_share(run):
+    path = run / "samples/step-000000.json"
+    sample = json.loads(path.read_text())
+    answer = sample["pairs"][0]["rollouts"][0]
+    answer |= {"tokens": [*"abcdef"], "gradient": [0.4, 0.21, 0.19, 0.02, 0.5, 0.0]}
+    answer["attributes"] = [(0, "crown", [0, 1]), (1, "crown", [2, 3, 5])]
+    path.write_text(json.dumps(sample))
+    page = write_report(run).read_text()
+    # e is the largest of all, but no attribute's; b is more than half of a, d a twentieth.
+    assert '<span class="h5">a</span><span class="h5">b</span>' in page
+    assert '<span class="h4">c</span><span class="h1">d</span></b>e<b' in page and '">f</b>' in page
+
+
+def test_a_run_that_has_only_begun_has_a_report_too(run):
+    kept = run / "config.json"
+    for path in run.iterdir():
+        if path != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = write_report(run).read_text()
+    assert "0 steps, not finished" in page and 'id="gallery"' not in page and 'id="rollouts"' not in page
+    Outline(page)
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("config.json", None, "holds no config.json"),
+        ("final.json", "{", "final.json: cannot be read"),
+        ("metrics.jsonl", "{\n{}\n", "metrics.jsonl: a line is no JSON"),
+        ("samples/step-000000.json", "[", "step-000000.json: cannot be read"),
+        ("samples/step-000000.jpg", "?", "step-000000.jpg: is no picture"),
+    ],
+)
+def test_a_broken_file_is_named_and_no_report_is_left(run, name, content, message):
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    command = [sys.executable, "-m", "saga_fast.report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not list(run.glob("*report.html*"))
+
+
+def test_charts_keep_to_their_frame_and_average_long_runs():
+    steps = list(range(10_000))
+    drawn = chart("noise", [("a", steps, [(-1) ** i for i in steps]), ("b", steps, [float("nan")] * 10_000)])
+    assert [name for name, _ in drawn.lines] == ["a"]
+    path = re.search(r'class="line c0" d="M([^"]*)"', drawn.svg)[1]
+    points = np.array([[float(n) for n in point.split()] for point in path.split("L")])
+    assert len(points) <= 240 and points.min() >= 0 and points[:, 0].max() <= 360 and points[:, 1].max() <= 200
+    assert np.ptp(points[:, 1]) < 1, "ups and downs of one step average out"
+    assert (np.diff(points[:, 0]) > 0).all()
+    assert chart("nothing", [("a", [], [])]) is None
+    for values in ([3.0], [3.0, 3.0], [0.0, 0.0], [1e-9, 2e-9], [-5e6, 5e6]):
+        assert "nan" not in chart("few", [("a", list(range(len(values))), values)]).svg
+
+
+def test_neighbours_and_what_became_of_them():
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 0, 1])  # the sixth is alone in its class
+    points = torch.nn.functional.normalize(torch.randn(2, 8, 3), dim=-1)
+    was, became = (neighbours(part) for part in points)
+    for part, found in zip(points, (was, became)):
+        products = part @ part.T
+        for i, row in enumerate(found.tolist()):
+            others = sorted((j for j in range(8) if j != i), key=lambda j: -products[i, j])
+            assert row == others[:5]
+    kinds = compare(labels, was, became)
+    for i in range(8):
+        right = [labels[found[i, 0]] == labels[i] for found in (was, became)]
+        kind = {(True, True): "kept", (False, True): "fixed", (False, False): "still_wrong", (True, False): "spoilt"}
+        members = [name for name, queries in kinds.items() if i in queries.tolist()]
+        assert members == ([] if i == 5 else [kind[tuple(map(bool, right))]])
+
+
+def test_which_steps_are_sampled():
+    assert sampled_steps(24, None) == {0, 12, 23}
+    assert sampled_steps(10, 4) == {0, 4, 8, 9}
+    assert sampled_steps(1, None) == {0}
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browse(page: Path, *flags: str) -> str:
+    """What headless Chromium prints; sandboxes ask for rights that root in a container has not."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_tabs_answer_the_keyboard(run, page, tmp_path):
+    dom = Outline(browse(run / "report.html", "--dump-dom"))
+    assert [text for tag, text in dom.text if tag == "title"] == ["birds <b> · saga_fast"]
+    hidden = [a["id"] for _, a in dom.elements if a.get("role") == "tabpanel" and "hidden" in a]
+    assert len(hidden) == 1 + 3 + 4, "the first panel of each shows"
+
+    # A script that drives the page; the policy, which would refuse it, is taken out of this copy.
+    drive = """<script>
+      const at = (id) => document.getElementById(id);
+      const press = (id, key) => at(id).dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+      at("pair-tab-1-1").focus(); press("pair-tab-1-1", "ArrowRight");
+      const moved = [document.activeElement.id, at("pair-1-1").hidden, at("pair-1-2").hidden];
+      press("answer-1-2-1", "ArrowRight");
+      const inner = [at("answer-1-2-1").hidden, at("answer-1-2-2").hidden, at("pair-1-2").hidden];
+      press("pair-tab-1-2", "End"); press("pair-tab-2-2", "ArrowRight");
+      const round = at("pair-tab-1-1").getAttribute("aria-selected");
+      at("look-tab-2").click();
+      const evil = document.querySelectorAll("[onerror]").length;
+      document.title = JSON.stringify([moved, inner, round, at("look-2").hidden, evil]);
+    </script></body>"""
+    copy = tmp_path / "driven.html"
+    copy.write_text(re.sub(r"<meta http-equiv=[^>]*>", "", page).replace("</body>", drive))
+    title = next(text for tag, text in Outline(browse(copy, "--dump-dom")).text if tag == "title")
+    expected = [["pair-tab-1-2", True, False], [True, False, False], "true", False, 0]
+    assert json.loads(title) == expected
+
+    refused = tmp_path / "refused.html"
+    refused.write_text(page.replace("</body>", drive))
+    assert "saga_fast" in next(t for tag, t in Outline(browse(refused, "--dump-dom")).text if tag == "title")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_it_fits_a_phone_and_the_dark(run, page, tmp_path):
+    shots = {}
+    for name, scheme in (("light", 1), ("dark", 0)):
+        shot = tmp_path / f"{name}.png"
+        browse(
+            run / "report.html",
+            f"--screenshot={shot}",
+            "--window-size=800,900",
+            f"--blink-settings=preferredColorScheme={scheme}",
+        )
+        with Image.open(shot) as picture:
+            shots[name] = np.asarray(picture.convert("L"))
+    assert np.median(shots["light"]) > 240 and np.median(shots["dark"]) < 50
+
+    measure = "<script>document.title = document.documentElement.scrollWidth</script></body>"
+    (tmp_path / "inner.html").write_text(re.sub(r"<meta http-equiv=[^>]*>", "", page).replace("</body>", measure))
+    frame = tmp_path / "phone.html"
+    frame.write_text(
+        '<iframe src="inner.html" width="360" height="800" style="border:0" '
+        'onload="document.title = this.contentDocument.documentElement.scrollWidth"></iframe>'
+    )
+    dom = browse(frame, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=3000")
+    assert re.search(r"<title>(\d+)", dom)[1] == "360", "something sticks out of a phone's screen"
