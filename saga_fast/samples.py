@@ -125,7 +125,7 @@ def sheet(pairs: Sequence[Any]) -> Tensor:
 
 
 def overlays(described: dict[str, Any], sheet: Tensor) -> Image.Image | None:
-    """Of the first pair with an attention target: a row an image, as it is, under the mean ᾱ, under the pooler's β."""
+    """Of the first pair with an attention target: a row an image, as it is, lit by the mean ᾱ, by the pooler's β."""
     for i, pair in enumerate(described["pairs"]):
         if pair["attention"] and pair["beta"]:
             side = sheet.shape[1] // 2
@@ -133,9 +133,9 @@ def overlays(described: dict[str, Any], sheet: Tensor) -> Image.Image | None:
             pictures = [images]
             target = [torch.tensor(list(image.values())).mean(0).tolist() for image in pair["attention"]["images"]]
             for weights in (target, pair["beta"]):
-                heat = torch.tensor(weights).unflatten(1, described["grid"])[:, None]
-                heat = F.interpolate(heat / heat.amax((1, 2, 3), True), (side, side), mode="bilinear")
-                heat = 0.75 * heat.permute(0, 2, 3, 1)
-                pictures.append(((1 - heat) * images + heat * torch.tensor([240.0, 70.0, 0.0])).byte())
+                light = torch.tensor(weights).unflatten(1, described["grid"])[:, None]
+                light = light / light.amax((2, 3), keepdim=True).clamp_min(4 / light[0].numel())
+                light = F.interpolate(light, (side, side), mode="bilinear").permute(0, 2, 3, 1)
+                pictures.append(((0.33 + 0.67 * light) * images).byte())
             return Image.fromarray(torch.cat([picture.flatten(0, 1) for picture in pictures], 1).numpy())
     return None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 50, 8, 10, 34  # room around the axes
+LEFT, RIGHT, TOP, BOTTOM = 58, 8, 10, 34  # room around the axes
 POINTS = 240  # a line's, at most: longer runs are averaged
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, steps, values
@@ -49,7 +49,7 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", zero: bool = False)
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     if unit:
         middle = (TOP + HEIGHT - BOTTOM) / 2
-        parts.append(f'<text transform="translate(10 {middle}) rotate(-90)" text-anchor="middle">{escape(unit)}</text>')
+        parts.append(f'<text transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">{escape(unit)}</text>')
     for i, (_, points) in enumerate(kept):
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
         parts.append(f'<path class="line c{i}" d="M{path}"/>')

@@ -271,22 +271,24 @@ def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Ma
     return {
         "item": described["items"][image].replace("_", " "),
         "place": place,
-        "mean": _heat(mean, grid) if attention else None,
-        "beta": _heat(pair["beta"][image], grid) if pair["beta"] else None,
+        "mean": _shade(mean, grid) if attention else None,
+        "beta": _shade(pair["beta"][image], grid) if pair["beta"] else None,
         "attributes": [
-            {"name": name, "said": said.get(name, ""), "heat": _heat(weights, grid)}
+            {"name": name, "said": said.get(name, ""), "shade": _shade(weights, grid)}
             for name, weights in attention.items()
         ],
     }
 
 
-def _heat(weights: list[float], grid: tuple[int, int]) -> str:
-    """A PNG, as a data URI, of one pixel a token: orange, the more opaque the larger its weight."""
-    peak = max(weights) or 1.0
-    alpha = bytes(round(215 * max(0.0, w) / peak) if math.isfinite(w) else 0 for w in weights)
-    rows, columns = grid
-    picture = Image.new("RGBA", (columns, rows), (245, 80, 0, 0))
-    picture.putalpha(Image.frombytes("L", (columns, rows), alpha))
+def _shade(weights: list[float], grid: tuple[int, int]) -> str:
+    """A PNG, as a data URI, of one pixel a token: what to lay over the image, darker where less is looked.
+
+    Clear at the peak; a map that peaks below four times an even spread is dark all over, as nothing stands out.
+    """
+    scale = max(*weights, 4 / len(weights))
+    alpha = bytes(round(170 * (1 - w / scale)) if w > 0 else 170 for w in weights)
+    size = (grid[1], grid[0])
+    picture = Image.merge("LA", (Image.new("L", size), Image.frombytes("L", size, alpha)))
     data = io.BytesIO()
     picture.save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
