@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saga_fast.errors import InputError
-from saga_fast.files import sha256
+from saga_fast.files import read_regular, sha256
 
 FORMAT = 1
 Parts = dict[str, dict[str, Tensor]]
@@ -92,8 +92,14 @@ def load(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:
     path = Path(path)
     if fault := _fault(path):
         raise InputError(f"{fault}; resume from another checkpoint")
-    parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return parts, json.loads((path / "state.json").read_text())
+    try:
+        parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # its hashes are right, and it is not ours
+        raise InputError(f"{os.fspath(path)!r}: not a checkpoint ({error}); resume from another") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{os.fspath(path / 'state.json')!r}: not a checkpoint's state; resume from another")
+    return parts, state
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -171,7 +177,7 @@ def _fault(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, naming the file; None if it is whole."""
     manifest = path / "manifest.json"
     try:
-        recorded = json.loads(manifest.read_text())
+        recorded = json.loads(read_regular(manifest, 2**20))
         version, hashes = recorded["format"], recorded["sha256"]
         if version != FORMAT:
             return f"{str(manifest)!r}: format {version!r}, this version reads {FORMAT}"
@@ -179,6 +185,8 @@ def _fault(path: Path) -> str | None:
         if set(hashes) != {file.name for file in files}:
             return f"{str(manifest)!r}: lists {sorted(hashes)}, the folder holds {[file.name for file in files]}"
         for file in files:
+            if not file.is_file():
+                return f"{str(file)!r}: not a regular file"
             if sha256(file) != hashes[file.name]:
                 return f"{str(file)!r}: its SHA-256 is not the one in manifest.json"
     except OSError as error:

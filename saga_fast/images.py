@@ -7,6 +7,9 @@ EPS named .jpg would start Ghostscript), only regular files (a pipe would hang),
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         if not os.path.isfile(path):
             raise OSError("not a regular file" if os.path.lexists(path) else "no such file")
         # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a lying one wrong.
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with open(path, "rb") as file, _no_bombs(), Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             return to_rgb(ImageOps.exif_transpose(image))
@@ -37,8 +40,18 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             cause = f"none of {', '.join(FORMATS)}"
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            cause = f"more than {MAX_PIXELS} pixels"
         cause = " ".join(cause.split())
         raise InputError(f"{os.fspath(path)!r}: unreadable image ({cause}); replace or remove it") from error
+
+
+@contextmanager
+def _no_bombs() -> Iterator[None]:
+    """Pillow warns of the size of some bombs before ours is asked, in words and with a limit of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ which cut across models, are pooled. It was released twice, and both are read:
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import numpy as np
 from scipy.io import loadmat
 
 from saga_fast.data.dataset import ImageFiles, Published
-from saga_fast.data.lists import Listed, split_list
+from saga_fast.data.lists import MAX_BYTES, Listed, split_list
 from saga_fast.errors import InputError
+from saga_fast.files import read_regular
 
 PUBLISHED = Published(classes=196, train_images=8_054, test_images=8_131)
 
@@ -56,8 +58,8 @@ def _find(root: Path, name: str) -> Path:
 def _variable(path: Path, name: str) -> np.ndarray:
     """A one-dimensional variable of a .mat file."""
     try:
-        with path.open("rb") as file:
-            return np.atleast_1d(loadmat(file, squeeze_me=True, variable_names=[name])[name])
+        file = io.BytesIO(read_regular(path, MAX_BYTES))
+        return np.atleast_1d(loadmat(file, squeeze_me=True, variable_names=[name])[name])
     except OSError as error:
         raise InputError(
             f"{str(path)!r}: cannot be read ({error.strerror or error}); it is part of the release: check --data.root"

@@ -30,8 +30,8 @@ class ImageFolder(ImageFiles):
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:
     """Names of the folders in `root`, sorted. A link that leads back to `root` or above it is no class."""
-    home = Path(root).resolve()
-    names = sorted(p.name for p in _visible(Path(root)) if p.is_dir() and not home.is_relative_to(p.resolve()))
+    home = Path(os.path.realpath(root))
+    names = sorted(p.name for p in _visible(Path(root)) if p.is_dir() and not home.is_relative_to(os.path.realpath(p)))
     if not names:
         raise InputError(f"{os.fspath(root)!r}: no class folders in it; put each class in a folder, ROOT/CLASS/IMAGE")
     return names

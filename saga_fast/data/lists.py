@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from saga_fast.data.dataset import ImageFiles, check_classes
 from saga_fast.errors import InputError
+from saga_fast.files import read_regular
+
+MAX_BYTES = 2**26  # of a list; the longest released is 1 MB
 
 
 class Entry(NamedTuple):
@@ -36,7 +39,7 @@ def read_list(path: Path, form: str) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_regular(path, MAX_BYTES).decode().split("\n")
     except OSError as error:
         raise InputError(
             f"{str(path)!r}: cannot be read ({error.strerror}); it is part of the release: check --data.root"
@@ -62,8 +65,11 @@ def split_list(
     """(train, test): the images of the first and of the second half of `classes`, each in the order listed.
 
     folders: where in `root` all its images lie. Raises InputError, with the place in the list, for an image outside
-    `root` (by an absolute path, `..` or a link) or listed twice, and for a class with fewer than two images.
+    `root` (by an absolute path, `..` or a link) or listed twice, for a class with fewer than two images, and for fewer
+    than two classes.
     """
+    if len(classes) < 2:
+        raise InputError(f"{str(root)!r}: {len(classes)} classes in its lists; training and testing need one each")
     home = os.path.realpath(root)
     middle = (len(classes) + 1) // 2
     halves = tuple(

@@ -1,8 +1,9 @@
 """Reading what the supervisor wrote: the verdict, the reward it earns, and where it describes each attribute.
 
 A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no
-key twice in any object. A code fence or prose may stand around that object, but no further bracket of any kind: a
-verdict can be neither hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises.
+key twice in any object, and the verdict's key nowhere but at its top. A code fence or prose may stand around that
+object, but no further bracket of any kind, and no word on the verdict (`same_species: no`): a verdict can be neither
+hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MAX_DEPTH = 8  # an answer needs 2
 _ATOM = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BRACKETS = re.compile(r"[\[\]{}]")
+_SAYS = r"[\s\"'`*]*[:=]"  # what makes a verdict of its key in prose, be it quoted or bold
 
 
 class _String(NamedTuple):
@@ -36,11 +38,12 @@ class _String(NamedTuple):
 class _Scanner:
     """Reads JSON from `text`, keeping where strings stand. Objects become dicts; all but objects and strings, None.
 
-    Numbers are never converted (a completion may hold a million digits), and depth is bounded. ValueError if malformed.
+    Numbers are never converted (a completion may hold a million digits), and depth is bounded. ValueError if malformed,
+    or if an object within another has `top_key`.
     """
 
-    def __init__(self, text: str, at: int):
-        self.text, self.at = text, at
+    def __init__(self, text: str, at: int, top_key: str):
+        self.text, self.at, self.top_key = text, at, top_key
 
     def peek(self) -> str:
         self.at = _SPACE.match(self.text, self.at).end()
@@ -77,8 +80,8 @@ class _Scanner:
                 found = {}
                 for _ in self.members("{", "}"):
                     key = self.string().value
-                    if key in found:
-                        raise ValueError(f"duplicate key {key!r}")
+                    if key in found or (key == self.top_key and depth < MAX_DEPTH):
+                        raise ValueError(f"key {key!r} again")
                     self.take(":")
                     found[key] = self.value(depth - 1)
                 return found
@@ -92,18 +95,19 @@ class _Scanner:
         return None
 
 
-def _read(text: str) -> dict[str, dict | _String | None] | None:
+def _read(text: str, prompt: Prompt) -> dict[str, dict | _String | None] | None:
     """The one JSON object in `text`, or None."""
     start = text.find("{")
     if start < 0:
         return None
-    scanner = _Scanner(text, start)
+    scanner = _Scanner(text, start, prompt.verdict_key)
     try:
         answer = scanner.value(MAX_DEPTH)
     except ValueError:
         return None
-    around = _BRACKETS.search(text, 0, start) or _BRACKETS.search(text, scanner.at)
-    return None if around else answer
+    around = f"{text[:start]}\n{text[scanner.at :]}".casefold()
+    second = _BRACKETS.search(around) or re.search(re.escape(prompt.verdict_key.casefold()) + _SAYS, around)
+    return None if second else answer
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Verdict:
 
 def parse(text: str, prompt: Prompt) -> Verdict | None:
     """The verdict in a completion, or None where there is no single, unambiguous yes or no (any letter case)."""
-    answer = _read(text)
+    answer = _read(text, prompt)
     if answer is None:
         return None
     said = answer.get(prompt.verdict_key)
@@ -146,7 +150,7 @@ def reward(text: str, prompt: Prompt, same: bool) -> float:
 def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[str, Span]]:
     """Where the completion describes each attribute: for item 1 and item 2, attribute -> half-open character range of
     its value, between the quotes. Attributes not described in text are left out; unreadable text gives empty dicts."""
-    answer = _read(text) or {}
+    answer = _read(text, prompt) or {}
 
     def spans(described: object) -> dict[str, Span]:
         values = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}

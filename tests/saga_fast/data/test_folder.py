@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from itertools import islice
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_train_and_test_share_no_class(tmp_path):
     train, test = load_dataset("folder", fill(tmp_path))
     assert train.classes == ["class_0", "class_1", "class_2"] and test.classes == ["class_3", "class_4"]
     assert test[0][1] == 0 and test[0][0].getpixel((0, 0)) == (120, 0, 99)
+
+
+def test_odd_names_are_names_like_others(tmp_path):
+    odd = [b"new\nline", b"\xff\xfe", "猫".encode() * 85, b"{0}", b"<b>", b"\x1b[2J"]
+    for name in odd:
+        (folder := tmp_path / os.fsdecode(name)).mkdir()
+        for image in (b"a\nb.png", b"\xff.png"):
+            Image.new("RGB", (2, 2)).save(folder / os.fsdecode(image))
+    (tmp_path / "loop").symlink_to("loop")
+    train, test = load_dataset("folder", tmp_path)
+    assert sorted(os.fsencode(name) for name in train.classes + test.classes) == sorted(odd)
+    assert len(train) == len(test) == 6 and train[0][0].size == (2, 2)
+    train.paths[0].write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        PixelLoader(train, 8)
+    assert str(caught.value).isprintable()
+    with pytest.raises(InputError, match="loop.*cannot be listed .Too many levels of symbolic links"):
+        load_dataset("folder", tmp_path / "loop")
 
 
 def test_refusals_name_the_folder_and_the_mend(tmp_path):

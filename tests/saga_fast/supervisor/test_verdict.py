@@ -115,6 +115,11 @@ def test_an_answer_in_another_form_is_paid_but_not_well_formed(change):
         '{"same": "yes"} {"other": 1}',
         '{"same": "yes"} {"same": "n',
         '{draft} {"same": "yes"}',
+        '"same": "no" {"same": "yes"}',
+        '{"same": "yes"}\n**Same**: no',
+        '{"same": "yes"} same\t= yes',
+        '{"same": "yes", "bird_1": {"same": "no"}}',
+        '{"same": "yes", "list": [{"same": "yes"}]}',
     ],
 )
 def test_no_single_answer_is_no_verdict(text):

@@ -1,0 +1,634 @@
+"""Hostile input by the thousand, each kind against an oracle of its own: nothing crashes, hangs or earns what it should
+not.
+
+    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # 100,000 cases; the ordinary suite tries the first hundreds
+
+Cases are grown from good input by the grammar of what is read, not from random characters alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.io import loadmat, savemat
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from saga_fast import checkpoint
+from saga_fast.data import aircraft, cars, cub
+from saga_fast.errors import InputError
+from saga_fast.supervisor.prompt import Prompt
+from saga_fast.supervisor.prompt_file import load_prompt, tomllib
+from saga_fast.supervisor.verdict import attribute_spans, parse, reward, tokens_by_attribute
+from saga_fast.tiny import SUPERVISOR
+
+from .data import released
+
+HANG = 30  # seconds: no case takes a thousandth of it
+
+
+def hunt(count: int, strategy: st.SearchStrategy, holds: Callable[[Any], object]) -> None:
+    """`holds` for `count` cases, or the smallest for which it raises. A hundred are the same every time."""
+    tried = Counter()
+
+    def hangs(*_):
+        raise AssertionError(f"still at it after {HANG} s")
+
+    @settings(
+        max_examples=count, derandomize=count <= 200, deadline=None, database=None, suppress_health_check=HealthCheck
+    )
+    @given(strategy)
+    def case(value):
+        tried["cases"] += 1
+        signal.alarm(HANG)
+        try:
+            tried[str(holds(value))] += 1
+        finally:
+            signal.alarm(0)
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    try:
+        case()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        print(dict(tried))
+
+
+def cases(few: int, many: int):
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.fuzz)])
+
+
+def refused(error: InputError) -> str:
+    assert (line := str(error)).isprintable() and 0 < len(line) < 3000
+    return "refused"
+
+
+# ── Completions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KEY = "same_species"
+PROMPT = Prompt("ornithologist", "bird", KEY, ("bill", "leg color"))
+FRAGMENTS = [
+    *(f'{before}"{KEY}"{colon}"{word}"' for before in ("", ", ") for colon in (":", " : ") for word in ("yes", "no")),
+    *(f'{{"{KEY}": "{word}"}}' for word in ("yes", "no")),
+    *(f', "x": {{"{KEY}": "{word}"}}' for word in ("yes", "no")),
+    *(f"{KEY}{sign} no. " for sign in (":", " =", "`:", "**:", "")),
+    *(f'"{KEY.upper()}": "no"', ', "s\\u0061me_species": "no"', f', "{KEY}\\u0000": "no"', f'\\"{KEY}\\": \\"no\\"'),
+    *('"yes"', '"no"', "yes", "no", "maybe", "true", "null", "NaN", "-Infinity", "9" * 5000, "-0.0e+99999", "01", "٣"),
+    *("{", "}", "[", "]", "[]", "{}", '"', "\\", ":", ",", "[" * 60, '{"a":' * 60, "]" * 9, "}" * 9, "//", "/* { */"),
+    *("```json\n", "```", "<|im_end|>", "<script>alert(1)</script>", "</textarea><img src=x onerror=1>", "&quot;"),
+    *(
+        "\\u0000",
+        "\\ud83d\\udc26",
+        "\\ud800",
+        "\ud800",
+        "\\u12",
+        "\\x41",
+        "\0",
+        "\n",
+        "\u2028",
+        "\ufeff",
+        "é猫🐦\u0301",
+    ),
+]
+KEYS = st.sampled_from(
+    [KEY, "bird_1", "bird_2", "bill", "leg color", "differences", "confidence", "reasoning", "", "x"]
+)
+TEXTS = st.sampled_from(["yes", "no", " YES ", "long", "high", "maybe", ""]) | st.text(max_size=6)
+ATOMS = TEXTS | st.none() | st.booleans() | st.integers() | st.floats()
+TREES = st.recursive(
+    ATOMS,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(KEYS, inner), max_size=5).map(tuple),
+    max_leaves=12,
+)
+
+
+def write(tree: Any, space: str) -> str:
+    """JSON of a tree whose objects are tuples of pairs, so that a key may come twice."""
+    if isinstance(tree, tuple):
+        return (
+            f"{{{space}{f',{space}'.join(f'{json.dumps(key)}:{space}{write(inner, space)}' for key, inner in tree)}}}"
+        )
+    if isinstance(tree, list):
+        return f"[{f',{space}'.join(write(inner, space) for inner in tree)}{space}]"
+    return json.dumps(tree)
+
+
+@st.composite
+def completions(draw) -> str:
+    """A good answer, or a tree of its keys, changed up to four times in ways that would forge, break or bury it."""
+    if draw(st.integers(0, 3)):
+        described = {name: draw(TEXTS) for name in PROMPT.attributes}
+        text = PROMPT.answer(described, described, draw(TEXTS), "high", draw(TEXTS), draw(st.booleans()))
+        if draw(st.booleans()):
+            text = json.dumps(
+                json.loads(text), indent=draw(st.sampled_from([None, 0, 2])), ensure_ascii=draw(st.booleans())
+            )
+    else:
+        text = write(
+            draw(st.lists(st.tuples(KEYS, TREES), max_size=6).map(tuple)), draw(st.sampled_from(["", " ", "\n"]))
+        )
+    for _ in range(draw(st.integers(0, 4))):
+        at, end = sorted((draw(st.integers(0, len(text))), draw(st.integers(0, len(text)))))
+        match draw(st.integers(0, 6)):
+            case 0:
+                text = text[:at] + draw(st.sampled_from(FRAGMENTS) | st.text(max_size=3)) + text[at:]
+            case 1:  # where the grammar turns
+                turns = [turn.end() for turn in re.finditer(r'[{}",:\[\]]', text)] or [0]
+                at = draw(st.sampled_from(turns))
+                text = text[:at] + draw(st.sampled_from(FRAGMENTS)) + text[at:]
+            case 2:
+                text = text[:at] + text[end:]
+            case 3:
+                text = text[:end] + text[at:end] + text[end:]
+            case 4:
+                text = text.replace(*draw(st.permutations(["yes", "no"])), draw(st.integers(-1, 1)))
+            case 5:
+                before, after = draw(st.sampled_from([("[", "]"), ('{"a":', "}"), ("```json\n", "\n```"), ('"', '"')]))
+                text = before + text + after
+            case 6:
+                text = draw(st.sampled_from(FRAGMENTS)) + text + draw(st.sampled_from(FRAGMENTS))
+    return text
+
+
+class Refused(ValueError):
+    pass
+
+
+def read(text: str) -> dict | None:
+    """The one object in `text` by the json module and the rules as the documentation has them; None if it is none."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise Refused
+        return dict(pairs)
+
+    def constant(_: str) -> None:
+        raise Refused
+
+    number = dict.fromkeys(("parse_int", "parse_float"), lambda _: 0)
+    try:
+        before, brace, rest = text.partition("{")
+        found, length = json.JSONDecoder(object_pairs_hook=once, parse_constant=constant, **number).raw_decode(
+            brace + rest
+        )
+    except (ValueError, RecursionError):
+        return None
+    around = f"{before}\n{(brace + rest)[length:]}"
+    if set(around) & set("[]{}") or depth(found) > 8 or any(KEY in inner for inner in objects(found)[1:]):
+        return None
+    for after in around.casefold().split(KEY)[1:]:
+        while after and (after[0].isspace() or after[0] in "\"'`*"):
+            after = after[1:]
+        if after[:1] in (":", "="):
+            return None
+    return found
+
+
+def depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 1 if inner is None else 1 + max(map(depth, inner), default=0)
+
+
+def objects(value: Any) -> list[dict]:
+    """`value` and all in it that are objects, outermost first."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] * isinstance(value, dict) + [found for part in inner for found in objects(part)]
+
+
+def verdict_is_right(text: str) -> str:
+    found = read(text)
+    said = found.get(KEY) if found else None
+    word = said.strip().lower() if isinstance(said, str) else None
+    expected = {"yes": True, "no": False}.get(word)
+    verdict = parse(text, PROMPT)
+    assert (verdict.same if verdict else None) is expected
+    for truth in (True, False):
+        assert reward(text, PROMPT, truth) == float(expected is truth)
+    if verdict and verdict.well_formed:
+        assert tuple(found) == PROMPT.keys and all(tuple(found[item]) == PROMPT.attributes for item in PROMPT.item_keys)
+    return f"paid {word}" if verdict else "unpaid"
+
+
+@cases(200, 45_000)
+def test_a_verdict_is_paid_only_if_it_is_the_only_one(count):
+    hunt(count, completions(), verdict_is_right)
+
+
+def check_spans(text: str) -> tuple[dict, dict]:
+    """Each span, overwritten, changes the value of its own attribute and nothing else in what json reads."""
+    found, spans = read(text) or {}, attribute_spans(text, PROMPT)
+    for item, described in zip(PROMPT.item_keys, spans, strict=True):
+        inner = found.get(item)
+        values = {name: inner.get(name) for name in PROMPT.attributes} if isinstance(inner, dict) else {}
+        assert described.keys() == {name for name, value in values.items() if isinstance(value, str)}
+        for name, (start, end) in described.items():
+            assert read(f"{text[:start]}MARK{text[end:]}") == {**found, item: {**inner, name: "MARK"}}
+    return spans
+
+
+TOKENIZER = AutoTokenizer.from_pretrained(SUPERVISOR)
+SPELLING = {i: piece for piece, i in TOKENIZER.get_vocab().items()}
+BYTES = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+ADDED = {i: token.content.encode() for i, token in TOKENIZER.added_tokens_decoder.items()}
+
+
+@st.composite
+def sampled(draw) -> list[int]:
+    """Ids of a completion as they are encoded, some of them then lost, doubled, or others: also ones of no token."""
+    ids = TOKENIZER(draw(completions()).encode("utf-8", "replace").decode())["input_ids"]
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(ids)))
+        ids[at : at + draw(st.integers(0, 2))] = draw(st.lists(st.integers(0, len(SPELLING) + 3), max_size=2))
+    return ids
+
+
+def tokens_are_right(ids: list[int]) -> str:
+    pieces = [ADDED.get(i) or bytes(BYTES[symbol] for symbol in SPELLING.get(i, "")) for i in ids]
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")
+    spans, found, some = check_spans(text), tokens_by_attribute(ids, TOKENIZER, PROMPT), 0
+    for described, tokens in zip(spans, found, strict=True):
+        assert described.keys() == tokens.keys()
+        for name, (start, end) in described.items():
+            first, last = (len(text[:position].encode("utf-8", "surrogateescape")) for position in (start, end))
+            ranges, at = [], 0
+            for piece in pieces:
+                ranges.append(range(max(at, first), min(at + len(piece), last)))
+                at += len(piece)
+            assert tokens[name] == [i for i, inside in enumerate(ranges) if inside]
+            some += 1
+    return f"{some} spans"
+
+
+@cases(100, 20_000)
+def test_attribute_tokens_are_those_of_the_values(count):
+    hunt(count, sampled(), tokens_are_right)
+
+
+# ── Prompt files ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WORDS = [
+    "bird",
+    "a bird",
+    "same_species",
+    "bird_1",
+    "reasoning",
+    "",
+    " ",
+    "x" * 300,
+    "{0.__class__}",
+    "%s",
+    "<|im_end|>",
+    "a, b",
+]
+WORDS += [
+    "bill",
+    "leg  color",
+    "leg color",
+    "leg\u00a0color",
+    "\u202e",
+    "\x1b[2J",
+    "a\nb",
+    "Größe",
+    "猫",
+    "\u200b",
+    '"',
+    "\\",
+    "'''",
+]
+TOML_TEXT = (st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)).map(json.dumps)
+TOML_VALUES = st.recursive(
+    TOML_TEXT
+    | st.sampled_from(
+        ["1", "-0.5", "nan", "true", "1979-05-27", "0x" + "f" * 5000, "9" * 5000, '"""x\ny"""', "'", "{}", "1__0"]
+    ),
+    lambda inner: st.lists(inner, max_size=4).map(lambda values: f"[{', '.join(values)}]"),
+    max_leaves=6,
+)
+FIELDS = ("role", "item", "verdict_key", "attributes")
+
+
+@st.composite
+def prompt_files(draw) -> bytes:
+    fields = {
+        "role": draw(TOML_TEXT),
+        "item": draw(st.just('"bird"') | TOML_TEXT),
+        "verdict_key": draw(st.just('"same"') | TOML_TEXT),
+        "attributes": f"[{', '.join(draw(st.lists(TOML_TEXT, min_size=1, max_size=4)))}]",
+    }
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from([*FIELDS, "rôle", '"a.b"', "role.x", "generic", "__class__", "item\nx"]))
+        fields[name] = draw(TOML_VALUES)
+    lines = [f"{name} = {value}" for name, value in fields.items()]
+    if draw(st.booleans()):
+        lines = draw(st.permutations(lines))[draw(st.integers(0, 1)) :]
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 4)) == 0:
+        at = draw(st.integers(0, len(content)))
+        content = (
+            content[:at]
+            + draw(st.binary(max_size=3) | st.sampled_from([b"[" * 3000, b"[[a]]\n", b"\xff\xfe"]))
+            + content[at:]
+        )
+    return content
+
+
+def prompt_is_right(folder: Path) -> Callable[[bytes], str]:
+    path = folder / "my.toml"
+
+    def holds(content: bytes) -> str:
+        path.write_bytes(content)
+        try:
+            prompt = load_prompt(str(path))
+        except InputError as error:
+            assert str(error).startswith(f"supervisor.prompt: {str(path)!r}: ")
+            return refused(error)
+        values = tomllib.loads(content.decode())
+        assert set(values) == set(FIELDS)
+        given = [values[name] for name in FIELDS[:3]] + values["attributes"]
+        asked = [prompt.role, prompt.item, prompt.verdict_key, *prompt.attributes]
+        assert asked == [" ".join(text.split()) for text in given]
+        assert all(text.isprintable() and 0 < len(text) <= 200 and not set("<>") & set(text) for text in asked)
+        for key in (prompt.item, prompt.verdict_key):
+            assert key.isascii() and key[0].isalpha() and key.replace("_", "a").replace("-", "a").isalnum()
+        assert len(set(prompt.attributes)) == len(prompt.attributes) > 0 and len(set(prompt.keys)) == 6
+        assert f"Role: {prompt.role}. Attributes: {', '.join(prompt.attributes)}. " in prompt.instruction()
+        described = dict.fromkeys(prompt.attributes, "{0}")
+        assert parse(prompt.answer(described, described, "%s", "high", "", True), prompt).well_formed
+        return "read"
+
+    return holds
+
+
+@cases(100, 15_000)
+def test_a_prompt_file_is_read_as_it_stands_or_refused(count, tmp_path):
+    hunt(count, prompt_files(), prompt_is_right(tmp_path))
+
+
+# ── Checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PARTS, STATE = {"encoder": {"w": torch.arange(6.0)}, "rng": {}}, {"step": 7, "lr": 0.1}
+FILES = ("manifest.json", "state.json", "encoder.safetensors", "rng.safetensors")
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.sampled_from(["sha256", "state.json"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "sha256", *FILES]), inner),
+    max_leaves=6,
+)
+BYTES_OF = [b"[" * 5000, b'{"format": ' + b"9" * 5000 + b"}", b'{"format": NaN}', b"\xff" * 8 + b"{}"]
+BYTES_OF += [(2**40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", b'{"sha256": {}, "format": 1}']
+RAW = st.binary(max_size=20) | JUNK.map(lambda value: json.dumps(value).encode()) | st.sampled_from(BYTES_OF)
+
+
+@st.composite
+def damages(draw) -> list[tuple[str, str, Any]]:
+    """What is done to a checkpoint's files, in order: (kind, file, value)."""
+    done = []
+    for _ in range(draw(st.integers(0, 3))):
+        kind = draw(
+            st.sampled_from(["flip", "cut", "replace", "forge", "drop", "folder", "pipe", "loop", "add", "manifest"])
+        )
+        file = draw(st.sampled_from(FILES))
+        if kind == "manifest":
+            value = draw(st.dictionaries(st.sampled_from(["format", "sha256"]), JUNK, min_size=1))
+        else:
+            value = draw(RAW) if kind in ("replace", "forge", "add") else draw(st.integers(0, 2**16))
+        done.append((kind, file, value))
+    return done
+
+
+def checkpoint_is_right(folder: Path) -> Callable[[list], str]:
+    whole = [checkpoint.save(folder / "whole", step, PARTS, STATE) for step in (1, 2)]
+    content = {file: (whole[1] / file).read_bytes() for file in FILES}
+    case = folder / "case"
+
+    def damage(path: Path, kind: str, file: str, value: Any) -> None:
+        target = path / file
+        if kind in ("drop", "folder", "pipe", "loop", "replace", "forge"):
+            if target.is_dir():
+                target.rmdir()
+            target.unlink(missing_ok=True)
+        if kind == "folder":
+            target.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(target)
+        elif kind == "loop":
+            target.symlink_to(target.name)
+        elif kind in ("replace", "forge"):
+            target.write_bytes(value)
+        elif kind == "add":
+            (path / "more").write_bytes(value)
+        elif kind in ("flip", "cut") and target.is_file() and (held := bytearray(target.read_bytes())):
+            held[value % len(held)] ^= 1 << value % 8
+            target.write_bytes(held if kind == "flip" else held[: value % len(held)])
+        elif kind == "manifest" and target.is_file():
+            recorded = json.loads(content["manifest.json"]) | value
+            (path / "manifest.json").unlink(missing_ok=True)
+            (path / "manifest.json").write_text(json.dumps(recorded))
+        if kind == "forge":
+            hashes = {name: sha for name in FILES[1:] if (sha := digest(path / name))}
+            manifest = path / "manifest.json"
+            if manifest.is_file() or not os.path.lexists(manifest):
+                manifest.write_text(json.dumps({"format": 1, "sha256": hashes}))
+
+    def digest(path: Path) -> str | None:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def is_whole(path: Path) -> bool:
+        try:
+            recorded = json.loads((path / "manifest.json").read_bytes()) if (path / "manifest.json").is_file() else {}
+            files = {file.name: digest(file) for file in path.iterdir() if file.name != "manifest.json"}
+            return recorded["format"] == 1 and recorded["sha256"] == files and None not in files.values()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    def holds(done: list[tuple[str, str, Any]]) -> str:
+        shutil.rmtree(case, ignore_errors=True)
+        for path in whole:
+            shutil.copytree(path, case / path.name)
+        newest = case / whole[1].name
+        for kind, file, value in done:
+            if newest.is_dir() and not (kind == "manifest" and (newest / "manifest.json").is_dir()):
+                damage(newest, kind, file, value)
+        chosen = newest if is_whole(newest) else case / whole[0].name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert checkpoint.latest(case) == chosen
+        outcomes = set()
+        for path in (newest, chosen):
+            forged = path == newest and any(
+                not (path / file).is_file() or (path / file).read_bytes() != content[file] for file in FILES[1:]
+            )
+            try:
+                parts, state = checkpoint.load(path)
+            except InputError as error:
+                assert path != chosen or forged
+                outcomes.add(refused(error))
+                continue
+            assert path == chosen and isinstance(state, dict)
+            outcomes.add("forged" if forged else "whole")
+            if not forged:
+                assert state == STATE and torch.equal(parts["encoder"]["w"], PARTS["encoder"]["w"])
+        return " or ".join(sorted(outcomes))
+
+    return holds
+
+
+@cases(100, 10_000)
+def test_a_checkpoint_is_whole_or_refused(count, tmp_path):
+    hunt(count, damages(), checkpoint_is_right(tmp_path))
+
+
+# ── Lists of data sets ──────────────────────────────────────────────────────────────────────────────────────────────
+
+PLACES = [
+    "../x.jpg",
+    "/etc/passwd",
+    "a/../../x",
+    "out/x.jpg",
+    "loop/x.jpg",
+    "in/../../../x",
+    "x" * 300,
+    "a\0b",
+    "~/x",
+    ".",
+    "",
+    " ",
+]
+PLACES += [
+    "é猫.jpg",
+    "a\u2028b",
+    "a\tb",
+    "\x1b[2J",
+    "C:\\x",
+    "%2e%2e/x",
+    "here/x.jpg",
+    "a//b",
+    "./a",
+    "\u202e",
+    "{0}",
+    "'",
+    "\x0b1",
+]
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "2",
+    "4",
+    "5",
+    "99999999999999999999",
+    "9" * 5000,
+    "1.0",
+    "\u0661",
+    "1e3",
+    "nan",
+    "+1",
+    "1_0",
+    "²",
+]
+LISTS = {
+    "cub": (cub.load_cub, ("images.txt", "image_class_labels.txt", "classes.txt")),
+    "aircraft": (aircraft.load_aircraft, tuple(f"data/images_variant_{part}.txt" for part in ("train", "val", "test"))),
+    "cars, whole": (cars.load_cars, ("cars_annos.mat",)),
+}
+Change = tuple[str, int, int, Any]
+
+
+@st.composite
+def edits(draw) -> tuple[str, list[Change]]:
+    """A released layout, and what is done to its lists: (file, line or entry, where in it, put what)."""
+    layout = draw(st.sampled_from(list(LISTS)))
+    done = []
+    for _ in range(draw(st.integers(0, 4))):
+        put = draw(st.sampled_from([*PLACES, *NUMBERS]) | st.text(max_size=4) | st.none() | st.binary(max_size=4))
+        if layout == "cars, whole" and draw(st.booleans()):
+            put = draw(
+                st.integers(-1, 5) | st.floats() | st.lists(st.integers(0, 3), max_size=2) | st.complex_numbers()
+            )
+        done.append((draw(st.sampled_from(LISTS[layout][1])), draw(st.integers(0, 13)), draw(st.integers(0, 3)), put))
+    return layout, done
+
+
+def edit_lines(path: Path, line: int, where: int, put: Any) -> None:
+    lines = path.read_bytes().split(b"\n")
+    line %= len(lines)
+    put = put if isinstance(put, bytes) else str(put or "").encode("utf-8", "surrogatepass")
+    words = lines[line].split(b" ")
+    words[where % len(words)] = put
+    lines[line : line + 1] = {0: [b" ".join(words)], 1: [lines[line], b" ".join(words)], 2: [], 3: [lines[line] + put]}[
+        where
+    ]
+    path.write_bytes(b"\n".join(lines))
+
+
+def edit_mat(path: Path, entry: int, where: int, put: Any) -> None:
+    if isinstance(put, bytes):  # in the file itself
+        content = bytearray(path.read_bytes())
+        at = entry * len(content) // 14 + where
+        content[at : at + len(put)] = put
+        path.write_bytes(content)
+        return
+    try:
+        held = {name: value for name, value in loadmat(path).items() if not name.startswith("__")}
+        annotations = held["annotations"]
+        field = ("relative_im_path", "class", "test", "relative_im_path")[where]
+        annotations[0, entry % annotations.shape[1]][field] = np.zeros(0) if put is None else put
+        if entry == 13:
+            held.pop(("annotations", "class_names", "other", "annotations")[where], None)
+        if entry == 12:
+            held["class_names"] = held["class_names"][:, :where]
+        savemat(path, held)
+    except Exception:  # what an earlier edit of its bytes made unreadable here is read, or refused, by ours
+        return
+
+
+def lists_are_right(folder: Path) -> Callable[[tuple[str, list[Change]]], str]:
+    roots = {layout: released.RELEASES[layout][1](folder / layout) for layout in LISTS}
+    for root in roots.values():
+        for images in (root / "images", root / "data" / "images", root):
+            if images.is_dir():
+                (images / "out").symlink_to("/etc")
+                (images / "loop").symlink_to("loop")
+                (images / "here").symlink_to(".")
+    originals = {(layout, file): (roots[layout] / file).read_bytes() for layout in LISTS for file in LISTS[layout][1]}
+
+    def holds(case: tuple[str, list[Change]]) -> str:
+        layout, done = case
+        root, (load, files) = roots[layout], LISTS[layout]
+        for file in files:
+            (root / file).write_bytes(originals[layout, file])
+        for file, line, where, put in done:
+            (edit_mat if file.endswith(".mat") else edit_lines)(root / file, line, where, put)
+        try:
+            halves = load(root)
+        except InputError as error:
+            assert layout in str(error)
+            return refused(error)
+        seen = []
+        for half in halves:
+            assert half.classes and len(half.paths) == len(half.labels)
+            assert set(half.labels) == set(range(len(half.classes))) and min(Counter(half.labels).values()) >= 2
+            seen += [os.path.realpath(path) for path in half.paths]
+        assert len(set(seen)) == len(seen) and all(path.startswith(f"{os.path.realpath(root)}/") for path in seen)
+        return "read"
+
+    return holds
+
+
+@cases(100, 10_000)
+def test_lists_name_images_within_their_root_or_are_refused(count, tmp_path):
+    hunt(count, edits(), lists_are_right(tmp_path))
