@@ -1,0 +1,358 @@
+"""Embed image files into an index that can be searched.
+
+    python -m saga_fast.embed --encoder DIR IMAGES… --index OUT [--faiss FACTORY]
+    torchrun --nproc-per-node N -m saga_fast.embed …
+
+IMAGES are folders, searched through for images, files, glob patterns, or `-` for a list on stdin, a line each. The
+index keeps what earlier calls put there: only files that are new, or whose size or time of change differs, are
+embedded, and those that are gone leave. Vectors are saved in chunks beside the index as they come, so an interrupted
+call goes on where it stopped. Under torchrun every process embeds its share, and the first one makes the index; all
+must see the images under the same paths, but need not share the disk that the index is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from saga_fast import index as indices
+from saga_fast.config import parse_flags
+from saga_fast.data import ImageFiles, cores
+from saga_fast.data.loader import Decoder, ahead
+from saga_fast.encoder import Encoder
+from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.files import hidden
+from saga_fast.images import SUFFIXES
+from saga_fast.index import File
+
+BATCH = 64  # images that go through the encoder at once
+CHUNK = 1024  # images, or
+CHUNK_SECONDS = 60.0  # of work, that an interrupted call may lose at most
+
+Result = TypeVar("Result")
+
+
+class Embedded(NamedTuple):
+    """What a call did: counts of files, those it could not read, each with its reason, and a line about the index."""
+
+    new: int
+    unchanged: int
+    gone: int
+    unreadable: list[str]
+    line: str
+
+
+def embed(
+    encoder: str | Path,
+    images: Iterable[str | Path],
+    index: str | Path,
+    faiss: str | None = None,
+    workers: int | None = None,
+) -> Embedded:
+    """Bring the index in the folder `index` up to date with `images`: folders, files and glob patterns.
+
+    encoder: folder or hub id; faiss: a factory string for the kind of index, by default that of the last call, or
+    chosen by the number of images; workers: processes that decode. Raises InputError for an encoder, index or path
+    that is not what it should be, an index of another encoder, and if no image can be read: the index is as it was.
+    """
+    index = Path(index).absolute()
+    with _processes() as (rank, world):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+        model = Encoder.from_pretrained(encoder, map_location=device)
+        if faiss:
+            indices.make(faiss, model.embedding_dim)  # a wrong string is refused before the work
+        chunks = Chunks(hidden(index, "chunks"), model.sha256)
+        try:
+            _collect(chunks)
+            plan = _on_first(lambda: Plan.of(list(images), index, chunks, model.sha256))
+            failed = chunks.embed(model, plan.todo[rank::world], workers, show=rank == 0)
+            if world > 1:
+                shares: list[Any] = [None] * world
+                dist.all_gather_object(shares, failed)
+                failed = sorted(fault for share in shares for fault in share)
+            _collect(chunks)
+            name = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
+            done = _on_first(
+                lambda: plan.finish(index, chunks, (name, model.sha256), model.embedding_dim, faiss, failed)
+            )
+            shutil.rmtree(chunks.folder, ignore_errors=True)
+        finally:
+            with contextlib.suppress(OSError):  # gone, or what it holds is for another try
+                chunks.folder.rmdir()
+    return done
+
+
+class Chunks:
+    """Vectors on their way into an index: safetensors files in `folder`, written aside and renamed, of one encoder."""
+
+    def __init__(self, folder: Path, encoder_sha256: str):
+        self.folder, self.prefix = folder, encoder_sha256[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--index: {str(folder.parent)!r} cannot be written to ({error.strerror})") from error
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob(f"{self.prefix}-*.safetensors"))
+
+    def files(self) -> dict[File, tuple[str, int]]:
+        """Where each embedded file's vector is: name of the chunk, and row in it. Damaged chunks are passed over."""
+        found = {}
+        for name in self.names():
+            with contextlib.suppress(SafetensorError, OSError), safe_open(self.folder / name, "numpy") as chunk:
+                for row, file in enumerate(json.loads(chunk.metadata()["files"])):
+                    found[File(*file)] = (name, row)
+        return found
+
+    def vectors(self, name: str) -> np.ndarray:
+        with safe_open(self.folder / name, "numpy") as chunk:
+            return chunk.get_tensor("vectors")
+
+    def write(self, files: list[File], vectors: np.ndarray) -> None:
+        path = self.folder / f"{self.prefix}-{uuid.uuid4().hex}.safetensors"
+        save_file({"vectors": vectors}, path.with_suffix(".partial"), {"files": json.dumps(files)})
+        os.rename(path.with_suffix(".partial"), path)
+
+    @torch.inference_mode()
+    def embed(self, encoder: Encoder, files: list[File], workers: int | None, show: bool) -> list[str]:
+        """Embed `files` into chunks; returns a line for each that cannot be read. `show`: a progress bar on stderr."""
+        if workers is None:
+            workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if len(files) > BATCH else 0
+        faults: list[str] = []
+        done: list[File] = []
+        vectors: list[np.ndarray] = []
+        began = time.monotonic()
+
+        def close() -> None:
+            if done:
+                self.write(done, np.concatenate(vectors))
+            done.clear(), vectors.clear()
+
+        pictures = ImageFiles([Path(file.path) for file in files], [0] * len(files), [])
+        stream = ahead(Decoder(pictures, encoder.image_size), torch.arange(len(files)).split(BATCH), workers)
+        with (
+            contextlib.closing(stream),
+            tqdm(total=len(files), desc="embedding", unit="image", disable=not (show and files)) as bar,
+        ):
+            try:
+                for rows, pixels, broken in stream if files else ():
+                    whole = [i for i, row in enumerate(rows) if row not in broken]
+                    if whole:
+                        embedded = encoder(pixels[whole]).cpu().numpy()
+                        vectors.append(embedded)
+                        done += [files[rows[i]] for i in whole]
+                    faults += broken.values()
+                    bar.update(len(rows))
+                    if len(done) >= CHUNK or time.monotonic() - began > CHUNK_SECONDS:
+                        close()
+                        began = time.monotonic()
+            finally:
+                close()
+        return faults
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, known to every process. `files`: those that shall be in the index, sorted by path."""
+
+    files: list[File]
+    todo: list[File]
+    missing: list[str]
+    gone: int
+
+    @staticmethod
+    def of(images: Sequence[str | Path], index: Path, chunks: Chunks, encoder_sha256: str) -> Plan:
+        known = indices.about(index)
+        if known is not None and known.encoder_sha256 != encoder_sha256:
+            raise InputError(
+                f"--index: {str(index)!r} was made by another encoder ({known.encoder}, SHA-256 "
+                f"{known.encoder_sha256[:12]}…, this one's is {encoder_sha256[:12]}…); name another index"
+            )
+        for leftover in chunks.folder.glob("*"):  # of other encoders, and torn ones
+            if leftover.name not in chunks.names():
+                leftover.unlink()
+        indexed = indices.read_files(index, known) if known else []
+        embedded = {*indexed, *chunks.files()}
+        wanted = {os.path.abspath(path) for path in expand(images)}
+        files, missing = [], []
+        earlier = {file.path for file in indexed}
+        for path in sorted(wanted | {file.path for file in embedded}):
+            try:
+                stat = os.stat(path)
+                files.append(File(path, stat.st_size, stat.st_mtime_ns))
+            except OSError as error:
+                if path in wanted:
+                    missing.append(f"{path!r}: {error.strerror}")
+        if not files:
+            given = ", ".join(repr(str(item)) for item in images) or "nothing"
+            raise InputError(
+                f"IMAGES: none found in {given}; accepted are folders, files and glob patterns of images "
+                f"({' '.join(SUFFIXES)})"
+            )
+        gone = len(earlier - {file.path for file in files})
+        return Plan(files, [file for file in files if file not in embedded], missing, gone)
+
+    def finish(
+        self,
+        index: Path,
+        chunks: Chunks,
+        encoder: tuple[str, str],
+        dimension: int,
+        factory: str | None,
+        unreadable: list[str],
+    ) -> Embedded:
+        """Merge the chunks into the index and write it, unless it is that already."""
+        known = indices.about(index)
+        indexed = {file: row for row, file in enumerate(indices.read_files(index, known))} if known else {}
+        fresh = chunks.files()
+        files = [file for file in self.files if file in fresh or file in indexed]
+        unreadable = self.missing + unreadable
+        if not files:
+            raise InputError(f"IMAGES: none of {len(unreadable)} can be read, the first is {unreadable[0]}")
+        new = sum(file in fresh for file in files)
+        counts = (new, len(files) - new, self.gone, unreadable)
+        factory = factory or (known.asked if known else None)
+        kind = factory or indices.choose(len(files))
+        if known and not new and len(files) == len(indexed) and kind == known.kind:
+            return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
+
+        def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            places: dict[str | None, list[tuple[int, int]]] = {}
+            for place, file in enumerate(files):
+                name, row = fresh.get(file) or (None, indexed[file])
+                places.setdefault(name, []).append((place, row))
+            for name, pairs in places.items():
+                to, of = np.array(pairs).T
+                vectors = indices.read_vectors(index, known) if name is None else chunks.vectors(name)
+                for start in range(0, len(to), indices.BLOCK):
+                    block = slice(start, start + indices.BLOCK)
+                    yield to[block], vectors[of[block]]
+
+        return Embedded(*counts, indices.write(index, encoder, files, dimension, parts(), factory))
+
+
+def expand(images: Iterable[str | Path]) -> Iterator[str]:
+    """The image files in folders and under glob patterns, by their names; files as they are; `-`: lines of stdin.
+
+    Raises InputError for a path that is not there; one that stdin names is passed on all the same.
+    """
+    for item in map(os.fspath, images):
+        if item == "-":
+            for line in sys.stdin.buffer.read().splitlines():
+                name = os.fsdecode(line)
+                yield from expand([name]) if os.path.isdir(name) else [name] if name else []
+        elif os.path.isdir(item):
+            for folder, inner, names in os.walk(item):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                yield from (os.path.join(folder, name) for name in names if _is_image(name))
+        elif os.path.lexists(item):
+            yield item
+        elif glob.has_magic(item):
+            yield from filter(_is_image, glob.iglob(item, recursive=True))
+        else:
+            raise InputError(
+                f"IMAGES: {item!r} is not there; accepted are folders, files, glob patterns, or - for stdin"
+            )
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".") and not os.path.isdir(path)
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """(rank, world size): those of torchrun, which it joins if nobody has, else (0, 1)."""
+    ours = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # shares may be uneven
+    try:
+        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _on_first(function: Callable[[], Result]) -> Result:
+    """What `function` returns in the first process, or the InputError that it raises there, in every process."""
+    if not dist.is_initialized():
+        return function()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [function()]
+        except InputError as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], InputError):
+        raise box[0]
+    return box[0]
+
+
+def _collect(chunks: Chunks) -> None:
+    """Send to the first process the chunks that only others see, as on another host."""
+    if not dist.is_initialized():
+        return
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, chunks.names())
+    for name in sorted(set().union(*seen) - set(seen[0])):
+        owner, box = next(rank for rank, names in enumerate(seen) if name in names), [None]
+        if dist.get_rank() == owner:
+            dist.send_object_list([(chunks.folder / name).read_bytes()], dst=0)
+        elif dist.get_rank() == 0:
+            dist.recv_object_list(box, src=owner)
+            (chunks.folder / "received").write_bytes(box[0])
+            os.rename(chunks.folder / "received", chunks.folder / name)
+
+
+@dataclass(frozen=True)
+class EmbedArguments:
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders, files, glob patterns, or - for a list on stdin."""
+    encoder: str = ""
+    """Folder that holds the encoder, or hub id."""
+    index: Path | None = None
+    """Folder of the index, new or to be brought up to date."""
+    faiss: str | None = None
+    """Kind of index, a factory string of faiss; by default exact below 100,000 images, from there on IVF, tuned."""
+    workers: int | None = None
+    """Processes that decode images, 0 for none; default one a core up to 8."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parsed = parse_flags(EmbedArguments(), arguments, "python -m saga_fast.embed", "Embed images into an index.")
+    if parsed.index is None:
+        raise InputError("--index: missing; name the folder that the index shall be in")
+    if parsed.workers is not None and parsed.workers < 0:
+        raise InputError(f"--workers: {parsed.workers}; give 0 or more")
+    done = embed(parsed.encoder, parsed.images, parsed.index, parsed.faiss, parsed.workers)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for fault in done.unreadable:
+            print(f"unreadable: {fault}", file=sys.stderr)
+        print(
+            f"{done.new:,} embedded, {done.unchanged:,} unchanged, {done.gone:,} gone, "
+            f"{len(done.unreadable):,} unreadable\n{parsed.index}: {done.line}"
+        )
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(sys.argv[1:])

@@ -1,0 +1,213 @@
+"""A folder of vectors that can be searched, on disk and in faiss.
+
+    index.faiss   the faiss index, by inner product; its row i is file i
+    vectors.npy   float32 (n, D_e): the unit vectors themselves, from which an index of any kind is made
+    files.json    `files`: [path, size in bytes, mtime in ns] each, sorted by path
+    index.json    the encoder's folder and SHA-256, the kind of faiss index, and the SHA-256 of the other files
+
+It is written aside and renamed, so a kill or a full disk leaves the earlier one as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+from faiss.contrib.exhaustive_search import knn_ground_truth
+
+from saga_fast.errors import InputError
+from saga_fast.files import hidden, recover, replace, sha256
+
+FORMAT = 1
+ABOUT, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
+EXACT_BELOW = 100_000  # vectors: so few are searched whole
+BLOCK = 2**16  # vectors handed to faiss at once
+WANTED_RECALL = 0.97  # recall@10 of exact search, on a sample of the vectors
+
+
+class File(NamedTuple):
+    """An indexed file as it was when it was embedded: bytes, and ns since 1970."""
+
+    path: str
+    size: int
+    mtime: int
+
+
+class About(NamedTuple):
+    """What index.json says. kind: faiss's factory string; asked: the same if somebody asked for it."""
+
+    encoder: str
+    encoder_sha256: str
+    kind: str
+    asked: str | None
+    sha256: dict[str, str]
+
+
+def about(folder: Path) -> About | None:
+    """What the index in `folder` says of itself, None if there is none. Raises InputError for what is no index."""
+    recover(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    path = folder / ABOUT
+    if not path.is_file():
+        raise InputError(f"--index: {str(folder)!r} is there and holds no {ABOUT}, so it is no index; name another")
+    try:
+        said = json.loads(path.read_bytes())
+        version = said.pop("format")
+        if version != FORMAT:
+            raise InputError(
+                f"{str(path)!r}: format {version!r}, this version reads {FORMAT}; embed into another folder"
+            )
+        found = About(**said)
+        if not set(found.sha256) == {FAISS, VECTORS, FILES}:
+            raise KeyError
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{str(path)!r}: damaged, or no index's; delete the folder and embed again") from error
+    return found
+
+
+def read_files(folder: Path, known: About) -> list[File]:
+    """The indexed files; row i of the vectors is file i. Raises InputError, naming the file, if it is damaged."""
+    path = _whole(folder, FILES, known)
+    return [File(*file) for file in json.loads(path.read_bytes())["files"]]
+
+
+def read_vectors(folder: Path, known: About) -> np.ndarray:
+    """float32 (n, D_e), mapped into memory. Raises InputError, naming the file, if it is damaged."""
+    return np.load(_whole(folder, VECTORS, known), mmap_mode="r")
+
+
+def read_faiss(folder: Path, known: About) -> faiss.Index:
+    """The faiss index. Raises InputError, naming the file, if it is damaged."""
+    return faiss.read_index(str(_whole(folder, FAISS, known)))
+
+
+def write(
+    folder: Path,
+    encoder: tuple[str, str],
+    files: list[File],
+    dimension: int,
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+    factory: str | None = None,
+) -> str:
+    """Write the index of `files`, in place of the one in `folder` if there is one; returns a line about its kind.
+
+    encoder: its folder or hub id, and SHA-256; parts: (rows (m,), vectors (m, D_e)) that together fill rows 0 to n-1;
+    factory: faiss's own description of the kind of index, by default chosen by n. Raises InputError for a bad one.
+    """
+    aside = hidden(folder, "partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        shape = (len(files), dimension)
+        vectors = np.lib.format.open_memmap(aside / VECTORS, mode="w+", dtype=np.float32, shape=shape)
+        for rows, values in parts:
+            vectors[rows] = values
+        vectors.flush()
+        kind, line, index = build(vectors, factory)
+        faiss.write_index(index, str(aside / FAISS))
+        (aside / FILES).write_text(json.dumps({"files": files}))
+        hashes = {name: sha256(aside / name) for name in (FAISS, VECTORS, FILES)}
+        said = About(*encoder, kind, factory, hashes)._asdict()
+        (aside / ABOUT).write_text(json.dumps({"format": FORMAT, **said}, indent=2) + "\n")
+        replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return line
+
+
+def choose(count: int) -> str:
+    """faiss's description of the kind of index for `count` vectors.
+
+    From `EXACT_BELOW` on an inverted file of 4√n cells, to a power of two. Against HNSW speaks that it takes longer to
+    build, and that what an inverted file searches can be tuned once it is built.
+    """
+    return "Flat" if count < EXACT_BELOW else f"IVF{2 ** round(np.log2(4 * count**0.5))},Flat"
+
+
+def build(vectors: np.ndarray, factory: str | None = None) -> tuple[str, str, faiss.Index]:
+    """(factory, a line that explains the index, the index) of vectors (n, d). Raises InputError for a bad `factory`."""
+    kind = factory or choose(len(vectors))
+    index = make(kind, vectors.shape[1])
+    ivf = faiss.try_extract_index_ivf(index)
+    try:
+        if ivf is not None:
+            ivf.cp.max_points_per_centroid = 64  # a quarter of faiss's own: cells need not be that exact
+        if not index.is_trained:
+            index.train(np.ascontiguousarray(_sample(vectors, 64 * ivf.nlist if ivf is not None else BLOCK)))
+        for block in _blocks(vectors):
+            index.add(block)
+    except RuntimeError as error:
+        raise InputError(
+            f"--faiss: {kind!r} cannot be trained on {len(vectors):,} vectors ({_cause(error)}); "
+            "embed more images, or leave it out"
+        ) from error
+    count = f"{len(vectors):,} vector{'s' * (len(vectors) != 1)}"
+    if ivf is None:
+        why = "exact, every vector is compared" if kind == "Flat" else "as asked"
+        return kind, f"{count}, faiss {kind}: {why}", index
+    recall = _tune(index, ivf, vectors)
+    line = f"{ivf.nprobe} of {ivf.nlist} cells are searched, which finds {recall:.1%} of the 10 nearest (on a sample)"
+    return kind, f"{count}, faiss {kind}: {line}", index
+
+
+def make(kind: str, dimension: int) -> faiss.Index:
+    """The empty index that the factory string `kind` describes. Raises InputError if it describes none."""
+    try:
+        return faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(
+            f"--faiss: {kind!r} describes no index of vectors of {dimension} numbers ({_cause(error)}); "
+            "give a factory string of faiss, such as Flat, HNSW32 or IVF4096,SQ8, or leave it out"
+        ) from error
+
+
+def _cause(error: RuntimeError) -> str:
+    """What faiss says, without where in its source it says so."""
+    return re.sub(r"^.*?\.cpp:\d+: (Error: )?", "", " ".join(str(error).split()))
+
+
+def _tune(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, sample: int = 256, k: int = 10) -> float:
+    """Sets `nprobe` to the least power of two that reaches `WANTED_RECALL`, or to all cells; the recall then.
+
+    Measured on a sample of the vectors, each searched for without itself.
+    """
+    queries = np.ascontiguousarray(_sample(vectors, sample))
+    rows = _sample(np.arange(len(vectors)), sample)
+    _, exact = knn_ground_truth(queries, _blocks(vectors), k + 1, faiss.METRIC_INNER_PRODUCT)
+    exact = [set(found[found != row][:k]) for found, row in zip(exact, rows)]
+    ivf.nprobe = 1
+    while True:
+        _, found = index.search(queries, k + 1)
+        hits = [len(near & set(row)) for near, row in zip(exact, found)]
+        recall = sum(hits) / sum(map(len, exact))
+        if recall >= WANTED_RECALL or ivf.nprobe >= ivf.nlist:
+            return recall
+        ivf.nprobe = min(2 * ivf.nprobe, ivf.nlist)
+
+
+def _sample(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the rows, evenly spread, or all if there are no more."""
+    return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+
+
+def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(vectors), BLOCK):
+        yield np.ascontiguousarray(vectors[start : start + BLOCK])
+
+
+def _whole(folder: Path, name: str, known: About) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{str(path)!r}: missing; delete the index and embed again")
+    if sha256(path) != known.sha256[name]:
+        raise InputError(f"{str(path)!r}: its SHA-256 is not the one in {ABOUT}; delete the index and embed again")
+    return path
