@@ -255,7 +255,7 @@ def test_two_processes_make_the_index_of_one(encoder, tmp_path, index):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [json.dumps([8, 0, 0])] * 2
+    assert done.stdout.replace("\n", "") == 2 * json.dumps([8, 0, 0])
     together, alone = content(tmp_path / index.format(rank=0)), content(tmp_path / "alone")
     assert list(together) == list(alone)
     for path in alone:
