@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from saga_fast import distributed
 from saga_fast import index as indices
 from saga_fast.config import parse_flags
 from saga_fast.data import ImageFiles, cores
@@ -75,20 +76,18 @@ def embed(
     that is not what it should be, an index of another encoder, and if no image can be read: the index is as it was.
     """
     index = Path(index).absolute()
-    with _processes() as (rank, world):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-        model = Encoder.from_pretrained(encoder, map_location=device)
+    with _processes():
+        model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
             indices.make(faiss, model.embedding_dim)  # a wrong string is refused before the work
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
             _collect(chunks)
             plan = _on_first(lambda: Plan.of(list(images), index, chunks, model.sha256))
-            failed = chunks.embed(model, plan.todo[rank::world], workers, show=rank == 0)
-            if world > 1:
-                shares: list[Any] = [None] * world
-                dist.all_gather_object(shares, failed)
-                failed = sorted(fault for share in shares for fault in share)
+            faults = distributed.everyone(
+                chunks.embed(model, plan.todo[distributed.rank() :: distributed.ranks()], workers)
+            )
+            failed = sorted(fault for share in faults for fault in share)
             _collect(chunks)
             name = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
             done = _on_first(
@@ -133,10 +132,11 @@ class Chunks:
         os.rename(path.with_suffix(".partial"), path)
 
     @torch.inference_mode()
-    def embed(self, encoder: Encoder, files: list[File], workers: int | None, show: bool) -> list[str]:
-        """Embed `files` into chunks; returns a line for each that cannot be read. `show`: a progress bar on stderr."""
+    def embed(self, encoder: Encoder, files: list[File], workers: int | None) -> list[str]:
+        """Embed `files` into chunks; returns a line for each that cannot be read. The first process shows progress."""
         if workers is None:
-            workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if len(files) > BATCH else 0
+            workers = min(8, cores()) if len(files) > BATCH else 0
+        hide = not files or distributed.rank() > 0
         faults: list[str] = []
         done: list[File] = []
         vectors: list[np.ndarray] = []
@@ -151,7 +151,7 @@ class Chunks:
         stream = ahead(Decoder(pictures, encoder.image_size), torch.arange(len(files)).split(BATCH), workers)
         with (
             contextlib.closing(stream),
-            tqdm(total=len(files), desc="embedding", unit="image", disable=not (show and files)) as bar,
+            tqdm(total=len(files), desc="embedding", unit="image", disable=hide) as bar,
         ):
             try:
                 for rows, pixels, broken in stream if files else ():
@@ -279,45 +279,38 @@ def _is_image(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
-    """(rank, world size): those of torchrun, which it joins if nobody has, else (0, 1)."""
-    ours = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+def _processes() -> Iterator[None]:
+    """The group of torchrun's processes, unless they have one. Gloo's: what is exchanged are files, at the ends."""
+    ours = dist.is_torchelastic_launched() and not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # shares may be uneven
-    try:
-        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    finally:
-        if ours:
-            dist.destroy_process_group()
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # shares may take unequally long
+    yield
+    if ours:
+        dist.destroy_process_group()
 
 
 def _on_first(function: Callable[[], Result]) -> Result:
     """What `function` returns in the first process, or the InputError that it raises there, in every process."""
-    if not dist.is_initialized():
-        return function()
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
+    result = error = None
+    if distributed.rank() == 0:
         try:
-            box = [function()]
-        except InputError as error:
-            box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], InputError):
-        raise box[0]
-    return box[0]
+            result = function()
+        except InputError as raised:
+            error = raised
+    result, error = distributed.everyone((result, error))[0]
+    if error:
+        raise error
+    return result
 
 
 def _collect(chunks: Chunks) -> None:
     """Send to the first process the chunks that only others see, as on another host."""
-    if not dist.is_initialized():
-        return
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, chunks.names())
+    seen = distributed.everyone(chunks.names())
     for name in sorted(set().union(*seen) - set(seen[0])):
         owner, box = next(rank for rank, names in enumerate(seen) if name in names), [None]
-        if dist.get_rank() == owner:
+        if distributed.rank() == owner:
             dist.send_object_list([(chunks.folder / name).read_bytes()], dst=0)
-        elif dist.get_rank() == 0:
+        elif distributed.rank() == 0:
             dist.recv_object_list(box, src=owner)
             (chunks.folder / "received").write_bytes(box[0])
             os.rename(chunks.folder / "received", chunks.folder / name)
@@ -344,7 +337,7 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.workers is not None and parsed.workers < 0:
         raise InputError(f"--workers: {parsed.workers}; give 0 or more")
     done = embed(parsed.encoder, parsed.images, parsed.index, parsed.faiss, parsed.workers)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # the group is gone
         for fault in done.unreadable:
             print(f"unreadable: {fault}", file=sys.stderr)
         print(
