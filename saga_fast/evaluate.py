@@ -1,6 +1,9 @@
 """How well an encoder retrieves: every image of the test half queries all the others.
 
-python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
+    python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
+
+Prints Recall@K, MAP@R, R-precision and NMI, the classes that fare worst, and what they are taken for. The file holds
+all classes and confusions. Of images that are equally near the one that comes first in the data set ranks first.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +23,8 @@ from saga_fast import distributed
 from saga_fast.config import DataConfig, parse_flags
 from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
 from saga_fast.encoder import Encoder
-from saga_fast.errors import exit_on_input_error
-from saga_fast.metrics import retrieval_metrics
+from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.metrics import Scores, nmi, retrieval_metrics, retrieve, summary
 
 COLUMNS = {
     "recall_at_1": "R@1",
@@ -30,6 +34,7 @@ COLUMNS = {
     "map_at_r": "MAP@R",
     "nmi": "NMI",
 }
+SHOWN = 10  # classes and confusions in the terminal
 
 
 @torch.no_grad()
@@ -77,6 +82,33 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def by_class(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each class its name, images, and its queries' mean Recall@1, R-precision and MAP@R; worst Recall@1 first."""
+    rows = []
+    for label, name in enumerate(names):
+        own = labels[scores.queries] == label
+        if own.any():
+            part = summary(Scores(*(column[own] for column in scores)))
+            figures = {key: part[key] for key in ("recall_at_1", "r_precision", "map_at_r")}
+            rows.append({"class": name, "images": int((labels == label).sum()), **figures})
+    return sorted(rows, key=lambda row: row["recall_at_1"])
+
+
+def confusions(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Which class is found first in place of a query's own, how often, and of how many queries; the worst share first.
+
+    Of equal shares the more frequent comes first.
+    """
+    asked, found = labels[scores.queries], labels[scores.first]
+    queries = torch.bincount(asked, minlength=len(names))
+    pairs, counts = torch.stack([asked, found], 1)[asked != found].unique(dim=0, return_counts=True)
+    rows = [
+        {"class": names[a], "taken_for": names[b], "count": count, "queries": int(queries[a])}
+        for (a, b), count in zip(pairs.tolist(), counts.tolist())
+    ]
+    return sorted(rows, key=lambda row: (-row["count"] / row["queries"], -row["count"]))
+
+
 @dataclass(frozen=True)
 class EvaluateArguments:
     encoder: str = ""
@@ -88,12 +120,25 @@ class EvaluateArguments:
 
 def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(EvaluateArguments(), arguments, "python -m saga_fast.evaluate", "Evaluate an encoder.")
-    encoder = Encoder.from_pretrained(parsed.encoder)
+    if parsed.json and not parsed.json.absolute().parent.is_dir():
+        raise InputError(f"--json: the folder of {str(parsed.json)!r} is not there; make it, or name another file")
+    encoder = Encoder.from_pretrained(parsed.encoder, map_location=distributed.device())
     _, test = load_images(parsed.data, encoder.image_size)
-    metrics = evaluate(encoder, test)
+    embeddings, labels, names = embed_all(encoder, test), test.labels, test.dataset.classes
+    scores = retrieve(embeddings, labels)
+    metrics = summary(scores) | {"nmi": nmi(embeddings, labels)}
+    classes, mistakes = by_class(scores, labels, names), confusions(scores, labels, names)
     print(table({parsed.data.name: metrics}))
+    print(f"R-precision {100 * metrics['r_precision']:.2f}, {len(scores.queries):,} queries")
+    print(f"\n{'worst classes':40}{'images':>7}{'R@1':>8}{'MAP@R':>8}")
+    for row in classes[:SHOWN]:
+        print(f"{row['class']:40}{row['images']:7}{100 * row['recall_at_1']:8.2f}{100 * row['map_at_r']:8.2f}")
+    print("\nworst confusions")
+    for row in mistakes[:SHOWN]:
+        print(f"{row['count']} of {row['queries']} queries of {row['class']}: {row['taken_for']} comes first")
     if parsed.json:
-        parsed.json.write_text(json.dumps(metrics, indent=2) + "\n")
+        found = {**metrics, "queries": len(scores.queries), "classes": classes, "confusions": mistakes}
+        parsed.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

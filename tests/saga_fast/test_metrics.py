@@ -11,7 +11,8 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import normalized_mutual_info_score
 from torch.nn.functional import normalize
 
-from saga_fast.metrics import kmeans, nearest, retrieval_metrics
+from saga_fast import metrics
+from saga_fast.metrics import kmeans, neighbours, retrieval_metrics
 
 
 def clouds(sizes: list[int], dim: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,15 +61,31 @@ def test_separated_classes_score_one_and_labels_are_only_names():
     assert scores == pytest.approx(dict.fromkeys(scores, 1.0))
 
 
-def test_ties_go_to_the_lower_index_also_at_the_last_place():
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_ties_go_to_the_lower_index_also_at_the_last_place(chunk):
     embeddings = torch.eye(4)[[0, 1, 0, 0, 1, 0, 2, 0]]
-    rows = torch.tensor([2, 4, 6])
-    assert nearest(embeddings, rows, 3).tolist() == [[0, 3, 5], [1, 0, 2], [0, 1, 2]]
-    assert nearest(embeddings, rows, 7).tolist() == [
+
+    def nearest(k: int) -> list[list[int]]:
+        return torch.cat([found for _, found in neighbours(embeddings, k, chunk)])[[2, 4, 6]].tolist()
+
+    assert nearest(3) == [[0, 3, 5], [1, 0, 2], [0, 1, 2]]
+    assert nearest(7) == [
         [0, 3, 5, 7, 1, 4, 6],
         [1, 0, 2, 3, 5, 6, 7],
         [0, 1, 2, 3, 4, 5, 7],
     ]
+
+
+@pytest.mark.parametrize("kept", [0, 2**30])
+@pytest.mark.parametrize("chunk,k", [(1, 4), (16, 5), (16, 30), (64, 63), (100, 9)])
+def test_neighbours_are_those_of_a_stable_sort(monkeypatch, chunk, k, kept):
+    """On a grid of few values, so that many products tie, exactly."""
+    monkeypatch.setattr(metrics, "KEPT", kept)
+    embeddings = torch.randint(-1, 2, (64, 4), generator=torch.Generator().manual_seed(k)).float()
+    similarity = (embeddings @ embeddings.T).numpy()
+    for rows, found in neighbours(embeddings, k, chunk):
+        for row, indices in zip(rows.tolist(), found.tolist()):
+            assert indices == sorted(set(range(64)) - {row}, key=lambda i: (-similarity[row, i], i))[:k]
 
 
 def test_a_query_is_masked_by_its_index_not_by_its_similarity():

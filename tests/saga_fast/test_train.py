@@ -74,7 +74,7 @@ def test_evaluate_measures_a_saved_encoder_alike(unbroken, tmp_path, capsys):
     out, final = unbroken
     data = ["--data.species", "16", "--data.images-per-species", "4"]
     evaluate.main(["--encoder", str(out / "encoder"), *data, "--json", str(tmp_path / "metrics.json")])
-    assert json.loads((tmp_path / "metrics.json").read_text()) == final["after"]
+    assert json.loads((tmp_path / "metrics.json").read_text()).items() >= final["after"].items()
     assert "R@1" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds no config.json"):
         evaluate.main(["--encoder", str(tmp_path)])
