@@ -171,7 +171,7 @@ class QwenTower(VisionTower):
         merge, patch = config.spatial_merge_size, config.patch_size
         x = self.normalize(pixels, proj.weight.dtype)
         x = x.unflatten(3, (columns, merge, patch)).unflatten(2, (rows, merge, patch))
-        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(len(pixels), rows * columns * merge**2, -1)
+        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(pixels.shape[0], rows * columns * merge**2, -1)
         # A still image is the same frame `temporal_patch_size` times over, so the kernel may be summed over time.
         return F.linear(x, proj.weight.sum(2).flatten(1), proj.bias)
 
