@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from saga_fast import metrics
 from saga_fast.data import PixelLoader
-from saga_fast.metrics import nearest
 
 NEIGHBOURS = 5
 ROWS = {"fixed": 8, "still_wrong": 6, "spoilt": 4}  # queries shown of each kind, at most
@@ -23,9 +23,8 @@ COLUMNS = 16  # thumbnails in a row of the sheet
 
 def neighbours(embeddings: Tensor) -> Tensor:
     """int32 (n, 5): of each row the others of largest inner product, best first; fewer columns where n < 6."""
-    rows = torch.arange(len(embeddings), device=embeddings.device)
-    found = [nearest(embeddings, part, min(NEIGHBOURS, len(rows) - 1)) for part in rows.split(1024)]
-    return torch.cat(found).int().cpu()
+    found = metrics.neighbours(embeddings, min(NEIGHBOURS, len(embeddings) - 1))
+    return torch.cat([near for _, near in found]).int().cpu()
 
 
 def compare(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def nmi(embeddings: Tensor, labels: Tensor, seed: int = 0) -> float:
     return float(normalized_mutual_info_score(labels.cpu(), kmeans(embeddings, len(labels.unique()), seed)))
 
 
-def neighbours(embeddings: Tensor, k: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+def neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows (c,), found (c, k)), both int64: for each row the k others of largest inner product, best first.
 
     Chunk by chunk, in order. Exact; of equal products the lower index comes first, at the k-th place too. Each product
