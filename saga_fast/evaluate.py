@@ -46,11 +46,6 @@ def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor
     return distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images))
 
 
-def evaluate(encoder: Encoder, images: PixelLoader) -> dict[str, float]:
-    """`retrieval_metrics` of all images, each a query against all others."""
-    return score(embed_all(encoder, images), images.labels)
-
-
 def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """`retrieval_metrics`, computed by the first rank and told to all."""
     return distributed.everyone({} if distributed.rank() else retrieval_metrics(embeddings, labels))[0]
