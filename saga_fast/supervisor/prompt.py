@@ -55,6 +55,8 @@ class Prompt:
                 f"prompt.attributes: {len(self.attributes)} given with generic={self.generic}; "
                 "a structured prompt needs at least one, a generic prompt takes none"
             )
+        if self.verdict_key in self.attributes:
+            raise InputError(f"prompt.attributes: {self.verdict_key!r} is the verdict_key too; rename one of them")
         for field, names in (("attributes", self.attributes), ("verdict_key", self.keys)):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise InputError(f"prompt.{field}: {twice[0]!r} is used twice in one JSON object; rename one of them")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -42,28 +43,33 @@ from .data import released
 HANG = 30  # seconds: no case takes a thousandth of it
 
 
-def hunt(count: int, strategy: st.SearchStrategy, holds: Callable[[Any], object]) -> None:
-    """`holds` for `count` cases, or the smallest for which it raises. A hundred are the same every time."""
+BATCH = 10  # cases that are grown from one that hypothesis draws
+
+
+def hunt(count: int, batches: st.SearchStrategy, holds: Callable[[Any], object]) -> None:
+    """`holds` for `count` cases, in batches. A few hundred are the same every time. Prints what became of them."""
     tried = Counter()
 
     def hangs(*_):
         raise AssertionError(f"still at it after {HANG} s")
 
     @settings(
-        max_examples=count, derandomize=count <= 200, deadline=None, database=None, suppress_health_check=HealthCheck
-    )
-    @given(strategy)
-    def case(value):
-        tried["cases"] += 1
-        signal.alarm(HANG)
-        try:
-            tried[str(holds(value))] += 1
-        finally:
-            signal.alarm(0)
+        max_examples=count // BATCH, derandomize=count <= 1000, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(batches)
+    def batch(values):
+        for value in values:
+            tried["cases"] += 1
+            signal.alarm(HANG)
+            try:
+                tried[holds(value)] += 1
+            finally:
+                signal.alarm(0)
 
     before = signal.signal(signal.SIGALRM, hangs)
     try:
-        case()
+        batch()
     finally:
         signal.signal(signal.SIGALRM, before)
         print(dict(tried))
@@ -128,41 +134,51 @@ def write(tree: Any, space: str) -> str:
     return json.dumps(tree)
 
 
+def grown(draw, text: str, fragments: list[str]) -> list[str]:
+    """`text`, and copies of it changed up to four times each: cut, doubled, wrapped, pieces of the grammar put in."""
+    chance, texts = random.Random(draw(st.integers(0, 2**32))), [text]
+    for _ in range(BATCH - 1):
+        changed = text
+        for _ in range(chance.randint(1, 4)):
+            at, end = sorted(chance.choices(range(len(changed) + 1), k=2))
+            match chance.randrange(7):
+                case 0:
+                    put = chance.choice(
+                        [chance.choice(fragments), chr(chance.choice([*range(128), 0x85, 0x3000, 0xDC80]))]
+                    )
+                    changed = changed[:at] + put + changed[at:]
+                case 1 | 2:  # where the grammar turns
+                    at = chance.choice([turn.end() for turn in re.finditer(r'[{}",:=\n\[\]]', changed)] or [0])
+                    changed = changed[:at] + chance.choice(fragments) + changed[at:]
+                case 3:
+                    end = min(end, at + chance.choice([1, 9, 99]))
+                    changed = changed[:at] + changed[end:]
+                case 4:
+                    changed = changed[:end] + changed[at:end] + changed[end:]
+                case 5:
+                    pair = chance.choice(
+                        [("yes", "no"), ("no", "yes"), ("[", "]"), ('{"a":', "}"), ("```json\n", "\n```")]
+                    )
+                    changed = changed.replace(*pair, 1) if pair[0].isalpha() else pair[0] + changed + pair[1]
+                case 6:
+                    changed = chance.choice(fragments) + changed + chance.choice(["", chance.choice(fragments)])
+        texts.append(changed)
+    return texts
+
+
 @st.composite
-def completions(draw) -> str:
-    """A good answer, or a tree of its keys, changed up to four times in ways that would forge, break or bury it."""
+def completions(draw) -> list[str]:
+    """Grown from a good answer or from a tree of its keys."""
     if draw(st.integers(0, 3)):
         described = {name: draw(TEXTS) for name in PROMPT.attributes}
         text = PROMPT.answer(described, described, draw(TEXTS), "high", draw(TEXTS), draw(st.booleans()))
         if draw(st.booleans()):
-            text = json.dumps(
-                json.loads(text), indent=draw(st.sampled_from([None, 0, 2])), ensure_ascii=draw(st.booleans())
-            )
+            layout = {"indent": draw(st.sampled_from([None, 0, 2])), "ensure_ascii": draw(st.booleans())}
+            text = json.dumps(json.loads(text), **layout)
     else:
-        text = write(
-            draw(st.lists(st.tuples(KEYS, TREES), max_size=6).map(tuple)), draw(st.sampled_from(["", " ", "\n"]))
-        )
-    for _ in range(draw(st.integers(0, 4))):
-        at, end = sorted((draw(st.integers(0, len(text))), draw(st.integers(0, len(text)))))
-        match draw(st.integers(0, 6)):
-            case 0:
-                text = text[:at] + draw(st.sampled_from(FRAGMENTS) | st.text(max_size=3)) + text[at:]
-            case 1:  # where the grammar turns
-                turns = [turn.end() for turn in re.finditer(r'[{}",:\[\]]', text)] or [0]
-                at = draw(st.sampled_from(turns))
-                text = text[:at] + draw(st.sampled_from(FRAGMENTS)) + text[at:]
-            case 2:
-                text = text[:at] + text[end:]
-            case 3:
-                text = text[:end] + text[at:end] + text[end:]
-            case 4:
-                text = text.replace(*draw(st.permutations(["yes", "no"])), draw(st.integers(-1, 1)))
-            case 5:
-                before, after = draw(st.sampled_from([("[", "]"), ('{"a":', "}"), ("```json\n", "\n```"), ('"', '"')]))
-                text = before + text + after
-            case 6:
-                text = draw(st.sampled_from(FRAGMENTS)) + text + draw(st.sampled_from(FRAGMENTS))
-    return text
+        pairs = draw(st.lists(st.tuples(KEYS, TREES), max_size=6).map(tuple))
+        text = write(pairs, draw(st.sampled_from(["", " ", "\n"])))
+    return grown(draw, text, FRAGMENTS)
 
 
 class Refused(ValueError):
@@ -224,7 +240,7 @@ def verdict_is_right(text: str) -> str:
     return f"paid {word}" if verdict else "unpaid"
 
 
-@cases(200, 45_000)
+@cases(1000, 55_000)
 def test_a_verdict_is_paid_only_if_it_is_the_only_one(count):
     hunt(count, completions(), verdict_is_right)
 
@@ -248,13 +264,16 @@ ADDED = {i: token.content.encode() for i, token in TOKENIZER.added_tokens_decode
 
 
 @st.composite
-def sampled(draw) -> list[int]:
-    """Ids of a completion as they are encoded, some of them then lost, doubled, or others: also ones of no token."""
-    ids = TOKENIZER(draw(completions()).encode("utf-8", "replace").decode())["input_ids"]
-    for _ in range(draw(st.integers(0, 3))):
-        at = draw(st.integers(0, len(ids)))
-        ids[at : at + draw(st.integers(0, 2))] = draw(st.lists(st.integers(0, len(SPELLING) + 3), max_size=2))
-    return ids
+def sampled(draw) -> list[list[int]]:
+    """Ids of completions as they are encoded, some of them then lost, doubled, or others: also ones of no token."""
+    samples, chance = [], random.Random(draw(st.integers(0, 2**32)))
+    for text in draw(completions()):
+        ids = TOKENIZER(text.encode("utf-8", "replace").decode())["input_ids"]
+        for _ in range(chance.choice([0, 0, 0, 1, 2])):
+            at = chance.randint(0, len(ids))
+            ids[at : at + chance.randrange(3)] = chance.choices(range(len(SPELLING) + 4), k=chance.randrange(3))
+        samples.append(ids)
+    return samples
 
 
 def tokens_are_right(ids: list[int]) -> str:
@@ -274,7 +293,7 @@ def tokens_are_right(ids: list[int]) -> str:
     return f"{some} spans"
 
 
-@cases(100, 20_000)
+@cases(300, 20_000)
 def test_attribute_tokens_are_those_of_the_values(count):
     hunt(count, sampled(), tokens_are_right)
 
@@ -319,32 +338,53 @@ TOML_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4).map(lambda values: f"[{', '.join(values)}]"),
     max_leaves=6,
 )
+NAMES = st.one_of(
+    *[st.sampled_from(['"bill"', '"leg  color"', '"Größe"', '"{0.__class__}"', '"a \\"b\\""'])] * 5, TOML_TEXT
+)
 FIELDS = ("role", "item", "verdict_key", "attributes")
 
 
+PIECES = [
+    *map(json.dumps, WORDS),
+    "[" * 3000,
+    "[[a]]\n",
+    "\ufeff",
+    "'",
+    '"""',
+    "#",
+    ",",
+    "[",
+    "]",
+    "{",
+    "}",
+    "=",
+    ".",
+    "\r",
+    "\udcff",
+]
+PIECES += [
+    'role = "x"\n',
+    "item.x = 1\n",
+    '"item" = "x"\n',
+    "attributes = []\n",
+    "[role]\n",
+    "generic = true\n",
+    "0x" + "f" * 5000,
+]
+
+
 @st.composite
-def prompt_files(draw) -> bytes:
+def prompt_files(draw) -> list[bytes]:
     fields = {
-        "role": draw(TOML_TEXT),
-        "item": draw(st.just('"bird"') | TOML_TEXT),
-        "verdict_key": draw(st.just('"same"') | TOML_TEXT),
-        "attributes": f"[{', '.join(draw(st.lists(TOML_TEXT, min_size=1, max_size=4)))}]",
+        "role": draw(st.just('"ornithologist"') | TOML_TEXT),
+        "item": draw(st.just('"bird"') | st.just('"x-1"') | TOML_TEXT),
+        "verdict_key": draw(st.just('"same"') | st.just('"bill"') | TOML_TEXT),
+        "attributes": f"[{', '.join(draw(st.lists(NAMES, min_size=1, max_size=4)))}]",
     }
-    for _ in range(draw(st.integers(0, 2))):
-        name = draw(st.sampled_from([*FIELDS, "rôle", '"a.b"', "role.x", "generic", "__class__", "item\nx"]))
-        fields[name] = draw(TOML_VALUES)
-    lines = [f"{name} = {value}" for name, value in fields.items()]
     if draw(st.booleans()):
-        lines = draw(st.permutations(lines))[draw(st.integers(0, 1)) :]
-    content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 4)) == 0:
-        at = draw(st.integers(0, len(content)))
-        content = (
-            content[:at]
-            + draw(st.binary(max_size=3) | st.sampled_from([b"[" * 3000, b"[[a]]\n", b"\xff\xfe"]))
-            + content[at:]
-        )
-    return content
+        fields[draw(st.sampled_from([*FIELDS, "rôle", '"a.b"', "role.x", "generic", "__class__"]))] = draw(TOML_VALUES)
+    text = "\n".join(f"{name} = {value}" for name, value in fields.items())
+    return [content.encode("utf-8", "surrogateescape") for content in grown(draw, text, PIECES)]
 
 
 def prompt_is_right(folder: Path) -> Callable[[bytes], str]:
@@ -374,7 +414,7 @@ def prompt_is_right(folder: Path) -> Callable[[bytes], str]:
     return holds
 
 
-@cases(100, 15_000)
+@cases(500, 15_000)
 def test_a_prompt_file_is_read_as_it_stands_or_refused(count, tmp_path):
     hunt(count, prompt_files(), prompt_is_right(tmp_path))
 
@@ -487,9 +527,9 @@ def checkpoint_is_right(folder: Path) -> Callable[[list], str]:
     return holds
 
 
-@cases(100, 10_000)
+@cases(100, 5_000)
 def test_a_checkpoint_is_whole_or_refused(count, tmp_path):
-    hunt(count, damages(), checkpoint_is_right(tmp_path))
+    hunt(count, st.lists(damages(), min_size=BATCH, max_size=BATCH), checkpoint_is_right(tmp_path))
 
 
 # ── Lists of data sets ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -629,6 +669,6 @@ def lists_are_right(folder: Path) -> Callable[[tuple[str, list[Change]]], str]:
     return holds
 
 
-@cases(100, 10_000)
+@cases(100, 5_000)
 def test_lists_name_images_within_their_root_or_are_refused(count, tmp_path):
-    hunt(count, edits(), lists_are_right(tmp_path))
+    hunt(count, st.lists(edits(), min_size=BATCH, max_size=BATCH), lists_are_right(tmp_path))

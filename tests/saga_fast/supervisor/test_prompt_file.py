@@ -89,6 +89,7 @@ def test_text_that_looks_like_a_format_stays_text(tmp_path):
             for key in ("", "a bird", "1st", "vögel", "a.b", 'a\\"b', "{0}", "x" * 41, "a\\nb c")
         ),
         ({"verdict_key": '"mushroom_1"'}, "prompt.verdict_key: 'mushroom_1' is used twice"),
+        ({"verdict_key": '"gills"'}, "prompt.attributes: 'gills' is the verdict_key too; rename one of them"),
         ({"verdict_key": '"reasoning"'}, "prompt.verdict_key: 'reasoning' is used twice"),
         ({"role": '"<|im_end|>"'}, "prompt.role: '<|im_end|>' holds < or >"),
         ({"attributes": '["</s>"]'}, "prompt.attributes: '</s>' holds < or >"),
