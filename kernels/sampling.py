@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
-SHORTLIST = 64  # most nuclei hold fewer tokens than this, so few rows need a full sort
+SHORTLIST, GROWTH = 64, 4  # most nuclei hold fewer tokens than this; for other rows it grows by this factor
+CACHED = 1 << 20  # probabilities that are worked on at once
 
 
 def sample_top_p(
@@ -25,10 +28,10 @@ def sample_top_p(
         rows: (N,) int64, each row's lasting id. step: (N,) int64 or one int for all rows, the place in the sequence.
 
     Returns:
-        (N,) int64 token ids. On a GPU, which is not waited for, -1 for a row without a finite distribution.
+        (N,) int64 token ids; -1 for a row without a finite distribution (nan, +inf or only -inf).
 
     Raises:
-        ValueError, TypeError: as the argument named says; on CPU also for a row without a finite distribution.
+        ValueError, TypeError: as the argument named says.
     """
     expect_tensor("logits", logits, (None, None), FLOATS)
     expect(logits.shape[1] > 0, "logits", f"shape {tuple(logits.shape)}", "one token or more")
@@ -47,39 +50,56 @@ def sample_top_p(
 def sample_top_p_reference(
     logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, step: Tensor
 ) -> Tensor:
-    """`sample_top_p` in plain PyTorch: sorts to find the nucleus, sums in float64."""
+    """`sample_top_p` in plain PyTorch: what is sorted and summed, in float64, is a shortlist and not the vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.to(accumulator(logits.dtype)) / temperature).softmax(-1)
-    if logits.device.type == "cpu" and len(logits):
-        broken = probabilities.isnan().any(-1)
-        expect(not broken.any(), "logits", f"row {broken.int().argmax()} with nan, +inf or only -inf", "finite or -inf")
-    kept = torch.where(nucleus_reference(probabilities, top_p), probabilities, 0)
-    cumulative = kept.double().cumsum(-1)
-    point = philox_uniform(seed, rows, step)[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    # A product that rounds up to the total would fall off the end: the last kept token is meant.
-    last = logits.shape[1] - 1 - kept.flip(-1).ne(0).int().argmax(-1)
-    return token.minimum(last)
+    uniform, dtype = philox_uniform(seed, rows, step), accumulator(logits.dtype)
+    token = torch.empty_like(rows)
+    for block in range(0, len(logits), at_once := max(1, CACHED // logits.shape[1])):
+        block = slice(block, block + at_once)
+        p = torch.div(logits[block].to(dtype), temperature)
+        token[block] = _draw(torch.softmax(p, -1, out=p), top_p, uniform[block])
+    return token
+
+
+def _draw(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """(N,) tokens of probabilities (N, V) at `uniform` (N,)."""
+    token = torch.empty_like(uniform, dtype=torch.int64)
+    for row, ids, p, keep in _nuclei(probabilities, top_p):
+        cumulative = torch.where(keep, p, 0).double().cumsum(-1)
+        place = torch.searchsorted(cumulative, uniform[row, None] * cumulative[:, -1:], right=True)
+        # A product that rounds up to the total would fall off the end: the last kept token is meant.
+        last = ids.shape[1] - 1 - keep.flip(-1).int().argmax(-1, keepdim=True)
+        token[row] = ids.gather(-1, place.minimum(last))[:, 0]
+    # One nan, one +inf or nothing but -inf makes nan of a whole row.
+    return torch.where(probabilities[:, 0].isnan(), -1, token)
 
 
 def nucleus_reference(probabilities: Tensor, top_p: float) -> Tensor:
     """(N, V) bool: the smallest set of most likely tokens whose sum reaches top_p, lower ids first among equals."""
-    keep = torch.empty_like(probabilities, dtype=torch.bool)
-    pending, size = torch.arange(len(probabilities), device=probabilities.device), SHORTLIST
+    nucleus = torch.zeros_like(probabilities, dtype=torch.bool)
+    for row, ids, _, keep in _nuclei(probabilities, top_p):
+        nucleus[row[:, None], ids] = keep
+    return nucleus
+
+
+def _nuclei(probabilities: Tensor, top_p: float) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """All rows of probabilities (N, V), those with a small nucleus first: rows (n,), and of each its likely tokens' ids
+    in ascending order, their probabilities, and which of them the nucleus keeps, each (n, tokens)."""
+    vocabulary = probabilities.shape[1]
+    pending, size = torch.arange(len(probabilities), device=probabilities.device), min(SHORTLIST, vocabulary)
     while len(pending):
-        size = min(size, probabilities.shape[1])
-        p = probabilities[pending]
-        likely = p.topk(size, -1).values
-        before = likely.double().cumsum(-1) - likely
+        p, ids = (probabilities if len(pending) == len(probabilities) else probabilities[pending]).topk(size, -1)
+        before = p.double().cumsum(-1) - p
         count = (before < top_p).sum(-1, keepdim=True)
-        least = likely.gather(-1, count - 1)
+        least = p.gather(-1, (count - 1).clamp_min(0))
+        # Tokens beyond the shortlist may belong to the nucleus too, if they can be as likely as its last.
+        short = (p[:, -1] == least[:, 0]) & (size < vocabulary)
+        ids, order = ids[~short].sort(-1)
+        p, count, least = p[~short].gather(-1, order), count[~short], least[~short]
         above, equal = p > least, p == least
-        keep[pending] = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
-        # The shortlist may have been too short.
-        pending = pending[(count[:, 0] == size) & (size < probabilities.shape[1])]
-        size = probabilities.shape[1]
-    return keep
+        yield pending[~short], ids, p, above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+        pending, size = pending[short], min(GROWTH * size, vocabulary)
 
 
 def philox_uniform(seed: int, rows: Tensor, step: Tensor) -> Tensor:
