@@ -94,6 +94,9 @@ class RolloutConfig:
     """Pairs drawn from one micro-batch at most, before another is embedded."""
     max_batches: int = 4
     """Micro-batches per step at most: the draw is bounded, and a step may go on with fewer than K pairs, or none."""
+    slots: int | None = None
+    """Pairs that roll out at once, each with memory for G rollouts; default 16, or what half of a GPU's free memory
+    holds. What is sampled does not depend on it."""
     token_budget: int = 65536
     """Packed tokens that go through a replay together; a pair's group that is longer goes in slices."""
     recompute: Literal["none", "mlp", "full"] = "none"
@@ -199,6 +202,7 @@ class Config:
             ("rollout.pairs", self.rollout.pairs),
             ("rollout.max-new-tokens", self.rollout.max_new_tokens),
             ("rollout.max-batches", self.rollout.max_batches),
+            ("rollout.slots", self.rollout.slots),
             ("log.checkpoint-every", self.log.checkpoint_every),
             ("log.samples-every", self.log.samples_every),
             ("encoder.embedding-dim", self.encoder.embedding_dim),

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from saga_fast import distributed
 from saga_fast.config import TINY, Config, parse
 from saga_fast.data import ClassBalancedSampler
+from saga_fast.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import exit_on_input_error
 from saga_fast.evaluate import embed_all, load_images, score, table
@@ -47,7 +48,6 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
 from saga_fast.tiny import SUPERVISOR
-from saga_kernels import group_advantage
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -63,39 +63,6 @@ class Pair(NamedTuple):
     completions: list[list[int]]
     rewards: Tensor
     advantages: Tensor
-
-
-class Draw:
-    """What became of the pairs drawn in a step: per wave rewards (n, G), and per pair or rollout what is logged."""
-
-    def __init__(self) -> None:
-        self.rewards: list[Tensor] = []
-        self.well_formed: list[Tensor] = []
-        self.same: list[Tensor] = []
-        self.contributes: list[Tensor] = []
-        self.tokens = 0
-
-    @property
-    def drawn(self) -> int:
-        return sum(map(len, self.rewards))
-
-    @property
-    def contributing(self) -> int:
-        return sum(int(wave.sum()) for wave in self.contributes)
-
-    def summary(self) -> dict[str, float]:
-        if not self.rewards:
-            return {"pairs_drawn": 0, "pairs_contributing": 0}
-        rewards, same = torch.cat(self.rewards), torch.cat(self.same)
-        return {
-            "pairs_drawn": self.drawn,
-            "pairs_contributing": self.contributing,
-            "reward": rewards.mean().item(),
-            "reward_same": rewards[same].mean().item(),
-            "reward_different": rewards[~same].mean().item(),
-            "well_formed": torch.cat(self.well_formed).float().mean().item(),
-            "completion_tokens": self.tokens / rewards.numel(),
-        }
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -237,7 +204,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
         progress.set_postfix(
             {short: f"{log[name]:.3g}" for short, name in shown.items() if name in log}
-            | {"pairs": f"{len(buffer)}/{draw.drawn}"}
+            | {"pairs": f"{len(buffer)}/{len(draw.pairs)}"}
         )
         if run.skipped_in_a_row == MAX_SKIPPED:
             raise Diverged(
@@ -265,6 +232,7 @@ def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> S
         Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
         config.supervisor.anchor_layer,
         Plan(rollout.token_budget, rollout.recompute, rollout.recompute),
+        rollout.slots,
     )
     if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
         attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
@@ -287,43 +255,18 @@ def roll_out(
     draw: Draw,
     run: Run,
 ) -> list[Pair]:
-    """Rolls out pairs of one micro-batch in waves until `wanted` contribute or its pairs are spent; returns those.
-
-    Half of a wave's pairs are of one class, half of two. Its size follows from the run's contribution rate.
-    """
-    kept: list[Pair] = []
-    queue = draw_pairs(labels, config.rollout.pairs_per_batch, seed=(config.seed << 40) + (step << 20) + draw.drawn)
-    while len(queue) and len(kept) < wanted:
-        need = math.ceil((wanted - len(kept)) / run.contribution_rate)
-        wave, queue = queue.split([size := min(len(queue), need + need % 2), len(queue) - size])
-        same = (labels[wave[:, 0]] == labels[wave[:, 1]]).cpu()
-        pair_ids = (step << 20) + draw.drawn + torch.arange(size)
-        mine = slice(distributed.rank(), None, distributed.ranks())
-        chosen, ids, truth = features.select(wave[mine].flatten()), pair_ids[mine], same[mine].tolist()
-        completions = supervisor.roll_out(chosen, ids) if truth else []
-        judged = supervisor.judge(completions, truth)
-        completions, *judged = zip(*distributed.interleave(list(zip(completions, *judged))))
-        rewards, well_formed = map(torch.stack, judged)
-        advantages, contributes, count = group_advantage(rewards)
-        draw.rewards.append(rewards)
-        draw.well_formed.append(well_formed)
-        draw.same.append(same)
-        draw.contributes.append(contributes)
-        draw.tokens += sum(len(completion) for group in completions for completion in group)
-        run.drawn, run.contributing = run.drawn + size, run.contributing + int(count)
-        for i in contributes.nonzero().flatten().tolist()[: wanted - len(kept)]:
-            kept.append(Pair(pixels[wave[i]], completions[i], rewards[i], advantages[i]))
-    return kept
-
-
-def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
-    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = torch.combinations(torch.arange(len(labels)))
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    same = labels.cpu()[pairs[:, 0]] == labels.cpu()[pairs[:, 1]]
-    half = min(count // 2, int(same.sum()), int((~same).sum()))
-    return torch.stack([pairs[same][:half], pairs[~same][:half]], 1).flatten(0, 1).to(labels.device)
+    """Rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute; returns those."""
+    pairs = draw_pairs(labels, config.rollout.pairs_per_batch, (config.seed << 40) + (step << 20) + len(draw.pairs))
+    same = (labels[pairs[:, 0]] == labels[pairs[:, 1]]).tolist()
+    first_id = (step << 20) + len(draw.pairs)
+    found = draw_contributing(supervisor, features, pairs, same, first_id, wanted, run.contribution_rate)
+    draw.extend(found)
+    run.drawn, run.contributing = run.drawn + len(found.pairs), run.contributing + found.contributing
+    return [
+        Pair(pixels[images], pair.completions, pair.rewards, pair.advantages)
+        for images, pair in zip(pairs, found.pairs)
+        if pair.contributes
+    ]
 
 
 def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast) -> dict[str, float]:

@@ -1,12 +1,16 @@
-"""Phase B: sample G completions for each of many pairs, without gradient.
+"""Phase B's engine: sample G completions for each of many pairs, without gradient, by continuous batching.
 
-The prefix of a pair is prefilled once and its keys and values are stored once, read by all G rollouts. All rows of all
-pairs decode in one batch. Left out: speculative decoding, beam search, logits processors: rollouts are plain samples.
+A pair waits until one of the engine's slots is free. Its prefix is then prefilled once and its keys and values are
+stored once, read by all its G rollouts. All rollouts of all pairs in slots decode in one batch; one that has ended
+leaves it, and a pair whose rollouts have all ended makes room for the next, whatever the others are at. The device is
+waited for once every `LOOK_EVERY` tokens. Left out: speculative decoding, beam search, logits processors: rollouts are
+plain samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from saga_fast.supervisor.pair import Question
 from saga_kernels import GroupLayout, group_attention, sample_top_p
 
 LOOK_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
+PREFILL_TOKENS = 4096  # of prefixes that are read in one pass; one prefix at least
 
 
 @dataclass(frozen=True)
@@ -29,114 +34,298 @@ class Sampling:
     max_new_tokens: int = 1024
     seed: int = 0
 
+    @property
+    def capacity(self) -> int:
+        """Tokens a rollout may read of its own, in whole runs from look to look: the first is drawn by the prefill."""
+        return max(1, -(-(self.max_new_tokens - 1) // LOOK_EVERY)) * LOOK_EVERY
 
-@torch.no_grad()
+
+@dataclass
+class Rollouts:
+    """What became of a pair. completions [g]: token ids, the end token included unless `max_new_tokens` cut it off.
+
+    broken: a rollout met logits that are not finite; the completions are what there was, and no sample of the model.
+    """
+
+    pair_id: int
+    completions: list[list[int]]
+    broken: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.completions))
+
+
+@dataclass(eq=False)
+class _Row:
+    """A rollout that goes on: all of its tokens but the last stand in the cache."""
+
+    of: Rollouts
+    g: int
+    tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.of.completions[self.g]
+
+    @property
+    def cached(self) -> int:
+        return max(0, len(self.tokens) - 1)
+
+
+class Engine:
+    """Rolls out up to `slots` pairs at a time: `admit` them, `advance` by LOOK_EVERY tokens, `drop` what is not wanted.
+
+    A rollout is a function of (sampling.seed, pair id, g) and the weights alone, up to the rounding of matrix products:
+    not of its neighbours, the number of slots or the order of admission.
+
+    Keys and values stand in blocks that are allocated here and stay: a prefix a slot, (slots, kv_heads, head_dim, P)
+    with the keys transposed for the score GEMM; and each rollout's own, (slots·G, kv_heads, capacity, head_dim). Pairs
+    and rollouts fill them from the front, so that a batch is a view: when one leaves, the last takes its place.
+    """
+
+    def __init__(self, question: Question, sampling: Sampling, eos_token_ids: Collection[int], slots: int) -> None:
+        self.question, self.sampling, self.slots = question, sampling, slots
+        self.eos = frozenset(eos_token_ids)
+        decoder, places = question.decoder, slots * sampling.group_size
+        kv, dim, length = decoder.kv_heads, decoder.head_dim, len(question.prefix)
+
+        def blocks(*shape: int) -> list[Tensor]:
+            return [torch.empty(*shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.layers]
+
+        self.prefix_k, self.prefix_v = blocks(slots, kv, dim, length), blocks(slots, kv, length, dim)
+        self.own_k, self.own_v = (blocks(places, kv, sampling.capacity, dim) for _ in range(2))
+        self.pairs: list[Rollouts] = []
+        self.rows: list[_Row] = []
+        # What a step reads and writes: the token to feed, and of each row the seat of its query among the prefixes'
+        # (slot·G + g), its lasting id, and how many of its tokens are cached.
+        self.token, self.seat, self.row_id, self.cached = torch.zeros(
+            4, places, dtype=torch.int64, device=decoder.device
+        )
+        self.drawn = torch.zeros(places, LOOK_EVERY + 1, dtype=torch.int64, device=decoder.device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
+        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+
+    @staticmethod
+    def slot_bytes(decoder: FrozenDecoder, prefix: int, sampling: Sampling) -> int:
+        """What a slot takes: keys and values of a prefix and of G rollouts, in all layers."""
+        tokens = prefix + sampling.group_size * sampling.capacity
+        return 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * tokens * decoder.dtype.itemsize
+
+    @property
+    def free(self) -> int:
+        """Slots that wait for a pair."""
+        return self.slots - len(self.pairs)
+
+    @torch.no_grad()
+    def admit(self, features: VisualFeatures, pair_ids: Sequence[int]) -> None:
+        """Takes n pairs in, at most `free`, reads their prefixes, and draws the first token of each rollout.
+
+        features: of 2n images, a and b of pair 0, of pair 1, …; pair_ids: n, unique in the run.
+        """
+        at_once = max(1, PREFILL_TOKENS // len(self.question.prefix))
+        for first in range(0, len(pair_ids), at_once):
+            ids = pair_ids[first : first + at_once]
+            part = slice(2 * first, 2 * (first + len(ids)))
+            self._admit(VisualFeatures(features.tokens[part], tuple(x[part] for x in features.deepstack)), ids)
+
+    def _admit(self, features: VisualFeatures, pair_ids: Sequence[int]) -> None:
+        group, device = self.sampling.group_size, self.question.decoder.device
+        hidden = self._prefill(features, slice(len(self.pairs), len(self.pairs) + len(pair_ids)))
+        row_id = torch.tensor([i * group + g for i in pair_ids for g in range(group)], device=device)
+        places = slice(len(self.rows), len(self.rows) + len(row_id))
+        logits = self.question.decoder.logits(hidden).repeat_interleave(group, 0)
+        self.token[places] = self._sample(logits, row_id, torch.zeros_like(row_id))
+        for block in self.own_v:  # nan that was left there, weighed with zero, would be nan
+            block[places] = 0
+        for i in pair_ids:
+            self.pairs.append(pair := Rollouts(i, [[] for _ in range(group)]))
+            self.rows += [_Row(pair, g) for g in range(group)]
+
+    def _prefill(self, features: VisualFeatures, slots: slice) -> Tensor:
+        """Reads prefixes into `slots` and returns the hidden states (pairs, D) that predict their rollouts' first."""
+        decoder, prefix = self.question.decoder, self.question.prefix
+        pairs, start = slots.stop - slots.start, prefix.preamble
+        length = len(prefix) - start
+        layout = GroupLayout([len(prefix)] * pairs, [[] for _ in range(pairs)], [length] * pairs, device=decoder.device)
+        visual = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
+        h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), visual, features.tokens)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = self.question.with_preamble(layer, k, v, pairs)
+            self.prefix_k[layer][slots] = k.unflatten(0, (pairs, -1)).permute(0, 2, 3, 1)
+            self.prefix_v[layer][slots] = v.unflatten(0, (pairs, -1)).transpose(1, 2)
+            return group_attention(q, k, v, layout)[0]
+
+        deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
+        h = decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, visual)
+        return h.unflatten(0, (pairs, length))[:, -1]
+
+    @torch.no_grad()
+    def advance(self) -> list[Rollouts]:
+        """LOOK_EVERY more tokens of every row. Returns the pairs that are done, which leave, in order of pair id."""
+        if not self.rows:
+            return []
+        group, rows, device = self.sampling.group_size, len(self.rows), self.token.device
+        slot = {pair.pair_id: i for i, pair in enumerate(self.pairs)}
+        state = [
+            (slot[row.of.pair_id] * group + row.g, row.of.pair_id * group + row.g, row.cached) for row in self.rows
+        ]
+        n, pairs, end = rows, len(self.pairs), max(cached for _, _, cached in state) + LOOK_EVERY
+        if device.type == "cuda":  # graphs are of few shapes: rows up to n and slots up to pairs run along unread
+            n, pairs = _bucket(n, len(self.token)), _bucket(pairs, self.slots)
+            end = _bucket(end, self.sampling.capacity)
+        state += [(len(self.token), 0, 0)] * (n - rows)  # a seat that nobody reads
+        for values, buffer in zip(torch.tensor(state).T, (self.seat, self.row_id, self.cached)):
+            buffer[:n] = values.to(device, non_blocking=True)
+        self.drawn[:n, 0] = self.token[:n]
+        self.column.fill_(1)
+        self._steps(n, pairs, end)
+        for row, tokens in zip(self.rows, self.drawn[:rows].tolist()):  # here the device is waited for
+            self._read(row, tokens if not row.tokens else tokens[1:])
+        return self._leave({row for row in self.rows if self._ended(row)})
+
+    def _read(self, row: _Row, tokens: list[int]) -> None:
+        """Appends what was drawn, up to the end token, the limit, or the -1 that logits without distribution draw."""
+        for token in tokens:
+            if self._ended(row):
+                return
+            if token < 0:
+                row.of.broken = True
+                return
+            row.tokens.append(token)
+
+    def _ended(self, row: _Row) -> bool:
+        """Whether a row has nothing more to say: rollouts of a broken pair neither."""
+        limit = self.sampling.max_new_tokens
+        return row.of.broken or len(row.tokens) >= limit or bool(row.tokens) and row.tokens[-1] in self.eos
+
+    def run(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
+        """Completions [pair][g] of n pairs, however few the slots; features: of 2n images; pair_ids: (n,) int64.
+
+        Raises ValueError where logits are not finite.
+        """
+        ids, done = pair_ids.tolist(), {}
+        while len(done) < len(ids):
+            admitted = len(done) + len(self.pairs)
+            taken = range(admitted, min(admitted + self.free, len(ids)))
+            images = torch.arange(2 * taken.start, 2 * taken.stop, device=features.tokens.device)
+            self.admit(features.select(images), [ids[i] for i in taken])
+            done |= {pair.pair_id: pair for pair in self.advance()}
+        if broken := [i for i in ids if done[i].broken]:
+            raise ValueError(f"rollouts of pairs {broken} met logits that are not finite")
+        return [done[i].completions for i in ids]
+
+    def drop(self, pair_ids: Collection[int]) -> list[Rollouts]:
+        """Stops these pairs' rollouts where they are, those that are in a slot, and returns what there is of them."""
+        return self._leave({row for row in self.rows if row.of.pair_id in pair_ids})
+
+    def _leave(self, leaving: set[_Row]) -> list[Rollouts]:
+        """Rows, and pairs that have none left, give up their places to the last ones. Returns those pairs."""
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place] in leaving:
+                last = self.rows.pop()
+                if place < len(self.rows):
+                    self.rows[place] = last
+                    self.token[place] = self.token[len(self.rows)]
+                    for block in (*self.own_k, *self.own_v):
+                        block[place] = block[len(self.rows)]
+        staying, done = {row.of.pair_id for row in self.rows}, []
+        for slot in reversed(range(len(self.pairs))):
+            if self.pairs[slot].pair_id not in staying:
+                done.append(self.pairs[slot])
+                last = self.pairs.pop()
+                if slot < len(self.pairs):
+                    self.pairs[slot] = last
+                    for block in (*self.prefix_k, *self.prefix_v):
+                        block[slot] = block[len(self.pairs)]
+        return sorted(done, key=lambda pair: pair.pair_id)
+
+    def _steps(self, n: int, pairs: int, end: int) -> None:
+        """LOOK_EVERY decode steps; on a GPU of one CUDA graph for each shape."""
+        steps, key = LOOK_EVERY, (n, pairs, end)
+        if self.token.is_cuda:
+            if key not in self.graphs:
+                self._step(*key)  # compiles what is not yet compiled, and is the first of the steps
+                steps -= 1
+                self.graphs[key] = torch.cuda.CUDAGraph()
+                pool = next(iter(self.graphs.values())).pool() if len(self.graphs) > 1 else None
+                with torch.cuda.graph(self.graphs[key], pool=pool):
+                    self._step(*key)
+            for _ in range(steps):
+                self.graphs[key].replay()
+        else:
+            for _ in range(steps):
+                self._step(*key)
+
+    def _step(self, n: int, pairs: int, end: int) -> None:
+        """One token of the first n rows, of the first `pairs` slots, none of whose rows has `end` tokens before it.
+
+        Everything that changes from step to step stands in the engine's tensors, and nothing waits for the device.
+        """
+        decoder, prefix = self.question.decoder, self.question.prefix
+        group, kv, dim = self.sampling.group_size, decoder.kv_heads, decoder.head_dim
+        seat, cached = self.seat[:n], self.cached[:n]
+        row = torch.arange(n, device=cached.device)
+        unseen = (torch.arange(end, device=cached.device) > cached[:, None])[:, None, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            own_k, own_v = self.own_k[layer], self.own_v[layer]
+            own_k[row, :, cached], own_v[row, :, cached] = k, v
+            q = q * dim**-0.5
+            # Queries of a pair, whichever of its G rows are left, meet their prefix in one GEMM a kv head.
+            seated = q.new_zeros(len(self.token) + 1, *q.shape[1:]).index_copy_(0, seat, q)[: pairs * group]
+            seated = seated.view(pairs, group, kv, -1, dim).transpose(1, 2).flatten(2, 3)
+            onto_prefix = _attend(seated @ self.prefix_k[layer][:pairs], self.prefix_v[layer][:pairs])
+            onto_prefix = [
+                x.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[seat.clamp_max(pairs * group - 1)]
+                for x in onto_prefix
+            ]
+            scores = q.unflatten(1, (kv, -1)) @ own_k[:n, :, :end].transpose(-1, -2)
+            onto_own = _attend(scores.masked_fill_(unseen, -torch.inf), own_v[:n, :, :end])
+            return _merge(onto_prefix, onto_own).flatten(1, 2)
+
+        fed = decoder.embed(self.token[:n].clamp_min(0))  # -1 has no embedding
+        h = decoder.forward(fed, (prefix.next_position + cached).expand(3, -1), attend)
+        cached += 1
+        token = self._sample(decoder.logits(h), self.row_id[:n], cached)
+        self.drawn[:n].index_copy_(1, self.column, token[:, None])
+        self.column += 1
+        self.token[:n] = token
+
+    def _sample(self, logits: Tensor, row_id: Tensor, step: Tensor) -> Tensor:
+        sampling = self.sampling
+        return sample_top_p(logits, sampling.temperature, sampling.top_p, sampling.seed, row_id, step)
+
+
+def _attend(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """scores (..., queries, keys), overwritten where they are fp32, and v (..., keys, head_dim) → Σ e^(s - top) v,
+    Σ e^(s - top) and top = max s, each (..., queries, head_dim or 1)."""
+    scores = scores.float()
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return weights.to(v.dtype) @ v, weights.sum(-1, keepdim=True), top
+
+
+def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Attention over two sets of keys, from what `_attend` found over each."""
+    top = torch.maximum(one[2], other[2])
+    (a, b), (o, m), (p, n) = ((part[2] - top).exp() for part in (one, other)), one[:2], other[:2]
+    return ((o * a + p * b) / (m * a + n * b)).to(o.dtype)
+
+
+def _bucket(size: int, most: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …, and no more than `most`."""
+    power = 1 << max(0, size - 1).bit_length()
+    return min(most, power * 3 // 4 if size <= power * 3 // 4 else power)
+
+
 def rollout(
     question: Question,
     features: VisualFeatures,
     pair_ids: Tensor,
     sampling: Sampling,
-    eos_token_ids: tuple[int, ...],
+    eos_token_ids: Collection[int],
+    slots: int = 16,
 ) -> list[list[list[int]]]:
-    """Completions [pair][g] as token ids, the end token included unless `max_new_tokens` cut the answer off.
-
-    features: of 2n images, a and b of pair 0, of pair 1, …; pair_ids: (n,) int64, unique in the run. A rollout is a
-    function of (sampling.seed, pair id, g) and the weights alone: not of the batch it was drawn in.
-    """
-    decoder, prefix = question.decoder, question.prefix
-    device, pairs, group = decoder.device, len(pair_ids), sampling.group_size
-    eos = torch.tensor(eos_token_ids, device=device)
-    cache = SharedPrefixCache(decoder, pairs, group, len(prefix), sampling.max_new_tokens)
-    hidden = _prefill(question, features, cache)
-    hidden = hidden.repeat_interleave(group, 0)
-    row_ids = (pair_ids.to(device)[:, None] * group + torch.arange(group, device=device)).flatten()
-
-    tokens = torch.zeros(pairs, group, sampling.max_new_tokens, dtype=torch.int64, device=device)
-    ended = torch.zeros(pairs, group, dtype=torch.bool, device=device)
-    lengths = torch.full((pairs, group), sampling.max_new_tokens, dtype=torch.int64, device=device)
-    live = torch.arange(pairs, device=device)
-    for step in range(sampling.max_new_tokens):
-        token = sample_top_p(decoder.logits(hidden), sampling.temperature, sampling.top_p, sampling.seed, row_ids, step)
-        tokens[live, :, step] = token.unflatten(0, (-1, group))
-        newly = torch.isin(token, eos).unflatten(0, (-1, group)) & ~ended[live]
-        lengths[live] = torch.where(newly, step + 1, lengths[live])
-        ended[live] |= newly
-        if step % LOOK_EVERY == LOOK_EVERY - 1:
-            going = (~ended[live]).any(1).nonzero().flatten()
-            if len(going) == 0:
-                break
-            # Dropping a pair copies the others' cache: worth it once a quarter has left.
-            if len(going) <= 0.75 * len(live):
-                live, token = live[going], token.unflatten(0, (-1, group))[going].flatten()
-                row_ids = row_ids.unflatten(0, (-1, group))[going].flatten()
-                cache.keep(going)
-        if step + 1 == sampling.max_new_tokens:
-            break
-        positions = torch.full((3, len(token)), prefix.next_position + step, device=device)
-        cache.length = step
-        hidden = decoder.forward(decoder.embed(token), positions, cache.decode)
-    counts = lengths.tolist()
-    return [[row[:n] for row, n in zip(rows, count)] for rows, count in zip(tokens.tolist(), counts)]
-
-
-def _prefill(question: Question, features: VisualFeatures, cache: SharedPrefixCache) -> Tensor:
-    """Runs every pair's prefix once, fills the cache, and returns the hidden state (pairs, D) that predicts token 0."""
-    decoder, prefix = question.decoder, question.prefix
-    pairs, start = features.tokens.shape[0] // 2, prefix.preamble
-    length = len(prefix) - start
-    layout = GroupLayout([len(prefix)] * pairs, [[] for _ in range(pairs)], [length] * pairs, device=decoder.device)
-    rows = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
-    h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), rows, features.tokens)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = question.with_preamble(layer, k, v, pairs)
-        cache.store_prefix(layer, k, v)
-        return group_attention(q, k, v, layout)[0]
-
-    deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
-    h = decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, rows)
-    return h.unflatten(0, (pairs, length))[:, -1]
-
-
-class SharedPrefixCache:
-    """Keys and values of a decode batch: per layer one prefix a pair, read by its G rollouts, and each rollout's own.
-
-    Prefix keys (pairs, kv_heads, head_dim, P) stand transposed for the score GEMM; own ones are
-    (pairs, kv_heads, G, T, head_dim).
-    """
-
-    def __init__(self, decoder: FrozenDecoder, pairs: int, group: int, prefix: int, max_new_tokens: int) -> None:
-        kv, dim = decoder.kv_heads, decoder.head_dim
-        like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
-        self.group, self.length = group, 0
-        self.prefix_k = [like.new_empty(pairs, kv, dim, prefix) for _ in decoder.layers]
-        self.prefix_v = [like.new_empty(pairs, kv, prefix, dim) for _ in decoder.layers]
-        self.own_k = [like.new_empty(pairs, kv, group, max_new_tokens, dim) for _ in decoder.layers]
-        self.own_v = [like.new_empty(pairs, kv, group, max_new_tokens, dim) for _ in decoder.layers]
-
-    def store_prefix(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v: (pairs·P, kv_heads, head_dim), prefixes end to end."""
-        pairs = len(self.prefix_k[layer])
-        self.prefix_k[layer].copy_(k.unflatten(0, (pairs, -1)).permute(0, 2, 3, 1))
-        self.prefix_v[layer].copy_(v.unflatten(0, (pairs, -1)).transpose(1, 2))
-
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token a row: stores its k, v (rows, kv_heads, head_dim) at `length`, attends to prefix and own tokens."""
-        end = self.length + 1
-        own_k, own_v = self.own_k[layer], self.own_v[layer]
-        own_k[:, :, :, self.length] = k.unflatten(0, (-1, self.group)).transpose(1, 2)
-        own_v[:, :, :, self.length] = v.unflatten(0, (-1, self.group)).transpose(1, 2)
-        kv_heads, dim = k.shape[1:]
-        # (pairs, kv_heads, G, heads per kv head, head_dim)
-        q = q.reshape(-1, self.group, kv_heads, q.shape[1] // kv_heads, dim).transpose(1, 2) * dim**-0.5
-        onto_prefix = (q.flatten(2, 3) @ self.prefix_k[layer]).unflatten(2, q.shape[2:4])
-        onto_own = q @ own_k[:, :, :, :end].transpose(-1, -2)
-        p = torch.cat([onto_prefix, onto_own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        p_prefix, p_own = p.split([onto_prefix.shape[-1], end], -1)
-        o = (p_prefix.flatten(2, 3) @ self.prefix_v[layer]).unflatten(2, q.shape[2:4]) + p_own @ own_v[:, :, :, :end]
-        return o.transpose(1, 2).reshape(len(k), -1, dim)
-
-    def keep(self, pairs: Tensor) -> None:
-        """Forget all pairs but these (n,) int64."""
-        for tensors in (self.prefix_k, self.prefix_v, self.own_k, self.own_v):
-            tensors[:] = [tensor[pairs] for tensor in tensors]
+    """`Engine.run` of an engine that is made for it."""
+    return Engine(question, sampling, eos_token_ids, min(slots, len(pair_ids))).run(features, pair_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,14 +14,17 @@ from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.supervisor.verdict import attribute_tokens, parse
+
+SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 
 
 class Supervisor:
     """An MLLM's language model asked one question about pairs of images of `grid` (rows, columns) merged tokens.
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
+    slots: pairs that roll out at once; None is 16, or what half of a GPU's free memory holds when the first come.
     Raises InputError for an anchor layer the model does not have.
     """
 
@@ -33,6 +37,7 @@ class Supervisor:
         sampling: Sampling,
         anchor_layer: int | None = None,
         plan: Plan = WHOLE,
+        slots: int | None = None,
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
@@ -44,11 +49,23 @@ class Supervisor:
         self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
         if not 0 <= self.anchor_layer < depth:
             raise InputError(f"supervisor.anchor-layer: {anchor_layer}; the model's layers are 0 to {depth - 1}")
-        self.plan = plan
+        self.plan, self.slots = plan, slots
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What rolls out, with the memory for it, which stays as it is."""
+        slots = self.slots
+        if slots is None:
+            slots = SLOTS
+            if self.decoder.device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(self.decoder.device)
+                slots = free // 2 // Engine.slot_bytes(self.decoder, len(self.prefix), self.sampling)
+                slots = max(1, min(slots, SLOTS))
+        return Engine(self.question, self.sampling, self.eos_token_ids, slots)
 
     def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""
-        return rollout(self.question, features, pair_ids, self.sampling, self.eos_token_ids)
+        return self.engine.run(features, pair_ids)
 
     def text(self, completion: Sequence[int]) -> str:
         return self.tokenizer.decode(completion, skip_special_tokens=True)

@@ -53,7 +53,8 @@ def finished(run: subprocess.Popen, out: Path) -> Path:
 
 def lines(out: Path) -> list[dict]:
     timed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "idle_share"} for line in timed]
+    shares = ("idle_share", "rollout_waste")  # they depend on how many ranks there are
+    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k not in shares} for line in timed]
 
 
 def assert_same_step(one: Path, several: Path) -> None:

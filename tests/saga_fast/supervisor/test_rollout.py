@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor import rollout as rollout_module
 from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.rollout import Engine, Sampling, rollout
 
 from .tiny_models import EOS, decoder_of, oracle_inputs, pair_prefix, random_features, random_model
 
@@ -30,10 +30,12 @@ def generate(model, features: VisualFeatures, **settings) -> list[int]:
     return out[0, len(prefix) :].tolist()
 
 
-def test_greedy_equals_generate_token_for_token(model):
+@pytest.mark.parametrize("slots", [1, 4, 6])
+def test_greedy_equals_generate_token_for_token(model, slots):
+    """Also where pairs wait for a slot, and come in beside others that are further on."""
     features = random_features(12, dtype=torch.float32)
     decoder, prefix = decoder_of(model), pair_prefix()
-    ours = rollout(Question(decoder, prefix), features, torch.arange(6), GREEDY, (EOS,))
+    ours = rollout(Question(decoder, prefix), features, torch.arange(6), GREEDY, (EOS,), slots)
     for i, group in enumerate(ours):
         pair = features.select(torch.tensor([2 * i, 2 * i + 1]))
         theirs = generate(model, pair, max_new_tokens=GREEDY.max_new_tokens, do_sample=False)
@@ -65,6 +67,41 @@ def test_a_rollout_does_not_depend_on_its_neighbours(model):
     assert len({tuple(c) for group in together for c in group}) > 1
     other_seed = rollout(question, features, torch.tensor([5, 9, 11]), replace(sampling, seed=8), (EOS,))
     assert other_seed != together
+
+
+def test_rollouts_that_stop_leave_the_others_as_they_are(model):
+    """Pairs are dropped and break while others are at other lengths; what comes after them reads none of theirs."""
+    features = random_features(10, dtype=torch.float32)
+    sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=60, seed=7)
+    question = Question(decoder_of(model), pair_prefix())
+    whole = rollout(question, features, torch.arange(5), sampling, (EOS,))
+    engine, done = Engine(question, sampling, (EOS,), slots=3), {}
+
+    def admit(*pairs: int) -> None:
+        engine.admit(features.select(torch.tensor([2 * i + side for i in pairs for side in (0, 1)])), list(pairs))
+
+    admit(0, 1)
+    done |= {pair.pair_id: pair for pair in engine.advance()}
+    admit(2)
+    engine.own_v[1][engine.rows.index(next(row for row in engine.rows if row.of.pair_id == 1))] = float("nan")
+    done |= {pair.pair_id: pair for pair in engine.advance()}
+    assert done[1].broken and engine.free >= 1
+    (dropped,) = engine.drop([0])
+    assert [c == w[: len(c)] for c, w in zip(dropped.completions, whole[0])] == [True] * 3 and dropped.tokens > 40
+    admit(3, 4)
+    while engine.pairs:
+        done |= {pair.pair_id: pair for pair in engine.advance()}
+    assert [done[i].completions for i in (2, 3, 4)] == whole[2:] and engine.free == 3
+    with pytest.raises(ValueError, match=r"rollouts of pairs \[9\] met logits that are not finite"):
+        engine.run(VisualFeatures(features.tokens[:2] * float("nan"), ()), torch.tensor([9]))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 16, 17, 18])
+def test_the_limit_is_kept(model, limit):
+    features, settings = random_features(2, dtype=torch.float32), replace(GREEDY, max_new_tokens=limit)
+    question = Question(decoder_of(model), pair_prefix())
+    (long,) = rollout(question, features, torch.arange(1), GREEDY, (-1,))
+    assert rollout(question, features, torch.arange(1), settings, (-1,)) == [[c[:limit] for c in long]]
 
 
 def test_sampled_tokens_have_the_models_distribution(model):

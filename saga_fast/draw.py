@@ -1,0 +1,141 @@
+"""Phase B: draw pairs of a micro-batch and roll them out until enough of them contribute (DAPO, arXiv 2503.14476).
+
+Pairs have an order, drawn before any is rolled out. What a draw keeps is **the first K contributing pairs in that
+order**, and what it reports is of the pairs up to the K-th of them. So neither depends on how long answers are, on how
+many pairs roll out at once, or on how many processes share them: only the waste does. A pair that K contributing ones
+come before can no longer be kept, and its rollouts stop at once; one that comes before the K-th must be waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saga_fast import distributed
+from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.rollout import Rollouts
+from saga_fast.supervisor.supervisor import Supervisor
+from saga_kernels import group_advantage
+
+
+class Judged(NamedTuple):
+    """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
+
+    broken: its rollouts met logits that are not finite, so it does not contribute, and earns nothing.
+    """
+
+    completions: list[list[int]]
+    rewards: Tensor
+    well_formed: Tensor
+    advantages: Tensor
+    contributes: bool
+    broken: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.completions))
+
+
+@dataclass
+class Draw:
+    """The pairs that decided a draw, in order: up to the K-th that contributes, or all where fewer do.
+
+    same: whether each is of one class. wasted: tokens of pairs that were begun and not needed.
+    """
+
+    pairs: list[Judged] = field(default_factory=list)
+    same: list[bool] = field(default_factory=list)
+    wasted: int = 0
+
+    @property
+    def contributing(self) -> int:
+        return sum(pair.contributes for pair in self.pairs)
+
+    def extend(self, other: Draw) -> None:
+        """Goes on with the draw from another micro-batch."""
+        self.pairs += other.pairs
+        self.same += other.same
+        self.wasted += other.wasted
+
+    def summary(self) -> dict[str, float]:
+        """For a step's line in the log."""
+        log = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
+        if not self.pairs:
+            return log
+        log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
+        rewards, same = torch.stack([pair.rewards for pair in self.pairs]), torch.tensor(self.same)
+        for name, chosen in (("reward", rewards), ("reward_same", rewards[same]), ("reward_different", rewards[~same])):
+            if len(chosen):
+                log[name] = chosen.mean().item()
+        tokens = sum(pair.tokens for pair in self.pairs)
+        return log | {
+            "well_formed": torch.stack([pair.well_formed for pair in self.pairs]).float().mean().item(),
+            "completion_tokens": tokens / rewards.numel(),
+            "rollout_waste": self.wasted / max(1, tokens + self.wasted),
+        }
+
+
+def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
+    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.combinations(torch.arange(len(labels)))
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    same = labels.cpu()[pairs[:, 0]] == labels.cpu()[pairs[:, 1]]
+    half = min(count // 2, int(same.sum()), int((~same).sum()))
+    return torch.stack([pairs[same][:half], pairs[~same][:half]], 1).flatten(0, 1).to(labels.device)
+
+
+def draw_contributing(
+    supervisor: Supervisor,
+    features: VisualFeatures,
+    pairs: Tensor,
+    same: list[bool],
+    first_id: int,
+    wanted: int,
+    contribution_rate: float,
+) -> Draw:
+    """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
+
+    same [n]: whether both images are of one class. Pair i has id first_id + i and is rank i mod ranks's. As many are
+    begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth.
+    """
+    engine, rank, ranks = supervisor.engine, distributed.rank(), distributed.ranks()
+    slots = min(distributed.everyone(engine.slots))
+    judged: dict[int, Judged] = {}
+    going: set[int] = set()
+    begun = wasted = 0
+    while True:
+        useful = sorted(i for i, pair in judged.items() if pair.contributes)
+        last = useful[wanted - 1] if len(useful) >= wanted else len(pairs) - 1
+        wasted += sum(pair.tokens for pair in engine.drop({first_id + i for i in going if i > last}))
+        going = {i for i in going if i <= last}
+        if not going and begun > last:
+            break
+        mine = []
+        while begun <= last and sum(i % ranks == begun % ranks for i in going) < slots:
+            if going and len(useful) + contribution_rate * (len(going) + 1) > wanted - 0.5:
+                break
+            if begun % ranks == rank:
+                mine.append(begun)
+            going.add(begun)
+            begun += 1
+        engine.admit(features.select(pairs[mine].flatten()), [first_id + i for i in mine])
+        done = {pair.pair_id - first_id: pair for pair in engine.advance()}
+        for found in distributed.everyone(_judge(supervisor, done, same)):
+            judged |= found
+        going -= judged.keys()
+    wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % ranks == rank)
+    return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.everyone(wasted)))
+
+
+def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool]) -> dict[int, Judged]:
+    if not done:
+        return {}
+    rewards, well_formed = supervisor.judge([pair.completions for pair in done.values()], [same[i] for i in done])
+    rewards[[pair.broken for pair in done.values()]] = 0
+    advantages, contributes, _ = group_advantage(rewards)
+    rest = zip(done.values(), rewards, well_formed, advantages, contributes.tolist())
+    return {i: Judged(pair.completions, r, w, a, c, pair.broken) for i, (pair, r, w, a, c) in zip(done, rest)}

@@ -1,0 +1,130 @@
+"""What a draw keeps: the first K contributing pairs in the order drawn, whatever else goes on."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saga_fast.draw import draw_contributing, draw_pairs
+from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.pair import Question
+from saga_fast.supervisor.rollout import Engine, Rollouts, Sampling
+
+from .supervisor.tiny_models import EOS, decoder_of, pair_prefix, random_features, random_model
+
+FIRST_ID = 1 << 20
+
+
+def test_pairs_are_balanced_and_distinct():
+    labels = torch.arange(8).repeat_interleave(4)
+    pairs = draw_pairs(labels, 32, seed=3)
+    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    assert same.tolist() == [True, False] * 16
+    assert len({tuple(pair) for pair in pairs.tolist()}) == 32 and (pairs[:, 0] != pairs[:, 1]).all()
+    assert not torch.equal(pairs, draw_pairs(labels, 32, seed=4))
+
+
+class Timetable:
+    """An engine whose pair i is done after `lengths[i]` looks, and makes a token a look, its own id."""
+
+    def __init__(self, lengths: list[int], slots: int) -> None:
+        self.lengths, self.slots, self.going, self.made = lengths, slots, {}, 0
+
+    def admit(self, features: VisualFeatures, pair_ids: list[int]) -> None:
+        assert features.tokens[:, 0, 0].tolist() == [2 * (i - FIRST_ID) + side for i in pair_ids for side in (0, 1)]
+        self.going |= {i: 0 for i in pair_ids}
+        assert len(self.going) <= self.slots
+
+    def advance(self) -> list[Rollouts]:
+        self.going = {i: looks + 1 for i, looks in self.going.items()}
+        self.made += len(self.going)
+        return self.drop([i for i, looks in self.going.items() if looks == self.lengths[i - FIRST_ID]])
+
+    def drop(self, pair_ids) -> list[Rollouts]:
+        dropped = sorted(self.going.keys() & set(pair_ids))
+        return [Rollouts(i, [[i] * self.going.pop(i), []]) for i in dropped]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.booleans(), max_size=30),
+    st.integers(1, 8),
+    st.sampled_from([1, 2, 8]),
+    st.floats(0.05, 1),
+    st.integers(0, 99),
+)
+def test_a_draw_keeps_the_first_in_order_and_accounts_for_every_token(contributes, wanted, slots, rate, seed):
+    count = len(contributes)
+    lengths = [random.Random(seed + i).randint(1, 9) for i in range(count)]
+    engine = Timetable(lengths, slots)
+
+    def judge(completions, same):
+        assert same == [group[0][0] % 2 == 0 for group in completions]
+        right = [[1.0, 0.0 if contributes[group[0][0] - FIRST_ID] else 1.0] for group in completions]
+        return torch.tensor(right), torch.ones(len(same), 2, dtype=torch.bool)
+
+    draw = draw_contributing(
+        SimpleNamespace(engine=engine, judge=judge),
+        VisualFeatures(torch.arange(2.0 * count)[:, None, None], ()),
+        torch.arange(2 * count).view(-1, 2),
+        [i % 2 == 0 for i in range(count)],
+        FIRST_ID,
+        wanted,
+        rate,
+    )
+    kept = [i for i in range(count) if contributes[i]][:wanted]
+    decided = kept[-1] + 1 if len(kept) == wanted else count
+    assert [pair.completions[0] for pair in draw.pairs] == [[FIRST_ID + i] * lengths[i] for i in range(decided)]
+    assert [i for i, pair in enumerate(draw.pairs) if pair.contributes] == kept
+    assert draw.same == [i % 2 == 0 for i in range(decided)]
+    assert not engine.going and draw.wasted == engine.made - sum(lengths[:decided])
+
+
+@pytest.fixture(scope="module")
+def question():
+    return Question(decoder_of(random_model(torch.float32, seed=3)), pair_prefix())
+
+
+def drawn_with(question: Question, slots: int, judge) -> tuple:
+    sampling = Sampling(group_size=4, temperature=1.0, top_p=0.95, max_new_tokens=40, seed=2)
+    supervisor = SimpleNamespace(engine=Engine(question, sampling, (EOS, 11, 23), slots), judge=judge)
+    pairs = torch.tensor([[i, (5 * i + 3) % 10] for i in range(10)])
+    features = random_features(10, dtype=torch.float32)
+    draw = draw_contributing(supervisor, features, pairs, [True, False] * 5, 77, 3, 0.5)
+    return draw, [(pair.completions, pair.contributes) for pair in draw.pairs]
+
+
+def test_completions_and_choice_do_not_depend_on_slots(question):
+    def judge(completions, same):
+        rewards = [[float(len(c) % 3 == 0) for c in group] for group in completions]
+        return torch.tensor(rewards), torch.ones(len(same), 4, dtype=torch.bool)
+
+    one, two, eight = (drawn_with(question, slots, judge) for slots in (1, 2, 8))
+    assert one[1] == two[1] == eight[1]
+    assert one[0].contributing == 3 and 3 < len(one[0].pairs) < 10, "too easy a draw"
+    assert len({len(c) for pair in one[0].pairs for c in pair.completions}) > 5, "answers alike in length hide much"
+    assert one[0].wasted == 0 and eight[0].wasted > 0
+
+
+def test_a_pair_whose_logits_are_not_finite_does_not_contribute(question, monkeypatch):
+    broken = 77 + 1
+    real = Engine._sample
+
+    def sample(self, logits, row_id, step):
+        logits[(row_id // 4 == broken) & (row_id % 4 == 2) & (step == 5)] = float("nan")
+        return real(self, logits, row_id, step)
+
+    def judge(completions, same):
+        return torch.tensor([[1.0, 0.0, 1.0, 0.0]] * len(same)), torch.ones(len(same), 4, dtype=torch.bool)
+
+    fine, _ = drawn_with(question, 2, judge)
+    monkeypatch.setattr(Engine, "_sample", sample)
+    draw, _ = drawn_with(question, 2, judge)
+    assert [(pair.broken, pair.contributes) for pair in draw.pairs] == [(i == 1, i != 1) for i in range(4)]
+    assert draw.pairs[1].rewards.tolist() == [0] * 4 and draw.summary()["pairs_broken"] == 1
+    assert [draw.pairs[i].completions for i in (0, 2)] == [fine.pairs[i].completions for i in (0, 2)]
