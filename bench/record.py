@@ -24,7 +24,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from bench import machine
 
@@ -154,14 +160,18 @@ def question(shape: Shape, tokenizer):
     from saga_fast.errors import InputError
     from saga_fast.supervisor.prompt import Prompt, build_prefix
 
-    def length(item: str) -> int:
-        asked = Prompt("", item, "same", (), generic=True)
-        return len(build_prefix(tokenizer, asked.instruction(), shape.grid[0] * shape.grid[1]).input_ids)
+    class Long(Prompt):
+        padding = 0
 
-    missing = shape.prefix - length("")
-    if missing < 0:
-        raise InputError(f"shape: a prefix of {shape.prefix} tokens; the question alone takes {shape.prefix - missing}")
-    return Prompt("", "x" * missing, "same", (), generic=True)
+        def instruction(self) -> str:
+            return super().instruction() + "x" * self.padding
+
+    asked = Long("", "item", "same", (), generic=True)
+    shortest = len(build_prefix(tokenizer, asked.instruction(), shape.grid[0] * shape.grid[1]).input_ids)
+    if shortest > shape.prefix:
+        raise InputError(f"shape: a prefix of {shape.prefix} tokens; the question alone takes {shortest}")
+    Long.padding = shape.prefix - shortest
+    return asked
 
 
 def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "images_first", **settings):
@@ -197,6 +207,21 @@ def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
         yield
     finally:
         engine.sample_top_p = sample
+
+
+class EndingAt(LogitsProcessor):
+    """Row i ends after `lengths[i]` tokens, neither sooner nor later; what `ending_at` does, done to `generate`."""
+
+    def __init__(self, lengths: list[int], eos: int) -> None:
+        self.lengths, self.eos, self.step = torch.tensor(lengths), eos, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.step += 1
+        scores[:, self.eos] = -torch.inf
+        ending = self.lengths == self.step
+        scores[ending] = -torch.inf
+        scores[ending, self.eos] = 0.0
+        return scores
 
 
 def child(measurement: str, *arguments: Any, python: str | Path = sys.executable) -> dict[str, Any]:

@@ -16,33 +16,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoProcessor,
-    LogitsProcessor,
-    Qwen3VLForConditionalGeneration,
-    TrainerCallback,
-)
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from bench.record import SHAPES
+from bench.record import SHAPES, EndingAt
 
 PACKAGES = ("trl", "torch", "torchvision", "transformers", "accelerate")
-
-
-class EndingAt(LogitsProcessor):
-    """Row i ends after `lengths[i]` tokens, neither sooner nor later; what `record.ending_at` does to ours."""
-
-    def __init__(self, lengths: list[int], eos: int) -> None:
-        self.lengths, self.eos, self.step = torch.tensor(lengths), eos, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.step += 1
-        scores[:, self.eos] = -torch.inf
-        ending = self.lengths == self.step
-        scores[ending] = -torch.inf
-        scores[ending, self.eos] = 0.0
-        return scores
 
 
 class Watch(TrainerCallback):
