@@ -1,6 +1,6 @@
 """Triton for `group_attention`: FlashAttention-2 (arXiv 2307.08691) over packed groups, forward and backward.
 
-Rows. The heads / kv_heads = REP query heads of one key head stand as neighbours: row r of a key head is token r // REP,
+Rows. The heads / kv_heads = REP query heads of one key head stand as neighbours: row r of a key head is query r // REP,
 head r % REP, as they lie in memory. So a tile is full for any ratio and any length (a completion of 700 tokens is 21.9
 tiles of 128 rows where REP is 4, not four times 5.5), its causal corner is REP times shorter in tokens, and the sum of
 dK and dV over query heads is the inner product of a matmul that is there anyway: nothing to add up afterwards.
@@ -9,9 +9,14 @@ Tiles. A tile belongs to one segment. Segment s owns the tiles from start(s) // 
 it needs wherever it starts, so the grid follows from shapes alone, without asking the GPU; a program finds its segment
 by counting such starts, and a few programs too many leave at once.
 
+Queries and tokens. What follows q (o, dO, dQ, LSE) is indexed by queries, what follows k by tokens, and tiles of either
+are counted by offsets of their own. Queries are of a segment's last tokens; only a prefix has fewer of them than it has
+tokens, perhaps none; so one shift takes every query of a group to its token.
+
 Ranges. A query tile sees its prefix whole and its own segment up to itself. Full key blocks of both go first, without a
 mask; then the prefix's last block and those on the diagonal. In packed order every visible key has column <= token,
-so one comparison serves them all. A key tile is seen from itself on, to its segment's end, or for a prefix its group's.
+so one comparison serves them all. A key tile is seen by all queries from its tokens on, to its segment's end, or for a
+prefix its group's.
 
 Head dims up to 128 are padded to 64 or 128 in registers: 80 or 96 in parts would need each matmul twice.
 """
@@ -55,14 +60,15 @@ def forward(
     scale: float,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o (tokens, heads, head_dim) of q's dtype and lse (heads, tokens) float32; q, k, v of any stride."""
+    """o (queries, heads, head_dim) of q's dtype and lse (heads, queries) float32; q, k, v of any stride."""
     q, k, v = _rows(q, k, v)
-    tokens, heads, head_dim = q.shape
+    queries, heads, head_dim = q.shape
     kv_heads, segments, rep = k.shape[1], len(segment_prefix), heads // k.shape[1]
-    o, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
+    o, lse = q.new_empty(q.shape), q.new_empty((heads, queries), dtype=torch.float32)
     tile = tile or tile_of("forward", _arch(q.device), q.dtype, head_dim)
-    _forward[_tiles(tokens * rep, segments, tile.queries), kv_heads](
-        q, k, v, o, lse, segment_offsets, segment_prefix, segments, tokens, *_strides(q, k, v), scale,
+    layout = segment_offsets, segment_prefix, query_offsets, segments, queries
+    _forward[_tiles(queries * rep, segments, tile.queries), kv_heads](
+        q, k, v, o, lse, *layout, *_strides(q, k, v), scale,
         **_constants(rep, head_dim, tile), **launch_options(tile.warps, tile.stages),
     )  # fmt: skip
     return o, lse
@@ -88,23 +94,23 @@ def backward(
     """dq, dk, dv; fills `attention` (R, C) if given (`AttentionOnto` says how `slots` and `first_columns` choose)."""
     do, q, k, v = _rows(do, q, k, v)
     o, lse = o.contiguous(), lse.contiguous()
-    tokens, heads, head_dim = q.shape
-    kv_heads, segments = k.shape[1], len(segment_prefix)
+    queries, heads, head_dim = q.shape
+    tokens, kv_heads, segments = len(k), k.shape[1], len(segment_prefix)
     rep, arch = heads // kv_heads, _arch(q.device)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    delta, lse2 = lse.new_empty((kv_heads, tokens * rep)), lse.new_empty((kv_heads, tokens * rep))
-    _delta[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
-        do, o, lse, delta, lse2, tokens, heads, *_strides(do),
+    delta, lse2 = lse.new_empty((kv_heads, queries * rep)), lse.new_empty((kv_heads, queries * rep))
+    _delta[(triton.cdiv(queries * heads, DELTA_ROWS),)](
+        do, o, lse, delta, lse2, queries, heads, *_strides(do),
         REP=rep, HEAD_DIM=head_dim, WIDTH=_width(head_dim), ROWS=DELTA_ROWS, **launch_options(DELTA_WARPS),
     )  # fmt: skip
-    layout = segment_offsets, segment_prefix, segments, tokens
+    layout = segment_offsets, segment_prefix, query_offsets, segments, queries
     common = do, q, k, v, delta, lse2, *layout, *_strides(do, q, k, v), scale
 
     levels, by_head = 0, None
     if attention is not None:
         levels, by_head = len(slots), attention.new_empty((heads, *attention.shape))
     tile = query_tile or tile_of("dq onto" if levels else "dq", arch, q.dtype, head_dim)
-    _dq[_tiles(tokens * rep, segments, tile.queries), kv_heads](
+    _dq[_tiles(queries * rep, segments, tile.queries), kv_heads](
         *common, dq, slots, first_columns, by_head, *(attention.shape if levels else (0, 0)),
         LEVELS=levels, **_constants(rep, head_dim, tile), **launch_options(tile.warps, tile.stages),
     )  # fmt: skip
@@ -151,22 +157,26 @@ def _store(base, rows, valid, x, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _query_tile(offsets, homes, segments, tile, BLOCK_M: tl.constexpr, REP: tl.constexpr):
-    """Segment start and stop, first row of the tile in it, and the range of a prefix that is not its own (or empty)."""
-    segment, before = _segment(offsets, segments, tile, BLOCK_M, REP)
+def _query_tile(offsets, homes, q_offsets, segments, tile, BLOCK_M: tl.constexpr, REP: tl.constexpr):
+    """Segment start and stop, its first query and their end, first row of the tile among theirs, and the range of a
+    prefix that is not its own (or empty).
+    """
+    segment, before = _segment(q_offsets, segments, tile, BLOCK_M, REP)
     start, stop, home = tl.load(offsets + segment), tl.load(offsets + segment + 1), tl.load(homes + segment)
+    q_start, q_stop = tl.load(q_offsets + segment), tl.load(q_offsets + segment + 1)
     prefix_start = tl.load(offsets + home)
     prefix = tl.where(home == segment, 0, tl.load(offsets + home + 1) - prefix_start)
-    return start, stop, (tile - before) * BLOCK_M, prefix_start, prefix
+    return start, stop, q_start, q_stop, (tile - before) * BLOCK_M, prefix_start, prefix
 
 
 @triton.jit
-def _key_blocks(start, stop, row, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REP: tl.constexpr):
+def _key_blocks(row, queries, keys, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REP: tl.constexpr):
     """Key blocks of a query tile, of the prefix and of its own segment: those that every row sees whole, and the rest,
     which is the prefix's last block (0 or 1) and the segment's own to the end of the diagonal.
     """
+    row += (keys - queries) * REP
     full_prefix, full_own = prefix // BLOCK_N, (row // REP + 1) // BLOCK_N
-    last = tl.minimum(stop - start, (row + BLOCK_M - 1) // REP + 1)
+    last = tl.minimum(keys, (row + BLOCK_M - 1) // REP + 1)
     return full_prefix, full_own, (prefix % BLOCK_N > 0).to(tl.int32), tl.cdiv(last - full_own * BLOCK_N, BLOCK_N)
 
 
@@ -178,28 +188,33 @@ def _first_column(j, of_prefix, prefix_start, own_start, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _forward(
-    q, k, v, o, lse, offsets, homes, segments, tokens,
+    q, k, v, o, lse, offsets, homes, q_offsets, segments, q_count,
     q_token, q_head, k_token, k_head, v_token, v_head, scale,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Backwards: a completion's tiles see most keys, a prefix's first ones fewest, so the light ones come last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    start, stop, row, prefix_start, prefix = _query_tile(offsets, homes, segments, tile, BLOCK_M, REP)
-    if row >= (stop - start) * REP:
+    start, stop, q_start, q_stop, row, prefix_start, prefix = _query_tile(
+        offsets, homes, q_offsets, segments, tile, BLOCK_M, REP
+    )
+    if row >= (q_stop - q_start) * REP:
         return
+    shift = stop - q_stop  # from a query to its token
     rows = row + tl.arange(0, BLOCK_M)
-    token, head = start + rows // REP, kv_head * REP + rows % REP
-    inside = token < stop
+    query, head = q_start + rows // REP, kv_head * REP + rows % REP
+    inside = query < q_stop
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
-    queries = _load(q, token.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
+    queries = _load(q, query.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     scale2 = scale * LOG2E
 
-    full_prefix, full_own, edge_prefix, edge_own = _key_blocks(start, stop, row, prefix, BLOCK_M, BLOCK_N, REP)
+    full_prefix, full_own, edge_prefix, edge_own = _key_blocks(
+        row, q_stop - q_start, stop - start, prefix, BLOCK_M, BLOCK_N, REP
+    )
     for j in range(full_prefix + full_own):
         column = _first_column(j, full_prefix, prefix_start, start, BLOCK_N) + tl.arange(0, BLOCK_N)
         keys = _load(k, column.to(tl.int64) * k_token, inside, HEAD_DIM, WIDTH, False)
@@ -214,12 +229,13 @@ def _forward(
         keys = _load(k, column.to(tl.int64) * k_token, valid, HEAD_DIM, WIDTH, True)
         values = _load(v, column.to(tl.int64) * v_token, valid, HEAD_DIM, WIDTH, True)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        scores = tl.where((column[None, :] <= token[:, None]) & valid[None, :], scores, float("-inf"))
+        seen = ((column - shift)[None, :] <= query[:, None]) & valid[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
         acc, top, total = _softmax_step(acc, top, total, scores, values, scale2)
 
-    out = token.to(tl.int64) * (tl.num_programs(1) * REP * HEAD_DIM) + head * HEAD_DIM
+    out = query.to(tl.int64) * (tl.num_programs(1) * REP * HEAD_DIM) + head * HEAD_DIM
     _store(o, out, inside, acc / total[:, None], HEAD_DIM, WIDTH)
-    tl.store(lse + head.to(tl.int64) * tokens + token, (top + tl.log2(total)) * LN2, inside)
+    tl.store(lse + head.to(tl.int64) * q_count + query, (top + tl.log2(total)) * LN2, inside)
 
 
 @triton.jit
@@ -235,23 +251,23 @@ def _softmax_step(acc, top, total, scores, values, scale2):
 
 @triton.jit
 def _delta(
-    do, o, lse, delta, lse2, tokens, heads, do_token, do_head,
+    do, o, lse, delta, lse2, q_count, heads, do_token, do_head,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dO O), and the LSE in base 2, both (kv_heads, tokens * REP): in the order the backward reads them."""
+    """rowsum(dO O), and the LSE in base 2, both (kv_heads, queries * REP): in the order the backward reads them."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, head = at // heads, at % heads
-    inside = token < tokens
-    d_out = _load(do, token.to(tl.int64) * do_token + head * do_head, inside, HEAD_DIM, WIDTH, True)
+    query, head = at // heads, at % heads
+    inside = query < q_count
+    d_out = _load(do, query.to(tl.int64) * do_token + head * do_head, inside, HEAD_DIM, WIDTH, True)
     out = _load(o, at.to(tl.int64) * HEAD_DIM, inside, HEAD_DIM, WIDTH, True)
-    to = (head // REP * tokens + token) * REP + head % REP
+    to = (head // REP * q_count + query) * REP + head % REP
     tl.store(delta + to, tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1), inside)
-    tl.store(lse2 + to, tl.load(lse + head * tokens + token, inside, 0.0) * LOG2E, inside)
+    tl.store(lse2 + to, tl.load(lse + head * q_count + query, inside, 0.0) * LOG2E, inside)
 
 
 @triton.jit
 def _dq(
-    do, q, k, v, delta, lse2, offsets, homes, segments, tokens,
+    do, q, k, v, delta, lse2, offsets, homes, q_offsets, segments, q_count,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale,
     dq, slots, first_columns, by_head, chosen, columns,
     LEVELS: tl.constexpr,
@@ -259,26 +275,31 @@ def _dq(
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the light ones last, as in the forward
     kv_head = tl.program_id(1)
-    start, stop, row, prefix_start, prefix = _query_tile(offsets, homes, segments, tile, BLOCK_M, REP)
-    if row >= (stop - start) * REP:
+    start, stop, q_start, q_stop, row, prefix_start, prefix = _query_tile(
+        offsets, homes, q_offsets, segments, tile, BLOCK_M, REP
+    )
+    if row >= (q_stop - q_start) * REP:
         return
+    shift = stop - q_stop  # from a query to its token
     rows = row + tl.arange(0, BLOCK_M)
-    token, head = start + rows // REP, kv_head * REP + rows % REP
-    inside = token < stop
+    query, head = q_start + rows // REP, kv_head * REP + rows % REP
+    inside = query < q_stop
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
-    at = (kv_head * tokens + start) * REP + rows
-    queries = _load(q, token.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
-    d_out = _load(do, token.to(tl.int64) * do_token + head * do_head, inside, HEAD_DIM, WIDTH, True)
+    at = (kv_head * q_count + q_start) * REP + rows
+    queries = _load(q, query.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
+    d_out = _load(do, query.to(tl.int64) * do_token + head * do_head, inside, HEAD_DIM, WIDTH, True)
     row_delta, row_lse2 = tl.load(delta + at, inside, 0.0), tl.load(lse2 + at, inside, 0.0)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     scale2 = scale * LOG2E
     low, high = 0, 0
     if LEVELS > 0:
         by_head += (kv_head * REP).to(tl.int64) * chosen * columns
-        low, high = _wanted_columns(slots, first_columns, token, inside, tokens, columns, LEVELS)
+        low, high = _wanted_columns(slots, first_columns, query, inside, q_count, columns, LEVELS)
 
-    full_prefix, full_own, edge_prefix, edge_own = _key_blocks(start, stop, row, prefix, BLOCK_M, BLOCK_N, REP)
+    full_prefix, full_own, edge_prefix, edge_own = _key_blocks(
+        row, q_stop - q_start, stop - start, prefix, BLOCK_M, BLOCK_N, REP
+    )
     for j in range(full_prefix + full_own):
         first = _first_column(j, full_prefix, prefix_start, start, BLOCK_N)
         column = first + tl.arange(0, BLOCK_N)
@@ -287,8 +308,8 @@ def _dq(
         p = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2 - row_lse2[:, None])
         if LEVELS > 0:
             _emit(
-                by_head, slots, first_columns, p, token, rows % REP, inside, first, first + BLOCK_N,
-                low, high, tokens, chosen, columns, LEVELS, BLOCK_N,
+                by_head, slots, first_columns, p, query, rows % REP, inside, first, first + BLOCK_N,
+                low, high, q_count, chosen, columns, LEVELS, BLOCK_N,
             )  # fmt: skip
         d_scores = p * (tl.dot(d_out, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
         acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
@@ -302,25 +323,25 @@ def _dq(
         keys = _load(k, column.to(tl.int64) * k_token, valid, HEAD_DIM, WIDTH, True)
         values = _load(v, column.to(tl.int64) * v_token, valid, HEAD_DIM, WIDTH, True)
         p = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2 - row_lse2[:, None])
-        p = tl.where((column[None, :] <= token[:, None]) & valid[None, :], p, 0.0)
+        p = tl.where(((column - shift)[None, :] <= query[:, None]) & valid[None, :], p, 0.0)
         if LEVELS > 0:
             _emit(
-                by_head, slots, first_columns, p, token, rows % REP, inside, first, end,
-                low, high, tokens, chosen, columns, LEVELS, BLOCK_N,
+                by_head, slots, first_columns, p, query, rows % REP, inside, first, end,
+                low, high, q_count, chosen, columns, LEVELS, BLOCK_N,
             )  # fmt: skip
         d_scores = p * (tl.dot(d_out, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
         acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
-    out = token.to(tl.int64) * (tl.num_programs(1) * REP * HEAD_DIM) + head * HEAD_DIM
+    out = query.to(tl.int64) * (tl.num_programs(1) * REP * HEAD_DIM) + head * HEAD_DIM
     _store(dq, out, inside, acc * scale, HEAD_DIM, WIDTH)
 
 
 @triton.jit
-def _wanted_columns(slots, first_columns, token, inside, tokens, columns, LEVELS: tl.constexpr):
+def _wanted_columns(slots, first_columns, query, inside, q_count, columns, LEVELS: tl.constexpr):
     """The range of columns that any chosen row of the tile wants; empty where no row is chosen, as in most tiles."""
     low, high = 2147483647, 0
     for level in tl.static_range(LEVELS):
-        slot = tl.load(slots + level * tokens + token, inside, -1)
+        slot = tl.load(slots + level * q_count + query, inside, -1)
         first = tl.load(first_columns + slot, slot >= 0, 0)
         low = tl.minimum(low, tl.min(tl.where(slot >= 0, first, 2147483647)))
         high = tl.maximum(high, tl.max(tl.where(slot >= 0, first + columns, 0)))
@@ -329,7 +350,7 @@ def _wanted_columns(slots, first_columns, token, inside, tokens, columns, LEVELS
 
 @triton.jit
 def _emit(
-    by_head, slots, first_columns, p, token, head, inside, first, end, low, high, tokens, chosen, columns,
+    by_head, slots, first_columns, p, query, head, inside, first, end, low, high, q_count, chosen, columns,
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The chosen rows of P, each into its own columns of by_head (heads, R, C). No place is written twice: the last
@@ -338,7 +359,7 @@ def _emit(
     if (first < high) & (end > low):
         column = first + tl.arange(0, BLOCK_N)
         for level in tl.static_range(LEVELS):
-            slot = tl.load(slots + level * tokens + token, inside, -1)
+            slot = tl.load(slots + level * q_count + query, inside, -1)
             at = column[None, :] - tl.load(first_columns + slot, slot >= 0, 0)[:, None]
             to = (head * chosen + slot)[:, None] * columns + at
             wanted = (slot >= 0)[:, None] & (at >= 0) & (at < columns) & (column < end)[None, :]
@@ -347,7 +368,7 @@ def _emit(
 
 @triton.jit
 def _dkv(
-    do, q, k, v, delta, lse2, offsets, homes, segments, tokens,
+    do, q, k, v, delta, lse2, offsets, homes, q_offsets, segments, q_count,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale,
     dk, dv,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -361,7 +382,9 @@ def _dkv(
     is_prefix = tl.load(homes + segment) == segment
     if (start >= stop) | (is_prefix != (tl.program_id(2) == 0)):
         return
-    end = tl.load(offsets + segment + tl.where(is_prefix, _members(homes, segments, segment), 1))
+    shift = stop - tl.load(q_offsets + segment + 1)
+    first = tl.maximum(start - shift, tl.load(q_offsets + segment))
+    end = tl.load(q_offsets + segment + tl.where(is_prefix, _members(homes, segments, segment), 1))
 
     column = start + tl.arange(0, BLOCK_N)
     valid = column < stop
@@ -372,20 +395,21 @@ def _dkv(
     scale2 = scale * LOG2E
     q += (kv_head * REP).to(tl.int64) * q_head
     do += (kv_head * REP).to(tl.int64) * do_head
-    delta += (kv_head.to(tl.int64) * tokens + start) * REP
-    lse2 += (kv_head.to(tl.int64) * tokens + start) * REP
+    delta += (kv_head.to(tl.int64) * q_count + first) * REP
+    lse2 += (kv_head.to(tl.int64) * q_count + first) * REP
 
-    # Rows count from the first of token `start`; those of the tile's own tokens see it in part, all later ones whole.
-    rows = (end - start) * REP
-    corner = tl.minimum(tl.cdiv(rows, BLOCK_M), tl.cdiv(BLOCK_N * REP, BLOCK_M)) * BLOCK_M
+    # Rows count from `first`, the first query that sees the tile; its own tokens see it in part, all later ones whole.
+    rows = (end - first) * REP
+    own = tl.maximum(start - shift + BLOCK_N - first, 0) * REP
+    corner = tl.cdiv(tl.minimum(rows, own), BLOCK_M) * BLOCK_M
     for row in range(0, corner, BLOCK_M):
         d_keys, d_values = _dkv_step(
-            d_keys, d_values, keys, values, column, do, q, delta, lse2, row, rows, start,
+            d_keys, d_values, keys, values, column - shift, do, q, delta, lse2, row, rows, first,
             do_token, do_head, q_token, q_head, scale2, REP, HEAD_DIM, WIDTH, BLOCK_M, True,
         )  # fmt: skip
     for row in range(corner, rows, BLOCK_M):
         d_keys, d_values = _dkv_step(
-            d_keys, d_values, keys, values, column, do, q, delta, lse2, row, rows, start,
+            d_keys, d_values, keys, values, column - shift, do, q, delta, lse2, row, rows, first,
             do_token, do_head, q_token, q_head, scale2, REP, HEAD_DIM, WIDTH, BLOCK_M, False,
         )  # fmt: skip
 
@@ -406,20 +430,23 @@ def _members(homes, segments, prefix):
 
 @triton.jit
 def _dkv_step(
-    d_keys, d_values, keys, values, column, do, q, delta, lse2, row, rows, start,
+    d_keys, d_values, keys, values, diagonal, do, q, delta, lse2, row, rows, first,
     do_token, do_head, q_token, q_head, scale2,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     CORNER: tl.constexpr,
 ):  # fmt: skip
-    """One block of query rows, all matrices transposed. Rows past the end are zeros, and so is all they add."""
+    """One block of query rows, all matrices transposed. Rows past the end are zeros, and so is all they add.
+
+    diagonal: (BLOCK_N,), each column as a query, the first that sees it.
+    """
     at = row + tl.arange(0, BLOCK_M)
-    token, head, inside = start + at // REP, at % REP, at < rows
-    queries = _load(q, token.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
-    d_out = _load(do, token.to(tl.int64) * do_token + head * do_head, inside, HEAD_DIM, WIDTH, True)
+    query, head, inside = first + at // REP, at % REP, at < rows
+    queries = _load(q, query.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
+    d_out = _load(do, query.to(tl.int64) * do_token + head * do_head, inside, HEAD_DIM, WIDTH, True)
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
     p = tl.exp2(scores * scale2 - tl.load(lse2 + at, inside, 0.0)[None, :])
     if CORNER:
-        p = tl.where(column[:, None] <= token[None, :], p, 0.0)
+        p = tl.where(diagonal[:, None] <= query[None, :], p, 0.0)
     d_values = tl.dot(p.to(d_out.dtype), d_out, d_values, input_precision=PRECISION)
     d_scores = p * (
         tl.dot(values, tl.trans(d_out), input_precision=PRECISION) - tl.load(delta + at, inside, 0.0)[None, :]
@@ -442,7 +469,8 @@ def tile_of(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
             "forward": Tile(128, 32 if padded else 64, 8, 2),
             "dq": Tile(128, 32, 8, 2),
             "dq onto": Tile(64, 64, 8, 2),
-            "dkv": Tile(64, 64, 8, 2),
+            # Eight warps would do narrow heads' scores twice over.
+            "dkv": Tile(32, 64, 4, 2) if head_dim <= 64 else Tile(64, 64, 8, 2),
         }[kernel]
     return {
         "forward": Tile(128, 64, 8, 2),
@@ -518,7 +546,7 @@ def _shipped(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Shipp
     kinds = (
         dict.fromkeys(("do", "q", "k", "v", "o", "dq", "dk", "dv"), element)
         | dict.fromkeys(("lse", "delta", "lse2", "by_head"), "*fp32")
-        | dict.fromkeys(("offsets", "homes", "slots", "first_columns"), "*i32")
+        | dict.fromkeys(("offsets", "homes", "q_offsets", "slots", "first_columns"), "*i32")
         | {"scale": "fp32"}
     )
     signature = {name: kinds.get(name, "i32") for name in function.arg_names if name not in constants}

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 RAGGED = ([131, 1, 40], [[1, 200, 64], [], [129]])
+FEWER = ([331, 40, 128, 7], [[1, 200, 64], [129], [64], []], [150, 0, 64, 3])  # queries of each prefix
 GROUP = ([850], [[700, 633, 512, 700, 1, 64, 700, 127]])
 
 
@@ -17,8 +18,13 @@ def inputs(layout, heads, kv_heads, head_dim, dtype, seed=0):
     """q, k, v that require gradients, and do."""
     generator = torch.Generator("cuda").manual_seed(seed)
     q, k, v, do = (
-        torch.randn(layout.tokens, n, head_dim, generator=generator, device="cuda").to(dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
+        torch.randn(*shape, head_dim, generator=generator, device="cuda").to(dtype)
+        for shape in (
+            (layout.queries, heads),
+            (layout.tokens, kv_heads),
+            (layout.tokens, kv_heads),
+            (layout.queries, heads),
+        )
     )
     return *(x.requires_grad_() for x in (q, k, v)), do
 
@@ -26,7 +32,7 @@ def inputs(layout, heads, kv_heads, head_dim, dtype, seed=0):
 def chosen(layout, columns=32, each=7):
     """Rows of every completion, onto two runs of columns of its prefix where that is long enough."""
     rows, first = [], []
-    for row in range(0, layout.tokens, each):
+    for row in range(0, layout.queries, each):
         keys, _ = layout.visible(row)
         if keys.stop - keys.start >= columns:
             rows += [row, row]
@@ -73,6 +79,29 @@ def test_small_groups_of_every_ratio_equal_float64(rep):
 def test_small_segments_equal_float64(lengths):
     layout = GroupLayout(*lengths, device="cuda")
     assert_equals_reference(layout, *inputs(layout, 4, 1, 64, torch.float16), chosen(layout, 1, 1), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_prefixes_that_ask_with_fewer_queries_equal_float64(dtype, head_dim):
+    layout = GroupLayout(*FEWER, device="cuda")
+    assert_equals_reference(layout, *inputs(layout, 8, 2, head_dim, dtype), chosen(layout), torch.float64)
+
+
+def test_completions_alone_equal_themselves_beside_their_prefix():
+    """The same bytes for the rows that are there both times; keys of the prefix lose what its own rows gave them."""
+    whole = GroupLayout(*GROUP, device="cuda")
+    q, k, v, do = inputs(whole, 32, 8, 128, torch.bfloat16)
+    prefix = GROUP[0][0]
+    do[:prefix] = 0
+    expected = run(whole, q, k, v, do)
+    alone = GroupLayout(*GROUP, [0], device="cuda")
+    got = run(alone, q.detach()[prefix:].clone().requires_grad_(), k, v, do[prefix:])
+    for x, y in zip(got, (expected[0][prefix:], expected[1][:, prefix:], expected[2][prefix:]), strict=False):
+        assert torch.equal(x, y)
+    for x, y in zip(got[3:], expected[3:], strict=True):
+        assert torch.equal(x[prefix:], y[prefix:])
+        assert (x - y).norm() <= TOLERANCE[torch.bfloat16] * y.norm()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

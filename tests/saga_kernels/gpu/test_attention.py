@@ -14,20 +14,22 @@ from saga_kernels.gpu.attention import Tile
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 TILES = [Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)]
 RAGGED = ([17, 1, 3], [[18, 1, 2], [], [5]])
+FEWER = ([37, 3, 2], [[5, 1], [7], []], [20, 0, 1])  # the last: queries of each prefix
 SCALE = 0.4
 
 
 def inputs(layout, rep, kv_heads, head_dim, dtype, seed=0):
     """q, k, v, do, on the grid of `dtype`."""
     generator = torch.Generator().manual_seed(seed)
-    heads = (rep * kv_heads, kv_heads, kv_heads, rep * kv_heads)
-    return [torch.randn(layout.tokens, n, head_dim, generator=generator).to(dtype) for n in heads]
+    queries, keys = (layout.queries, rep * kv_heads), (layout.tokens, kv_heads)
+    shapes = queries, keys, keys, queries
+    return [torch.randn(*shape, head_dim, generator=generator).to(dtype) for shape in shapes]
 
 
 def chosen(layout, columns=2):
     """Every other row, last first, each onto the first and the last columns of all it sees."""
     rows, first = [], []
-    for row in range(layout.tokens - 1, -1, -2):
+    for row in range(layout.queries - 1, -1, -2):
         for keys in layout.visible(row):
             if keys.stop - keys.start >= columns:
                 rows += [row, row]
@@ -67,10 +69,11 @@ def layouts(draw):
     length = st.integers(1, 18)
     completions = [draw(st.lists(length, min_size=1, max_size=2))]
     completions += draw(st.lists(st.lists(length, max_size=1), max_size=2))
-    return [draw(length) for _ in completions], completions
+    prefixes = [draw(length) for _ in completions]
+    return prefixes, completions, draw(st.none() | st.tuples(*(st.integers(0, n) for n in prefixes)))
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     layouts(),
     st.sampled_from([(1, 2), (2, 2), (3, 1), (4, 1)]),
@@ -95,7 +98,32 @@ def test_every_head_dim(head_dim):
     assert_equals_reference(layout, *inputs(layout, 2, 2, head_dim, torch.float16))
 
 
-@pytest.mark.parametrize("lengths", [([1], [[1]]), ([16], [[16, 16]]), ([2, 1, 1], [[], [1] * 9, []])])
+@pytest.mark.parametrize(("rep", "tile"), [(1, TILES[0]), (3, TILES[2]), (4, TILES[1])])
+def test_prefixes_that_ask_with_fewer_queries(rep, tile):
+    layout = GroupLayout(*FEWER)
+    assert_equals_reference(layout, *inputs(layout, rep, 1, 16, torch.float32), [tile] * 3, chosen(layout))
+
+
+def test_without_any_query_there_is_nothing_to_do():
+    layout = GroupLayout([17, 2], [[], []], [0, 0])
+    q, k, v, do = inputs(layout, 2, 1, 16, torch.float32)
+    o, lse = attention.forward(q, k, v, *layout.offsets, SCALE)
+    dq, dk, dv = attention.backward(do, q, k, v, o, lse, *layout.offsets, SCALE)
+    assert len(o) == len(dq) == lse.numel() == 0
+    assert not dk.any() and not dv.any()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ([1], [[1]]),
+        ([16], [[16, 16]]),
+        ([2, 1, 1], [[], [1] * 9, []]),
+        ([1], [[1]], [0]),
+        ([32, 16], [[16], [16, 16]], [16, 0]),
+        ([32], [[1]], [4]),
+    ],
+)
 def test_smallest_and_exact_lengths(lengths):
     layout = GroupLayout(*lengths)
     assert_equals_reference(layout, *inputs(layout, 4, 1, 16, torch.float32), onto=chosen(layout, 1))
