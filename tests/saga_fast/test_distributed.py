@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from saga_fast import distributed
+from saga_fast.config import PRESETS, parse
+from saga_fast.errors import InputError
 
 # Batches of 14 images and buffers of 3 pairs are shared evenly by no number of ranks here; the metric loss has proxies
 # and is weighed so that no term's gradient drowns the others'.
@@ -96,6 +98,16 @@ def test_balanced_shares_differ_by_no_more_than_the_largest_item(sizes, shares):
 
 def test_the_longest_are_dealt_first():
     assert distributed.balance([1, 1, 2, 4, 4], 2) == [[2, 3], [0, 1, 4]]
+
+
+def test_a_restart_resumes_where_there_is_a_run(tmp_path):
+    arguments = ["drawn-birds", "--out", str(tmp_path / "run")]
+    assert not parse(arguments, restarted=True).resume
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"config": PRESETS["drawn-birds"].to_dict()}))
+    assert parse(arguments, restarted=True).resume
+    with pytest.raises(InputError, match="exists; go on with --resume"):
+        parse(arguments)
 
 
 def test_collectives_of_three_ranks():
