@@ -9,7 +9,7 @@ TRL reads images through torchvision, so it has an environment of its own:
 Both sides: fp32, dense weights, 8 pairs that contribute (rewards are given, right and wrong in turn; TRL has no dynamic
 sampling, so neither side draws pairs it would drop), sampling at temperature 0.7 and top-p 0.95, language model frozen,
 tower trained by AdamW, token-level loss without KL. The metric loss and L_KL, which TRL lacks, are left out of ours.
-TRL generates for all 64 rows at once and learns in micro-batches of one group; it is tried with and without gradient
+Both generate for all 64 rows at once and learn one group at a time; TRL is tried with and without gradient
 checkpointing, and with a static cache, and the fastest one goes on. Before any timing both must agree, on TRL's own
 completions, on every log π and on the tower's gradient. Each measurement is a process of its own, ours and TRL's in
 turn; with `--json FILE` each is kept in FILE's .jsonl beside it, and an interrupted run goes on from there.
@@ -36,7 +36,7 @@ from bench.record import SHAPES, Log, child, ending_at, model, question, supervi
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.losses.policy import token_coefficients
-from saga_fast.supervisor.replay import Group, Replay
+from saga_fast.supervisor.replay import Group, Plan, Replay
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
 
@@ -53,7 +53,8 @@ def step(folder: str, shape_name: str, mean: int) -> Callable[[], dict[str, floa
     """The work of one step of ours: roll out, judge, replay, update."""
     shape = SHAPES[shape_name]
     lengths, pixels = shape.lengths(mean), shape.pixels()
-    encoder, judge = supervisor(shape, Path(folder), max(map(max, lengths)))
+    plan = Plan(max(shape.prefix + sum(group) for group in lengths))  # a group at a time, as TRL's micro-batches
+    encoder, judge = supervisor(shape, Path(folder), max(map(max, lengths)), plan=plan)
     optimizer = torch.optim.AdamW(encoder.tower.parameters(), lr=2e-5)
 
     def work() -> dict[str, float]:

@@ -82,7 +82,7 @@ def test_comparison_agrees_with_transformers_and_sees_a_difference(folder, tmp_p
 
 def test_a_step_of_ours_moves_the_tower_and_tells_its_parts(folder, monkeypatch):
     built = []
-    monkeypatch.setattr(step, "supervisor", lambda *arguments: built.append(supervisor(*arguments)) or built[0])
+    monkeypatch.setattr(step, "supervisor", lambda *a, **named: built.append(supervisor(*a, **named)) or built[0])
     work = step.step(str(folder), "tiny", SHAPE.short)
     encoder, judge = built[0]
     before = [p.clone() for p in encoder.tower.parameters()]
