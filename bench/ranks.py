@@ -3,8 +3,9 @@
     python -m bench.scale --ranks 1..512 [--json FILE]
 
 Nothing here is measured. Times are the floors of `bench.roofline`; what ranks wait for each other comes from simulated
-steps, whose pairs are rolled out in waves, shared out, and balanced before the replay by the code that training uses.
-Two ways to grow: the paper's batch and K on all ranks together, and as much again on every rank.
+steps. Pairs are shared out in turn, begun and dropped as `saga_fast.draw` does, with all ranks at the same token, and
+balanced before the replay by the code that training uses. Two ways to grow: the paper's batch and K on all ranks
+together, and as much again on every rank.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench import roofline
 from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, LENGTH, PREFIX, TENSOR_CORES
 from saga_fast.config import Config
 from saga_fast.distributed import balance
+from saga_fast.supervisor.rollout import LOOK_EVERY
 
 # NVLink 4 carries 450 GB/s each way from every H100 of a host (NVIDIA's data sheet: 900 GB/s both ways together). Hosts
 # of eight, each GPU beside a port of 400 Gb/s InfiniBand, as in NVIDIA's DGX H100: rings use all eight ports at once.
@@ -35,6 +37,7 @@ LANGUAGE_MODEL = LAYERS * sum(math.prod(shape) * (1 + (n in roofline.TWICE)) for
 # Assumed of the rollouts: half of the pairs contribute, and lengths spread by so many tokens between and within pairs.
 RATE, BETWEEN, WITHIN = 0.5, 100, 100
 STEPS = 40  # simulated for each row
+SLOTS = 16
 
 
 class Step(NamedTuple):
@@ -56,7 +59,7 @@ class Step(NamedTuple):
         return self.embed + self.roll_out + self.replay + self.communicate + self.update
 
 
-@lru_cache
+@lru_cache(None)
 def decode_seconds(pairs: int, rows: int) -> float:
     """One token for each of `rows` rollouts of `pairs` pairs: the kernels, the head, and half-grown caches read."""
     kernels = sum(line.calls * line.floor for line in roofline.decode(rows))
@@ -83,22 +86,16 @@ def transfer(ranks: int, received: float, calls: int) -> float:
 
 def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step:
     """One simulated step of `wanted` contributing pairs, drawn from micro-batches of `images`."""
-    batch = Config().rollout
     tower = 6 * TOWER * PATCHES / TENSOR_CORES  # an image, forward and backward
-    lengths_kept: list[np.ndarray] = []
-    micro_batches, rolled_out, busy, sent, left = 0, 0.0, 0.0, 0.0, 0
-    while len(lengths_kept) < wanted:
-        if not left:
-            micro_batches, left = micro_batches + 1, batch.pairs_per_batch * images // 64
-        size = min(left, math.ceil((wanted - len(lengths_kept)) / RATE))
-        left -= size
-        lengths = rng.normal(LENGTH, BETWEEN, (size, 1)) + rng.normal(0, WITHIN, (size, batch.group_size))
-        lengths = lengths.clip(1, batch.max_new_tokens).astype(int)
-        seconds = [_rank_seconds(lengths[rank::ranks]) for rank in range(ranks)]
-        rolled_out, busy = rolled_out + max(seconds), busy + sum(seconds) / ranks
-        sent += 4 * lengths.sum()  # pickled token ids
-        lengths_kept += [pair for pair in lengths if rng.random() < RATE][: wanted - len(lengths_kept)]
-    packed = [PREFIX + int(pair.sum()) for pair in lengths_kept]
+    kept: list[np.ndarray] = []
+    micro_batches, looks, rolled_out, busy, sent = 0, 0, 0.0, 0.0, 0.0
+    while len(kept) < wanted:
+        micro_batches += 1
+        found, seconds, tokens = draw(ranks, Config().rollout.pairs_per_batch * images // 64, wanted - len(kept), rng)
+        kept += found
+        looks, rolled_out, busy = looks + len(seconds), rolled_out + seconds.max(1).sum(), busy + seconds.mean(1).sum()
+        sent += 4 * tokens  # pickled
+    packed = [PREFIX + int(pair.sum()) for pair in kept]
     shares = balance(packed, ranks)
     loads = [sum(packed[i] for i in share) for share in shares]
     replayed = [replay_seconds(load) + 2 * len(share) * tower for load, share in zip(loads, shares)]
@@ -112,7 +109,7 @@ def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step
         embed=micro_batches * math.ceil(images / ranks) * tower,
         roll_out=rolled_out,
         replay=max(replayed),
-        communicate=transfer(ranks, sent, calls=10 * micro_batches + 6),
+        communicate=transfer(ranks, sent, calls=2 * looks + 10 * micro_batches + 6),
         update=28 * TRAINED / BANDWIDTH,  # AdamW reads and writes weight and both moments, and reads the gradient
         idle_roll_out=1 - busy / rolled_out,
         idle_replay=1 - sum(loads) / ranks / max(loads),
@@ -121,12 +118,38 @@ def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step
     )
 
 
-def _rank_seconds(lengths: np.ndarray) -> float:
-    """Prefill and decode of a rank's (pairs, G) rollouts, all in one batch until the last one ends."""
-    if not len(lengths):
-        return 0.0
-    prefill = 2 * LANGUAGE_MODEL * PREFIX * len(lengths) / TENSOR_CORES
-    return prefill + int(lengths.max()) * decode_seconds(len(lengths), lengths.size)
+def draw(ranks: int, count: int, wanted: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """Of `count` pairs the lengths (G,) of the first `wanted` that contribute; the seconds of each rank from look to
+    look, (looks, ranks); and the tokens that were told."""
+    lengths = rng.normal(LENGTH, BETWEEN, (count, 1)) + rng.normal(0, WITHIN, (count, Config().rollout.group_size))
+    lengths = lengths.clip(1, Config().rollout.max_new_tokens).astype(int)
+    contributes = rng.random(count) < RATE
+    prefill = 2 * LANGUAGE_MODEL * PREFIX / TENSOR_CORES
+    age = np.full(count, -1)  # tokens since a pair was begun
+    begun, seconds = 0, []
+    while True:
+        judged = age >= lengths.max(1)
+        useful = np.flatnonzero(judged & contributes)
+        last = useful[wanted - 1] if len(useful) >= wanted else count - 1
+        going = (age >= 0) & ~judged & (np.arange(count) <= last)
+        if not going.any() and begun > last:
+            return [lengths[i] for i in useful[:wanted]], np.array(seconds), int(lengths[judged].sum())
+        before, in_slots = begun, np.bincount(np.flatnonzero(going) % ranks, minlength=ranks)
+        expected = len(useful) + RATE * going.sum()
+        while (
+            begun <= last
+            and in_slots[begun % ranks] < SLOTS
+            and (not in_slots[begun % ranks] or expected + RATE <= wanted - 0.5)
+        ):
+            in_slots[begun % ranks] += 1
+            begun, expected = begun + 1, expected + RATE
+        age[before:begun], going[before:begun] = 0, True
+        owner = np.arange(count) % ranks
+        rows = np.bincount(owner, (going[:, None] & (lengths > age[:, None])).sum(1), ranks).astype(int)
+        admitted = np.bincount(owner[before:begun], minlength=ranks)
+        decode = [decode_seconds(*both) if both[1] else 0.0 for both in zip(in_slots.tolist(), rows.tolist())]
+        seconds.append(admitted * prefill + LOOK_EVERY * np.array(decode))
+        age[going] += LOOK_EVERY
 
 
 @lru_cache
