@@ -21,6 +21,7 @@ from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, L
 from saga_fast.config import Config
 from saga_fast.distributed import balance
 from saga_fast.supervisor.rollout import LOOK_EVERY
+from saga_fast.supervisor.supervisor import SLOTS
 
 # NVLink 4 carries 450 GB/s each way from every H100 of a host (NVIDIA's data sheet: 900 GB/s both ways together). Hosts
 # of eight, each GPU beside a port of 400 Gb/s InfiniBand, as in NVIDIA's DGX H100: rings use all eight ports at once.
@@ -37,7 +38,6 @@ LANGUAGE_MODEL = LAYERS * sum(math.prod(shape) * (1 + (n in roofline.TWICE)) for
 # Assumed of the rollouts: half of the pairs contribute, and lengths spread by so many tokens between and within pairs.
 RATE, BETWEEN, WITHIN = 0.5, 100, 100
 STEPS = 40  # simulated for each row
-SLOTS = 16
 
 
 class Step(NamedTuple):

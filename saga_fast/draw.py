@@ -8,6 +8,7 @@ come before can no longer be kept, and its rollouts stop at once; one that comes
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,7 +101,8 @@ def draw_contributing(
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
 
     same [n]: whether both images are of one class. Pair i has id first_id + i and is rank i mod ranks's. As many are
-    begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth.
+    begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth. A rank that
+    has none begins one all the same, as it would idle.
     """
     engine, rank, ranks = supervisor.engine, distributed.rank(), distributed.ranks()
     slots = min(distributed.everyone(engine.slots))
@@ -115,11 +117,13 @@ def draw_contributing(
         if not going and begun > last:
             break
         mine = []
-        while begun <= last and sum(i % ranks == begun % ranks for i in going) < slots:
-            if going and len(useful) + contribution_rate * (len(going) + 1) > wanted - 0.5:
+        busy = Counter(i % ranks for i in going)
+        while begun <= last and busy[begun % ranks] < slots:
+            if busy[begun % ranks] and len(useful) + contribution_rate * (len(going) + 1) > wanted - 0.5:
                 break
             if begun % ranks == rank:
                 mine.append(begun)
+            busy[begun % ranks] += 1
             going.add(begun)
             begun += 1
         engine.admit(features.select(pairs[mine].flatten()), [first_id + i for i in mine])
