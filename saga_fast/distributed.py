@@ -84,12 +84,6 @@ def everyone(value: Item) -> list[Item]:
     return values
 
 
-def interleave(mine: Sequence[Item]) -> list[Item]:
-    """All n items, in order, of which this rank brings numbers rank, rank + ranks, … (`items[rank() :: ranks()]`)."""
-    shares = everyone(mine)
-    return [shares[i % ranks()][i // ranks()] for i in range(sum(map(len, shares)))]
-
-
 def rows(count: int) -> Tensor:
     """Which of `count` rows are this rank's: int64 (⌈count / ranks⌉,), from the first again where they run out."""
     each = -(-count // ranks())
