@@ -172,6 +172,28 @@ def test_keyboards_and_screen_readers_find_their_way(page):
     assert not any("hidden" in a for a in panels.values())
 
 
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb, as WCAG 2 defines it."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_contrast_is_wcag_aa_by_day_and_by_night(page):
+    palettes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root {(.*?)}", page, re.S)]
+    assert len(palettes) == 2 and palettes[0].keys() == palettes[1].keys()
+    for palette in palettes:
+
+        def contrast(one: str, other: str, palette=palette) -> float:
+            light, dark = sorted((luminance(palette[one]), luminance(palette[other])), reverse=True)
+            return (light + 0.05) / (dark + 0.05)
+
+        for ink in ("text", "soft", "link", "right", "wrong"):
+            assert contrast(ink, "page") >= 4.5 and contrast(ink, "card") >= 4.5, ink
+        assert min(contrast("text", f"h{shade}") for shade in range(1, 6)) >= 4.5
+        assert min(contrast(f"c{line}", "page") for line in range(4)) >= 3  # graphics need less
+
+
 def test_it_says_what_the_run_found(page):
     text = " ".join(" ".join(text for tag, text in Outline(page).text if tag not in ("style", "script")).split())
     assert "Recall@1 25.00 75.00 +50.00" in text and "NMI 50.00 50.00 +0.00" in text

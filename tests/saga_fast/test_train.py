@@ -278,6 +278,7 @@ def pictures(tmp_path) -> Path:
         (["--data.species", "20"], "classes_per_batch: 16"),
         (["--data.train-classes", "51"], "--data.train-classes: 51; the training half has 50 classes"),
         (["--data.train-classes", "0"], "data.train-classes: 0; give 1 or more"),
+        (["--log.samples-every", "0"], "log.samples-every: 0; give 1 or more"),
         (["--data.workers", "-1"], "data.workers: -1; give 0 or more"),
         (["--resume"], "holds no run"),
         (["folder"], "--data.root: missing"),
