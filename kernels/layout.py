@@ -89,12 +89,16 @@ class GroupLayout:
         """The rows of completion `g` of group `i` among the queries."""
         return _between(self._queries, self._completion(i, g))
 
-    def key_rows(self) -> Tensor:
-        """(queries,) int64: the row among the keys of each query's own token."""
-        missing = self.segment_offsets[1:] - self.query_offsets[1:]
-        counts = self.query_offsets.diff().long()
-        rows = torch.arange(self.queries, device=missing.device)
-        return rows + torch.repeat_interleave(missing.long(), counts, output_size=self.queries)
+    def key_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows among the keys, int64: of each query's own token (queries,), and of the tokens without a query, in
+        order (tokens - queries,)."""
+        asking, silent = [], []
+        for first, last, *rows in zip(self._offsets, self._offsets[1:], self._queries, self._queries[1:]):
+            split = last - (rows[1] - rows[0])
+            silent.append(torch.arange(first, split))
+            asking.append(torch.arange(split, last))
+        device = self.segment_offsets.device
+        return torch.cat(asking).to(device), torch.cat(silent).to(device)
 
     def visible(self, query: int) -> tuple[slice, slice]:
         """The keys that a row of the queries sees: of its prefix (none for one of a prefix), and of its own segment."""

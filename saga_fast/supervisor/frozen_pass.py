@@ -95,10 +95,7 @@ class FrozenPass:
         self.earlier, self.earlier_gradient = earlier, earlier_gradient
         self.asking, self.last_layout = asking, last_layout
         self.rotation = decoder.rotate(positions, decoder.dtype)
-        self.own = layout.key_rows()
-        is_own = torch.zeros(layout.tokens, dtype=torch.bool, device=decoder.device)
-        is_own[self.own] = True
-        self.before = (~is_own).nonzero().flatten()
+        self.own, self.before = layout.key_rows()
         self.hold = hold
         self.held: KeysValues = []
         self.held_gradient: KeysValues = []

@@ -1,0 +1,351 @@
+"""How much memory an optimizer step takes, known before it is taken, and the plan that makes the most of what is free.
+
+What stands for the whole run is counted from shapes. What autograd keeps of the tower is seen on one image and on two.
+The frozen decoder runs on the meta device, which computes nothing: the very code of prefill and replay, with every
+tensor it makes counted while it lives. Workspace within an op is not seen but for the largest, the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.errors import InputError
+from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
+from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.replay import Group, Plan, replay
+from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
+from saga_fast.towers import VisionTower
+from saga_kernels import GroupLayout, NF4Weight, group_attention
+from saga_kernels.logprob import CHUNK_LOGITS, CHUNK_ROWS
+
+GIB = 2**30
+MARGIN = 0.05  # of what is free: the allocator's own fragments
+DEQUANTIZE = 470  # tokens through one matmul that cost as much as its weights' dequantisation: bytes against FLOPs
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages made inside while they live: `bytes` now, `peak` since it was set to `bytes` last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {x.untyped_storage()._cdata for x in _tensors((args, kwargs or {}))}
+        out = function(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in before and key not in self._known:
+                self._known.add(key)
+                self.bytes += (size := storage.nbytes())
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._free, key, size)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value))
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the tensors in nested dataclasses, lists and modules, each storage once."""
+    found = [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else _tensors(value)
+    return sum({id(s := x.untyped_storage()): s.nbytes() for x in found}.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of, as `train` has it. trained: modules beside the encoder that learn (proxies).
+
+    states_bits: of each of AdamW's two moments. checkpointing: of the tower. pairs: K. batch: images of a micro-batch.
+    """
+
+    encoder: Encoder
+    decoder: FrozenDecoder | None
+    prefix: PairPrefix | None
+    sampling: Sampling
+    batch: int
+    pairs: int
+    trained: nn.Module | None = None
+    states_bits: int = 32
+    checkpointing: bool = False
+    autocast: bool = True
+
+
+class Footprint(NamedTuple):
+    """Bytes. resident: of what stands all the time, by component. phases: what each phase takes besides."""
+
+    resident: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + max(self.phases.values())
+
+    def table(self) -> str:
+        width = max(map(len, (*self.resident, *self.phases)))
+        lines = [f"  {name:{width}}  {size / GIB:6.2f} GiB" for name, size in self.resident.items()]
+        lines += [f"+ {name:{width}}  {size / GIB:6.2f} GiB" for name, size in self.phases.items()]
+        return "\n".join([*lines, f"= {'peak':{width}}  {self.peak / GIB:6.2f} GiB"])
+
+
+class Predictor:
+    """Foretells the footprint of a step, for any replay plan and number of rollout slots."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        encoder, tower = step.encoder, step.encoder.tower
+        learns = list(encoder.parameters()) + (list(step.trained.parameters()) if step.trained else [])
+        weights = sum(p.numel() for p in learns) * 4
+        self.resident = {
+            "tower, pooler, proxies: weights": weights,
+            "their gradients": weights,
+            f"AdamW's states, {step.states_bits} bits": weights * 2 * step.states_bits // 32,
+        }
+        if step.decoder is not None:
+            head = step.decoder.head
+            self.resident["language model's layers"] = size_of([step.decoder.layers, step.decoder.norm])
+            self.resident["embedding and head"] = size_of([step.decoder.embedding, head])
+        self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
+        vit = getattr(tower.model.config, "vision_config", tower.model.config)
+        depth = getattr(vit, "depth", None) or vit.num_hidden_layers
+        self.block = self.per_image // depth
+        if step.checkpointing:  # the residual stream before each block
+            self.per_image = depth * (encoder.image_size // _side(vit.patch_size)) ** 2 * vit.hidden_size * 4
+        rows, columns = tower.grid(encoder.image_size, encoder.image_size)
+        self.levels = len(getattr(getattr(tower.model, "config", None), "deepstack_visual_indexes", ()))
+        self.image_features = rows * columns * tower.width * (1 + self.levels) * (2 if step.autocast else 4)
+        # PyTorch's AdamW works on all parameters at once, bitsandbytes' on one.
+        self.update = weights if step.states_bits == 32 else 0
+        self._prefill: int | None = None
+
+    def footprint(self, plan: Plan, slots: int) -> Footprint:
+        step = self.step
+        phases = {"A. embed": self._tower(step.batch), "update": self.update}
+        if step.decoder is not None:
+            phases["B. roll out"] = self.rollout(slots)
+            phases["C. replay"] = self._tower(2 * step.pairs) + self.replay(plan)
+        return Footprint(self.resident, dict(sorted(phases.items())))
+
+    def _tower(self, images: int) -> int:
+        return self.fixed + images * (self.per_image + self.block + 2 * self.image_features)
+
+    def rollout(self, slots: int) -> int:
+        """Features of the micro-batch, keys and values of the slots, and the larger of a prefill and a draw."""
+        step = self.step
+        if self._prefill is None:
+            self._prefill = prefill_bytes(step.decoder, step.prefix)
+        rows, vocabulary = slots * step.sampling.group_size, step.decoder.head.shape[0]
+        draw = rows * vocabulary * (step.decoder.dtype.itemsize + 8)
+        cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
+        return step.batch * self.image_features + cache + max(self._prefill, draw)
+
+    def replay(self, plan: Plan) -> int:
+        """Of a replay of K groups whose completions are all as long as they may be."""
+        step = self.step
+        length, members = step.sampling.max_new_tokens, step.sampling.group_size
+        rest = len(step.prefix) - step.prefix.preamble
+        groups = max(1, min(step.pairs, plan.token_budget // (rest + members * length)))
+        if rest + members * length > plan.token_budget:  # slices are alike: one says it all
+            members = max(1, min(members, plan.token_budget // length))
+            plan = dataclasses.replace(plan, token_budget=max(1, members * length))
+        return replay_bytes(step.decoder, step.prefix, plan, [[length] * members] * groups, self.levels)
+
+    def cost(self, plan: Plan) -> float:
+        """Time of a replay up to a factor: tokens times passes through the layers' matmuls, and dequantisation."""
+        step, layer = self.step, self.step.decoder.layers[0]
+        parts = [out * width for out, width in (p.shape for p in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+        again = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
+        prefix, length, members = len(step.prefix) - step.prefix.preamble, step.sampling.max_new_tokens, 8
+        members = step.sampling.group_size
+        size = prefix + members * length
+        if size <= plan.token_budget:
+            visits = -(-step.pairs // (plan.token_budget // size))
+            passes = step.pairs * size * (2 + again[plan.recompute])
+        else:
+            visits = step.pairs * (1 + -(-members // max(1, plan.token_budget // length)))
+            passes = prefix * (2 + again[plan.prefix_recompute]) + members * length * (2 + again[plan.recompute])
+            passes *= step.pairs
+        return passes + visits * 2 * DEQUANTIZE * isinstance(layer.down.weights[0], NF4Weight)
+
+    def plans(self, token_budget: int | None = None, recompute: str | None = None) -> list[Plan]:
+        """Replay plans, the fastest first; what the user fixed stays."""
+        step = self.step
+        length = step.sampling.max_new_tokens
+        size = len(step.prefix) - step.prefix.preamble + step.sampling.group_size * length
+        whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
+        slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
+        budgets = [token_budget] if token_budget else sorted(whole | slices, reverse=True)
+        policies = [recompute] if recompute else ["none", "mlp", "full"]
+        found = {
+            Plan(budget, policy, policy if budget >= size else before)
+            for budget, policy, before in itertools.product(budgets, policies, policies)
+        }
+        return sorted(found, key=lambda plan: (self.cost(plan), -plan.token_budget, str(plan)))
+
+    def choose(
+        self, free: int, token_budget: int | None = None, recompute: str | None = None, slots: int | None = None
+    ) -> tuple[Plan, int, Footprint]:
+        """The fastest plan, and the most slots up to twice K, that fit into `free` bytes. Raises InputError, with the
+        numbers, where none does."""
+        step, room = self.step, int(free * (1 - MARGIN)) - sum(self.resident.values())
+        wanted = slots or 2 * step.pairs
+        fitting = [n for n in range(wanted, 0, -1) if self.rollout(n) <= room] if slots is None else [slots]
+        plan = None
+        for plan in self.plans(token_budget, recompute):
+            footprint = self.footprint(plan, fitting[0] if fitting else 1)
+            if footprint.peak <= free * (1 - MARGIN):
+                return plan, fitting[0], footprint
+        least = min((self.footprint(p, slots or 1) for p in self.plans(token_budget, recompute)), key=lambda f: f.peak)
+        mends = ["--encoder.checkpointing"] * (not step.checkpointing) + ["--optim.states 8bit"] * (
+            step.states_bits == 32
+        )
+        raise InputError(
+            f"memory: a step takes {least.peak / GIB:.2f} GiB at least ("
+            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
+            + f"), {free / GIB:.2f} are free and {MARGIN:.0%} of them left alone: pass "
+            + ", ".join([*mends, "fewer --rollout.max-new-tokens, --data.classes-per-batch or --rollout.group-size"])
+        )
+
+
+def _side(patch: int | Sequence[int]) -> int:
+    return patch if isinstance(patch, int) else patch[0]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device: what is free, and what this process holds already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    with open("/proc/meminfo") as file:
+        available = next(line for line in file if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of the forward of a tower whose blocks are not checkpointed: of any batch, and besides
+    of each image."""
+    device = next(tower.parameters()).device
+    weights = {x.untyped_storage().data_ptr() for x in (*tower.parameters(), *tower.buffers())}
+
+    def kept(images: int) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if (at := x.untyped_storage().data_ptr()) not in weights:
+                storages[at] = x.untyped_storage().nbytes()
+            return x
+
+        pixels = torch.zeros(images, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        with (
+            torch.enable_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        ):
+            out = tower(pixels)
+        del out
+        return sum(storages.values())
+
+    one, two = kept(1), kept(2)
+    return max(0, 2 * one - two), two - one
+
+
+def on_meta(value: Any, quantize: bool = False) -> Any:
+    """A copy of (part of) a decoder without its numbers. quantize: its layers' dense matrices as NF4, in name."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, FrozenDecoder):
+        decoder = copy.copy(value)
+        decoder.device = torch.device("meta")
+        decoder.layers = [on_meta(layer, quantize) for layer in value.layers]
+        decoder.rotary = copy.deepcopy(value.rotary).to("meta")
+        for name in ("embedding", "head", "norm"):
+            setattr(decoder, name, on_meta(getattr(value, name)))
+        return decoder
+    if isinstance(value, Projection) and quantize and isinstance(value.weights[0], Tensor):
+        return Projection(tuple(map(as_nf4, value.weights)), on_meta(value.bias))
+    if isinstance(value, tuple):
+        return tuple(on_meta(part, quantize) for part in value)
+    if isinstance(value, DecoderLayer | Projection | NF4Weight | PairPrefix):
+        fields = {name: on_meta(part, quantize) for name, part in vars(value).items()}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def as_nf4(weight: Tensor) -> NF4Weight:
+    """What an (out, in) matrix is in NF4 with nested absmax, without its numbers."""
+
+    def empty(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    blocks = weight.numel() // 64
+    return NF4Weight(
+        empty(weight.numel() // 2, torch.uint8), empty(blocks, torch.uint8), empty(256, torch.float32),
+        empty(-(-blocks // 256), torch.float32), torch.empty((), device="meta"), tuple(weight.shape), weight.dtype,
+    )  # fmt: skip
+
+
+def replay_bytes(
+    decoder: FrozenDecoder, prefix: PairPrefix, plan: Plan, lengths: Sequence[Sequence[int]], levels: int
+) -> int:
+    """Peak of what `replay` makes, gradients at the features included, for groups of these completion `lengths`."""
+    with LiveBytes() as live:
+        question = Question(decoder := on_meta(decoder), on_meta(prefix))
+        images, tokens = 2 * len(lengths), prefix.images.shape[1]
+        width = decoder.embedding.shape[1]
+        features = [
+            torch.empty(images, tokens, width, dtype=decoder.dtype, device="meta").requires_grad_()
+            for _ in range(1 + levels)
+        ]
+        groups = [
+            Group([[0] * n for n in group], [torch.empty(n, device="meta") for n in group], {}) for group in lengths
+        ]
+        live.peak = 0
+        before = live.bytes
+        replay(question, VisualFeatures(features[0], tuple(features[1:])), groups, 1.0, -1, plan)
+        rows = min(sum(map(sum, lengths)), plan.token_budget)
+        return live.peak - before + _logits(rows, decoder.head.shape[0], prefix.input_ids.device)
+
+
+def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
+    """Peak of reading as many prefixes as the engine reads at once, without the cache they are read into."""
+    rest = len(prefix) - prefix.preamble
+    pairs = max(1, PREFILL_TOKENS // len(prefix))
+    with LiveBytes() as live, torch.no_grad():
+        decoder = on_meta(decoder)
+        layout = GroupLayout([rest] * pairs, [[]] * pairs, device="meta")
+        h = torch.empty(layout.tokens, decoder.embedding.shape[1], dtype=decoder.dtype, device="meta")
+        positions = torch.zeros(3, layout.tokens, dtype=torch.int64, device="meta")
+        live.peak = before = live.bytes
+        decoder.forward(h, positions, lambda layer, q, k, v: group_attention(q, k, v, layout)[0])
+        return live.peak - before
+
+
+def _logits(rows: int, vocabulary: int, device: torch.device) -> int:
+    """The workspace of `token_logprob`, in float32."""
+    chunk = CHUNK_ROWS if device.type == "cuda" else max(1, CHUNK_LOGITS // vocabulary)
+    return min(rows, chunk) * vocabulary * 4
