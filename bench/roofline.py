@@ -28,6 +28,8 @@ BANDWIDTH, TENSOR_CORES, FP32 = 3.35e12, 800e12, 67e12
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 36, 4096, 32, 8, 128, 12_288, 151_936
 GROUPS, PREFIX, COMPLETIONS, LENGTH = 8, 850, 8, 700
 DECODE_ROWS = (8, 64)
+# A step: pairs drawn (half of them contribute), and the tower, whose backward costs twice its forward.
+DRAWN, IMAGES, PATCHES, TOWER = 2 * GROUPS, 64, 196, 0.55e9
 # out, in features; q/k/v and gate/up lie side by side when they are dequantised for a large matmul
 LINEARS = {
     "q": (HEADS * HEAD_DIM, HIDDEN),
@@ -60,13 +62,14 @@ class Line(NamedTuple):
 
 
 def decode(rows: int) -> Iterator[Line]:
-    """One token for each of `rows` rollouts; attention to the cache is PyTorch's, the head's matmul cuBLAS's."""
+    """One token for each of `rows` rollouts; attention to the cache is PyTorch's, and not counted."""
     phase = f"decode step, {rows} rows"
     yield from _layer(phase, rows, backward=False)
     for name, (out_features, in_features) in LINEARS.items():
         calls = LAYERS * (1 + (name in TWICE))
         yield Line(phase, f"nf4_matmul {name}", calls, nf4.cost(rows, out_features, in_features), matmul=True)
     yield Line(phase, "rms_norm", 1, norm.cost(rows, HIDDEN))
+    yield Line(phase, "cuBLAS, the head", 1, Cost(2 * rows * HIDDEN * VOCABULARY, 2 * HIDDEN * VOCABULARY), matmul=True)
     yield Line(phase, "sample_top_p", 1, sampling.cost(rows, VOCABULARY))
 
 
@@ -83,8 +86,27 @@ def replay() -> Iterator[Line]:
     for name, (out_features, in_features) in LINEARS.items():  # once forward and once backward
         calls = 2 * LAYERS * (1 + (name in TWICE))
         yield Line(phase, f"nf4_dequantize {name}", calls, nf4.dequantize_cost(out_features, in_features))
+    yield matmuls(phase, tokens, 2)
     rows = GROUPS * COMPLETIONS * LENGTH
     yield Line(phase, "token_logprob", 1, logprob.cost(rows, HIDDEN, VOCABULARY, CHUNK_ROWS), matmul=True)
+
+
+def matmuls(phase: str, tokens: int, passes: int) -> Line:
+    """The layers' own matmuls, which are cuBLAS's: forward, and the gradient of the input."""
+    weights = LAYERS * sum(out * width * (1 + (name in TWICE)) for name, (out, width) in LINEARS.items())
+    return Line(phase, "cuBLAS", passes, Cost(2 * tokens * weights, 2 * weights), matmul=True)
+
+
+def step() -> dict[str, float]:
+    """Seconds of a whole optimizer step at the floor, by phase; host, attention of the cache and update are free."""
+    tower = Line("tower", "cuBLAS", 3, Cost(int(2 * (IMAGES + 2 * GROUPS) * PATCHES * TOWER), 0), matmul=True)
+    batches = DRAWN * COMPLETIONS / max(DECODE_ROWS)
+    return {
+        "tower": tower.calls * tower.floor,
+        "prefill": (prefill := matmuls("prefill", DRAWN * PREFIX, 1)).calls * prefill.floor,
+        "decode": batches * LENGTH * sum(line.calls * line.floor for line in decode(max(DECODE_ROWS))),
+        "replay": sum(line.calls * line.floor for line in replay()),
+    }
 
 
 def _layer(phase: str, tokens: int, backward: bool) -> Iterator[Line]:
@@ -114,7 +136,10 @@ def main() -> None:
     for phase in dict.fromkeys(line.phase for line in lines):
         total = sum(line.calls * line.floor for line in lines if line.phase == phase)
         print(f"{phase}: {total * 1e3:.2f} ms in these kernels")
-    write_json(arguments.json, {"lines": figures})
+    phases = step()
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
+    print(f"an optimizer step at the floor: {sum(phases.values()):.2f} s ({parts})")
+    write_json(arguments.json, {"lines": figures, "step": phases})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from saga_kernels import GroupLayout, NF4Weight, group_attention
 from saga_kernels.logprob import CHUNK_LOGITS, CHUNK_ROWS
 
 GIB = 2**30
-MARGIN = 0.05  # of what is free: the allocator's own fragments
+MARGIN = 0.1  # of what is free: fragments of the allocator, the context
 DEQUANTIZE = 470  # tokens through one matmul that cost as much as its weights' dequantisation: bytes against FLOPs
 
 
