@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import attention_cpu
 from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
 from .layout import GroupLayout
 
@@ -304,6 +305,19 @@ def _(
 @_attention_onto.register_fake
 def _(q, k, lse, rows, columns, scale):
     return lse.new_empty((rows.shape[0], columns.shape[0]))
+
+
+@_group_attention.register_kernel("cpu")
+def _(q, k, v, *rest):
+    return (attention_cpu.forward if q.dtype == torch.float32 else group_attention_reference)(q, k, v, *rest)
+
+
+@_group_attention_backward.register_kernel("cpu")
+def _(do, q, k, v, o, lse, *rest):
+    where, onto = rest[:4], rest[4:]
+    if q.dtype == torch.float32 and not any(buffer is not None for buffer in onto):
+        return attention_cpu.backward(do, q, k, v, o, lse, *where)
+    return group_attention_backward_reference(do, q, k, v, o, lse, *rest)
 
 
 @_group_attention.register_kernel("cuda")

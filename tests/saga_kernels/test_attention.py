@@ -61,18 +61,21 @@ def test_forward_and_gradients_equal_dense_attention(name, scale):
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k, v), d_o))
 
 
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_narrow_dtypes_stay_near_float64(dtype, tolerance):
-    layout, q, k, v = make("ragged", dtype)
+def test_narrow_dtypes_stay_near_float64(name, dtype, tolerance):
+    layout, q, k, v = make(name, dtype)
     o, lse = group_attention(q, k, v, layout)
-    assert o.dtype == dtype and lse.dtype == torch.float32
+    assert o.dtype == dtype and lse.dtype == torch.float32 and o.is_contiguous()
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    _, expected, _ = dense("ragged", *wide, q.shape[2] ** -0.5)
-    d_o = torch.ones_like(expected)
-    results = o, *torch.autograd.grad(o, (q, k, v), d_o.to(dtype))
-    for got, right in zip(results, (expected, *torch.autograd.grad(expected, wide, d_o)), strict=True):
+    _, expected, expected_lse = dense(name, *wide, q.shape[2] ** -0.5)
+    torch.testing.assert_close(lse.double(), expected_lse.detach(), rtol=tolerance, atol=tolerance)
+    d_o = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = o, *torch.autograd.grad(o, (q, k, v), d_o)
+    right = expected, *torch.autograd.grad(expected, wide, d_o.double())
+    for got, wanted in zip(results, right, strict=True):
         assert got.dtype == dtype
-        assert (got - right).norm() <= tolerance * right.norm()
+        assert (got - wanted).norm() <= tolerance * right[1].norm()
 
 
 def test_every_run_gives_the_same_bytes_and_groups_do_not_mix():
