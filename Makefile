@@ -25,6 +25,8 @@ test: $(installed)
 
 check: $(installed)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy kernels saga_fast
 
 # Needs a GPU and a Python with PyTorch and Triton; sets up nothing. OUT= is the folder for what it finds.
 gpu-check:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  registers the schema and the compiled kernels
+from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers the schema and the compiled kernels
 from .checks import expect, expect_tensor
 
 
@@ -36,8 +38,8 @@ def group_advantage_reference(
     return torch.where(contributes[:, None], centred / (std + eps), 0), contributes, contributes.sum()
 
 
-@torch.library.register_fake("saga_kernels::group_advantage")
-def _(rewards, eps, population):
+@torch.library.register_fake("saga_kernels::group_advantage")  # type: ignore[untyped-decorator]
+def _(rewards: Tensor, eps: float, population: bool) -> Any:
     pairs = rewards.shape[0]
     return (
         torch.empty_like(rewards, memory_format=torch.contiguous_format),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def group_attention(
     expect_tensor("onto", onto.attention, tuple(onto.attention.shape), (accumulator(q.dtype),))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     expect(differentiable, "onto", "q, k, v without gradient", "one that requires it, or attention_onto instead")
-    return _GroupAttentionOnto.apply(q, k, v, scale, onto)
+    return _GroupAttentionOnto.apply(q, k, v, scale, onto)  # type: ignore[no-untyped-call]
 
 
 def attention_onto(
@@ -186,7 +187,7 @@ def group_attention_backward_reference(
     for rows, ranges in _blocks(segment_offsets, segment_prefix, query_offsets):
         d_out = d_o[:, :, rows].flatten(1, 2)
         weights = _masked_scores(queries, keys, rows, ranges).sub_(lse[:, :, rows].flatten(1, 2)[..., None]).exp_()
-        if attention is not None:
+        if attention is not None and slots is not None and first_columns is not None:
             _emit(weights, rows, ranges, slots, first_columns, attention)
         d_value = weights.mT @ d_out
         d_scores = (d_out @ _gather(values, ranges).mT).sub_(delta[:, :, rows].flatten(1, 2)[..., None]).mul_(weights)
@@ -198,7 +199,8 @@ def group_attention_backward_reference(
             dk[:, columns] += d_key[:, done : done + size]
             dv[:, columns] += d_value[:, done : done + size]
             done += size
-    return tuple(_by_token(x).to(q.dtype) for x in (dq.mul_(scale), dk[:, None], dv[:, None]))
+    dq, dk, dv = (_by_token(x).to(q.dtype) for x in (dq.mul_(scale), dk[:, None], dv[:, None]))
+    return dq, dk, dv
 
 
 def attention_onto_reference(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
@@ -277,7 +279,15 @@ _attention_onto = torch.library.custom_op("saga_kernels::attention_onto", attent
 
 
 @_group_attention.register_fake
-def _(q, k, v, segment_offsets, segment_prefix, query_offsets, scale):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_offsets: Tensor,
+    segment_prefix: Tensor,
+    query_offsets: Tensor,
+    scale: float,
+) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         (q.shape[1], q.shape[0]), dtype=accumulator(q.dtype)
     )
@@ -285,25 +295,17 @@ def _(q, k, v, segment_offsets, segment_prefix, query_offsets, scale):
 
 @_group_attention_backward.register_fake
 def _(
-    do,
-    q,
-    k,
-    v,
-    o,
-    lse,
-    segment_offsets,
-    segment_prefix,
-    query_offsets,
-    scale,
-    slots=None,
-    first_columns=None,
-    attention=None,
-):
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
+) -> Any:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 @_attention_onto.register_fake
-def _(q, k, lse, rows, columns, scale):
+def _(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Any:
     return lse.new_empty((rows.shape[0], columns.shape[0]))
 
 
@@ -321,7 +323,7 @@ def _(do, q, k, v, o, lse, *rest):
 
 
 @_group_attention.register_kernel("cuda")
-def _(q, k, v, *rest):
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     if q.dtype == torch.float64:  # for tests; the kernels are for float32 and narrower
         return group_attention_reference(q, k, v, *rest)
     from .gpu import attention  # Triton is needed on a GPU alone
@@ -330,7 +332,7 @@ def _(q, k, v, *rest):
 
 
 @_group_attention_backward.register_kernel("cuda")
-def _(do, q, *rest):
+def _(do: Tensor, q: Tensor, *rest: Any) -> Any:
     if q.dtype == torch.float64:
         return group_attention_backward_reference(do, q, *rest)
     from .gpu import attention
@@ -338,13 +340,13 @@ def _(do, q, *rest):
     return attention.backward(do, q, *rest)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, *offsets, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, *offsets)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, do, _):
+def _backward(ctx: Any, do: Tensor, _: Any) -> Any:
     dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale)
     return dq, dk, dv, None, None, None, None
 
@@ -356,7 +358,7 @@ class _GroupAttentionOnto(torch.autograd.Function):
     """`group_attention` whose backward also fills a buffer of the caller's."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, onto):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, onto: AttentionOnto) -> Any:
         inputs = q, k, v, *onto.layout.offsets, scale
         output = _group_attention(*inputs)
         _setup_context(ctx, inputs, output)
@@ -364,7 +366,7 @@ class _GroupAttentionOnto(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, do, _):
+    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
         chosen = ctx.onto.slots, ctx.onto.first_columns, ctx.onto.attention
         dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale, *chosen)
         return dq, dk, dv, None, None

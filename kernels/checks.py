@@ -14,7 +14,7 @@ def expect(condition: bool, argument: str, given: object, accepted: str) -> None
 
 
 def expect_tensor(
-    argument: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
+    argument: str, tensor: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Check a tensor's type, dtype and shape; `None` in `shape` accepts any size in that place."""
     if not isinstance(tensor, Tensor):

@@ -51,7 +51,10 @@ class GroupLayout:
         )
         asking = prefix_lengths if prefix_queries is None else prefix_queries
         expect(len(asking) == groups, "prefix_queries", f"{len(asking)} groups", f"as many as prefix_lengths, {groups}")
-        lengths, queries, home, self._first = [], [], [], []
+        lengths: list[int] = []
+        queries: list[int] = []
+        home: list[int] = []
+        self._first: list[int] = []
         for i, (prefix, ask, completions) in enumerate(zip(prefix_lengths, asking, completion_lengths, strict=True)):
             expect(prefix > 0, f"prefix_lengths[{i}]", prefix, "1 token or more")
             expect(0 <= ask <= prefix, f"prefix_queries[{i}]", ask, f"0 to {prefix}, the prefix's tokens")

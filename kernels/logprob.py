@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def token_logprob_reference(
     dtype, vocabulary = accumulator(h.dtype), head.shape[0]
     if targets.device.type == "cpu" and len(targets):
         low, high = targets.aminmax()
-        expect(low >= 0 and high < vocabulary, "targets", f"{low} to {high}", f"0 to {vocabulary - 1}")
+        expect(bool(low >= 0 and high < vocabulary), "targets", f"{low} to {high}", f"0 to {vocabulary - 1}")
     logp, dh = h.new_empty(len(h), dtype=dtype), torch.empty_like(h, memory_format=torch.contiguous_format)
     logits = h.new_empty(min(chunk, len(h)), vocabulary, dtype=dtype)
     for first in range(0, len(h), chunk):
@@ -87,7 +88,7 @@ _token_logprob = torch.library.custom_op("saga_kernels::token_logprob", token_lo
 
 
 @_token_logprob.register_kernel("cuda")
-def _(h, head, targets, coeff, temperature, chunk):
+def _(h: Tensor, head: Tensor, targets: Tensor, coeff: Tensor, temperature: float, chunk: int) -> Any:
     if h.dtype == torch.float64:
         return token_logprob_reference(h, head, targets, coeff, temperature, chunk)
     from .gpu import logprob  # Triton is needed on a GPU alone
@@ -96,7 +97,7 @@ def _(h, head, targets, coeff, temperature, chunk):
 
 
 @_token_logprob.register_fake
-def _(h, head, targets, coeff, temperature, chunk):
+def _(h: Tensor, head: Tensor, targets: Tensor, coeff: Tensor, temperature: float, chunk: int) -> Any:
     return h.new_empty(h.shape[0], dtype=accumulator(h.dtype)), torch.empty_like(
         h, memory_format=torch.contiguous_format
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ def nf4_dequantize_reference(
     packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, out: Tensor
 ) -> None:
     """`nf4_dequantize` in plain PyTorch: a byte indexes a table of the two float32 values it holds."""
-    if code2 is not None:
+    if code2 is not None and absmax2 is not None and offset is not None:
         scales = absmax2.repeat_interleave(NESTED_BLOCK)[: len(absmax)]
         absmax = code2[absmax.int()].mul_(scales).add_(offset)
     code = torch.tensor(CODE, device=packed.device)
@@ -176,7 +177,7 @@ _nf4_matmul = torch.library.custom_op("saga_kernels::nf4_matmul", nf4_matmul_ref
 
 
 @_nf4_dequantize.register_kernel("cuda")
-def _(packed, absmax, code2, absmax2, offset, out):
+def _(packed: Tensor, absmax: Tensor, code2: Tensor, absmax2: Tensor, offset: Tensor, out: Tensor) -> Any:
     if out.dtype == torch.float64:  # for checks, not for speed
         return nf4_dequantize_reference(packed, absmax, code2, absmax2, offset, out)
     from .gpu import nf4  # a GPU alone needs Triton
@@ -185,7 +186,9 @@ def _(packed, absmax, code2, absmax2, offset, out):
 
 
 @_nf4_matmul.register_kernel("cuda")
-def _(x, packed, absmax, code2, absmax2, offset, out_features):
+def _(
+    x: Tensor, packed: Tensor, absmax: Tensor, code2: Tensor, absmax2: Tensor, offset: Tensor, out_features: int
+) -> Any:
     if x.dtype == torch.float64:
         return nf4_matmul_reference(x, packed, absmax, code2, absmax2, offset, out_features)
     from .gpu import nf4
@@ -194,21 +197,23 @@ def _(x, packed, absmax, code2, absmax2, offset, out_features):
 
 
 @_nf4_dequantize.register_fake
-def _(packed, absmax, code2, absmax2, offset, out):
+def _(packed: Tensor, absmax: Tensor, code2: Tensor, absmax2: Tensor, offset: Tensor, out: Tensor) -> Any:
     return None
 
 
 @_nf4_matmul.register_fake
-def _(x, packed, absmax, code2, absmax2, offset, out_features):
+def _(
+    x: Tensor, packed: Tensor, absmax: Tensor, code2: Tensor, absmax2: Tensor, offset: Tensor, out_features: int
+) -> Any:
     return x.new_empty(x.shape[0], out_features)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, *weight, out_features = inputs
     ctx.shape, ctx.weight = (out_features, x.shape[1]), weight
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> Any:
     w = dy.new_empty(ctx.shape)
     _nf4_dequantize(*ctx.weight, w)
     return dy @ w, None, None, None, None, None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ _rms_norm_backward = torch.library.custom_op(
 
 
 @_rms_norm.register_kernel("cuda")
-def _(x, weight, eps):
+def _(x: Tensor, weight: Tensor, eps: float) -> Any:
     if x.dtype == torch.float64:
         return rms_norm_reference(x, weight, eps)
     from .gpu import norm  # Triton is needed on a GPU alone
@@ -89,7 +91,7 @@ def _(x, weight, eps):
 
 
 @_add_rms_norm.register_kernel("cuda")
-def _(x, residual, weight, eps):
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
     if x.dtype == torch.float64:
         return add_rms_norm_reference(x, residual, weight, eps)
     from .gpu import norm
@@ -98,7 +100,7 @@ def _(x, residual, weight, eps):
 
 
 @_rms_norm_backward.register_kernel("cuda")
-def _(dy, dsum, x, weight, eps):
+def _(dy: Tensor, dsum: Tensor, x: Tensor, weight: Tensor, eps: float) -> Any:
     if x.dtype == torch.float64:
         return rms_norm_backward_reference(dy, dsum, x, weight, eps)
     from .gpu import norm
@@ -107,35 +109,35 @@ def _(dy, dsum, x, weight, eps):
 
 
 @_rms_norm.register_fake
-def _(x, weight, eps):
+def _(x: Tensor, weight: Tensor, eps: float) -> Any:
     return torch.empty_like(x)
 
 
 @_add_rms_norm.register_fake
-def _(x, residual, weight, eps):
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
     return torch.empty_like(x), torch.empty_like(x)
 
 
 @_rms_norm_backward.register_fake
-def _(dy, dsum, x, weight, eps):
+def _(dy: Tensor, dsum: Tensor, x: Tensor, weight: Tensor, eps: float) -> Any:
     return torch.empty_like(x)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> Any:
     return _rms_norm_backward(dy, None, *ctx.saved_tensors, ctx.eps), None, None
 
 
-def _add_setup_context(ctx, inputs, output):
+def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, weight, ctx.eps = inputs
     ctx.save_for_backward(output[0], weight)
 
 
-def _add_backward(ctx, dsum, dy):
+def _add_backward(ctx: Any, dsum: Tensor, dy: Tensor) -> Any:
     dx = _rms_norm_backward(dy, dsum, *ctx.saved_tensors, ctx.eps)
     return dx, dx, None, None
 

@@ -5,6 +5,8 @@ Where a model norms each query and key head first (Qwen3), the norm is part of t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,9 @@ def rope_backward_reference(
     """The transpose (rotating by a half is skew-symmetric), then the norm's backward, which alone needs x."""
     wide = dy.to(accumulator(dy.dtype))
     d = wide * cos[:, None] - _rotate_half(wide * sin[:, None])
-    return d.to(dy.dtype) if weight is None else rms_norm_backward_reference(d, None, x, weight, eps)
+    if weight is None or x is None:
+        return d.to(dy.dtype)
+    return rms_norm_backward_reference(d, None, x, weight, eps)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ _rope_backward = torch.library.custom_op("saga_kernels::rope_backward", rope_bac
 
 
 @_rope.register_kernel("cuda")
-def _(x, cos, sin, weight, eps):
+def _(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Any:
     if not _on_gpu(x, cos):
         return rope_reference(x, cos, sin, weight, eps)
     from .gpu import rope  # Triton is needed on a GPU alone
@@ -83,7 +87,7 @@ def _(x, cos, sin, weight, eps):
 
 
 @_rope_backward.register_kernel("cuda")
-def _(dy, x, cos, sin, weight, eps):
+def _(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Any:
     if not _on_gpu(dy, cos):
         return rope_backward_reference(dy, x, cos, sin, weight, eps)
     from .gpu import rope
@@ -92,21 +96,21 @@ def _(dy, x, cos, sin, weight, eps):
 
 
 @_rope.register_fake
-def _(x, cos, sin, weight, eps):
+def _(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Any:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_rope_backward.register_fake
-def _(dy, x, cos, sin, weight, eps):
+def _(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Any:
     return torch.empty_like(dy, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, cos, sin, weight, ctx.eps = inputs
     ctx.save_for_backward(None if weight is None else x, cos, sin, weight)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> Any:
     return _rope_backward(dy, *ctx.saved_tensors, ctx.eps), None, None, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ _sample_top_p = torch.library.custom_op("saga_kernels::sample_top_p", sample_top
 
 
 @_sample_top_p.register_kernel("cuda")
-def _(logits, temperature, top_p, seed, rows, step):
+def _(logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, step: Tensor) -> Any:
     if logits.dtype == torch.float64:
         return sample_top_p_reference(logits, temperature, top_p, seed, rows, step)
     from .gpu import sampling  # Triton is needed on a GPU alone
@@ -137,5 +138,5 @@ def _(logits, temperature, top_p, seed, rows, step):
 
 
 @_sample_top_p.register_fake
-def _(logits, temperature, top_p, seed, rows, step):
+def _(logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, step: Tensor) -> Any:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)

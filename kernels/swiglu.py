@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ _swiglu_backward = torch.library.custom_op("saga_kernels::swiglu_backward", swig
 
 
 @_swiglu.register_kernel("cuda")
-def _(gate_up):
+def _(gate_up: Tensor) -> Any:
     if gate_up.dtype == torch.float64:
         return swiglu_reference(gate_up)
     from .gpu import swiglu  # Triton is needed on a GPU alone
@@ -49,7 +51,7 @@ def _(gate_up):
 
 
 @_swiglu_backward.register_kernel("cuda")
-def _(dy, gate_up):
+def _(dy: Tensor, gate_up: Tensor) -> Any:
     if gate_up.dtype == torch.float64:
         return swiglu_backward_reference(dy, gate_up)
     from .gpu import swiglu
@@ -58,20 +60,20 @@ def _(dy, gate_up):
 
 
 @_swiglu.register_fake
-def _(gate_up):
+def _(gate_up: Tensor) -> Any:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @_swiglu_backward.register_fake
-def _(dy, gate_up):
+def _(dy: Tensor, gate_up: Tensor) -> Any:
     return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> Any:
     return _swiglu_backward(dy, *ctx.saved_tensors)
 
 

@@ -4,10 +4,11 @@
       step-000123/
         NAME.safetensors   the tensors of each part (encoder, optimizer, rng, ...)
         state.json         everything else: step, schedule, sampler, ...
-        manifest.json      format version, and the SHA-256 of every other file
+        manifest.json      format version, whose run it is, and the SHA-256 of every other file
 
 A checkpoint is written to a hidden sibling, flushed to disk and renamed, so a kill or a full disk leaves the earlier
-ones as they were. `latest` checks the hashes and steps over a damaged one. Nothing is pickled, so loading runs no code.
+ones as they were. `latest` checks the hashes and steps over a damaged one, or another run's. Nothing is pickled, so
+loading runs no code.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ FORMAT = 1
 Parts = dict[str, dict[str, Tensor]]
 
 
-def save(folder: str | os.PathLike[str], step: int, parts: Parts, state: dict[str, Any], keep: int = 2) -> Path:
+def save(
+    folder: str | os.PathLike[str], step: int, parts: Parts, state: dict[str, Any], keep: int = 2, run: str = ""
+) -> Path:
     """Write the checkpoint of `step` into `folder`, then drop all but the newest `keep`; return its path.
 
     parts: {part: {name: tensor}}, one file a part, on any device; state: JSON-able (int keys come back as strings).
+    run: whose checkpoint it is, which `latest` asks for.
     Checkpoints of later steps, which a resume stepped over as damaged, are dropped too.
     Raises OSError if the disk is full or read-only; the earlier checkpoints then stand as before.
     """
@@ -53,7 +57,7 @@ def save(folder: str | os.PathLike[str], step: int, parts: Parts, state: dict[st
             _write(tensors, aside / f"{part}.safetensors")
         (aside / "state.json").write_text(json.dumps(state))
         hashes = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
+        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "run": run, "sha256": hashes}, indent=1))
         for path in (*aside.iterdir(), aside):
             _flush(path)
         if final.exists():  # a damaged one that was stepped over, or this very step saved again
@@ -72,14 +76,14 @@ def save(folder: str | os.PathLike[str], step: int, parts: Parts, state: dict[st
     return final
 
 
-def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None if there is none at all; damaged ones are named in a warning.
+def latest(folder: str | os.PathLike[str], run: str = "") -> Path | None:
+    """The newest whole checkpoint of `run` in `folder`, or None if there is none at all; others are named in a warning.
 
-    Raises InputError if there are checkpoints and every one is damaged.
+    Raises InputError if there are checkpoints and every one is damaged or foreign.
     """
     steps = _steps(Path(folder))
     for path in steps:
-        if not (fault := _fault(path)):
+        if not (fault := _fault(path, run)):
             return path
         warnings.warn(f"damaged checkpoint passed over: {fault}", stacklevel=2)
     if steps:
@@ -87,10 +91,10 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:
-    """(parts, state) as saved, on the CPU. Raises InputError, naming the file, if it is damaged or foreign."""
+def load(path: str | os.PathLike[str], run: str = "") -> tuple[Parts, dict[str, Any]]:
+    """(parts, state) as `run` saved them, on the CPU. Raises InputError, naming the file, if damaged or foreign."""
     path = Path(path)
-    if fault := _fault(path):
+    if fault := _fault(path, run):
         raise InputError(f"{fault}; resume from another checkpoint")
     try:
         parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
@@ -108,7 +112,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     Dictionaries within a parameter's state, as bitsandbytes has them, become "<parameter number>.<name>.<key>".
     """
     packed = optimizer.state_dict()
-    tensors, scalars = {}, {}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
 
     def put(key: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -145,7 +150,7 @@ def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
         **{f"cuda.{device}": torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())},
     }
     return tensors, {"python": [version, gauss], "numpy": [name, position, has_gauss, cached]}
@@ -173,14 +178,16 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, naming the file; None if it is whole."""
+def _fault(path: Path, run: str) -> str | None:
+    """What is wrong with the checkpoint at `path`, naming the file; None if it is whole, and `run`'s."""
     manifest = path / "manifest.json"
     try:
         recorded = json.loads(read_regular(manifest, 2**20))
         version, hashes = recorded["format"], recorded["sha256"]
         if version != FORMAT:
             return f"{str(manifest)!r}: format {version!r}, this version reads {FORMAT}"
+        if recorded["run"] != run:
+            return f"{str(manifest)!r}: of another run"
         files = sorted(file for file in path.iterdir() if file != manifest)
         if set(hashes) != {file.name for file in files}:
             return f"{str(manifest)!r}: lists {sorted(hashes)}, the folder holds {[file.name for file in files]}"

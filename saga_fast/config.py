@@ -146,6 +146,11 @@ class OptimConfig:
 class LogConfig:
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, the newest."""
+    evaluate_every: int | None = None
+    """Steps between two looks at Recall@1 on the last tenth of the training classes, which are then held out of
+    training; best/ keeps the encoder that was best at it. The test half never selects. Default: none."""
     gradients_every: int = 10
     """Steps between measurements of each loss term's gradient norm and of the cosine between them."""
     samples_every: int | None = None
@@ -204,6 +209,8 @@ class Config:
             ("rollout.max-batches", self.rollout.max_batches),
             ("rollout.slots", self.rollout.slots),
             ("log.checkpoint-every", self.log.checkpoint_every),
+            ("log.keep", self.log.keep),
+            ("log.evaluate-every", self.log.evaluate_every),
             ("log.samples-every", self.log.samples_every),
             ("encoder.embedding-dim", self.encoder.embedding_dim),
         ):

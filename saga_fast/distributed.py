@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -73,6 +74,14 @@ def device() -> torch.device:
 def restarted() -> bool:
     """Whether torchrun (`--max-restarts`) has started these processes again after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launcher() -> list[str]:
+    """The command that runs this module, as it is typed, without the module's own arguments."""
+    typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if not dist.is_torchelastic_launched():
+        return typed
+    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed[typed.index("-m") :]]
 
 
 def everyone(value: Item) -> list[Item]:

@@ -145,12 +145,13 @@ class Chunks:
         def close() -> None:
             if done:
                 self.write(done, np.concatenate(vectors))
-            done.clear(), vectors.clear()
+            done.clear()
+            vectors.clear()
 
         pictures = ImageFiles([Path(file.path) for file in files], [0] * len(files), [])
         stream = ahead(Decoder(pictures, encoder.image_size), torch.arange(len(files)).split(BATCH), workers)
         with (
-            contextlib.closing(stream),
+            contextlib.closing(stream),  # type: ignore[type-var]  # a generator
             tqdm(total=len(files), desc="embedding", unit="image", disable=hide) as bar,
         ):
             try:

@@ -1,13 +1,22 @@
-"""A run's folder, and the run's place in it: what is written while it goes, and what `--resume` goes on from."""
+"""A run's folder, and the run's place in it: what is written while it goes, and what `--resume` goes on from.
+
+A disk that is full or read-only while the run goes costs what could not be written, is told once, and stops nothing;
+before the first step, and at the end, it is an error. Earlier checkpoints stand whatever happens.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saga_fast import checkpoint, distributed
@@ -23,11 +33,18 @@ from saga_fast.card import model_card
 from saga_fast.config import Config
 from saga_fast.data import PixelLoader
 from saga_fast.encoder import Encoder
+from saga_fast.errors import InputError
+from saga_fast.files import hidden, replace
 from saga_fast.gallery import as_rows, gallery
+from saga_fast.health import Health
 from saga_fast.report import write_report
 from saga_fast.samples import overlays
+from saga_fast.signals import Stopped, StopSignals
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.telemetry import Telemetry
+
+LINES = "metrics.jsonl", "telemetry.jsonl"
+SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by
 
 
 class Run:
@@ -46,6 +63,10 @@ class Run:
         self.drawn = self.contributing = 0
         self.before: dict[str, float] = {}
         self.telemetry = Telemetry(next(encoder.parameters()).device)
+        self.best: dict[str, float] | None = None
+        self.health = Health(sampler.batches_per_epoch)
+        self._troubles: set[str] = set()
+        self._unwritten = dict.fromkeys(LINES, "")
 
     @property
     def contribution_rate(self) -> float:
@@ -53,8 +74,11 @@ class Run:
         return (self.contributing + 1) / (self.drawn + 2)
 
     def begin(self, before: dict[str, float], neighbours: Tensor, prompt: Prompt | None) -> None:
-        """neighbours: what the gallery compares with; prompt: what the supervisor is asked, if there is one."""
-        self.before = before
+        """Makes the folder, with a checkpoint of step 0. Raises InputError where that cannot be written.
+
+        neighbours: what the gallery compares with; prompt: what the supervisor is asked, if there is one.
+        """
+        self.before, self.id = before, secrets.token_hex(8)
         if distributed.rank() > 0:
             return
         versions = {
@@ -63,25 +87,34 @@ class Run:
             "transformers": transformers.__version__,
         }
         described = {
+            "run": self.id,
             "config": self.config.to_dict(),
             "prompt": prompt and dataclasses.asdict(prompt),
             "versions": versions,
             "commit": git_commit(),
         }
         # Made aside and renamed, as checkpoints are: a folder that is there can be resumed.
-        aside = self.out.absolute().with_name(f".{self.out.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (aside / "gallery").mkdir()
-        np.save(aside / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
-        self.save(aside)
-        aside.rename(self.out)
-        self.board = Board(self.out, self.config.tracker, described)
+        aside = hidden(self.out, "partial")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            (aside / "gallery").mkdir()
+            np.save(aside / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
+            self._checkpoint(aside)
+            aside.rename(self.out)
+            self.board = Board(self.out, self.config.tracker, described)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or name another") from error
 
     def restore(self) -> None:
-        folder = checkpoint.latest(self.out / "checkpoint")
-        parts, state = checkpoint.load(folder)
+        """Goes to the newest whole checkpoint. Raises InputError if there is none or the folder cannot be written."""
+        self.id = json.loads((self.out / "config.json").read_text())["run"]
+        folder = checkpoint.latest(self.out / "checkpoint", self.id)
+        if folder is None:
+            raise InputError(f"--resume: {self.out} holds no checkpoint; start again with another --out")
+        parts, state = checkpoint.load(folder, self.id)
         self.encoder.load_state_dict(parts["encoder"])
         self.dml.load_state_dict(parts["dml"])
         checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
@@ -91,17 +124,46 @@ class Run:
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]
+        self.best = state["best"]
         if distributed.rank() > 0:
             return
-        # Steps after the checkpoint are run again, so their lines go.
-        for path in (self.out / "metrics.jsonl", self.out / "telemetry.jsonl"):
-            lines = path.read_text().splitlines(keepends=True)[: self.step] if path.exists() else []
-            path.write_text("".join(lines))
-        self.board = Board(self.out, self.config.tracker, self.config.to_dict(), self.step)
+        try:
+            # Steps after the checkpoint are run again, so their lines go, whole or not.
+            for name in LINES:
+                with open(self.out / name, "a+b") as file:
+                    file.seek(0)
+                    file.truncate(sum(map(len, file.readlines()[: self.step])))
+            self.board = Board(self.out, self.config.tracker, self.config.to_dict(), self.step)
+        except OSError as error:
+            raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
 
-    def save(self, out: Path | None = None) -> None:
+    def steps(self, numbers: Iterable[int]) -> Iterator[int]:
+        """The steps `numbers`, each followed by the checkpoint that is due. Raises Stopped after SIGTERM or Ctrl-C."""
+        due = True
+        with StopSignals() as stop:
+            for step in numbers:
+                yield step
+                asked = any(distributed.everyone(stop.requested))
+                due = asked or self.step % self.config.log.checkpoint_every == 0
+                saved = due and self.save()
+                if asked and not saved:
+                    raise InputError(f"{self.out}: stopped after step {self.step}, which could not be saved")
+                if asked:
+                    raise Stopped(f"stopped, and saved, after step {self.step}")
+        if not due:
+            self.save()
+
+    def save(self) -> bool:
+        """A checkpoint in the run's folder; False if it could not be written, which is told. Raises Drifted."""
+        distributed.check_alike(self.encoder, self.dml)
         if distributed.rank() > 0:
-            return
+            return True
+        with self._troubled("a checkpoint"):
+            self._checkpoint(self.out)
+            return True
+        return False
+
+    def _checkpoint(self, out: Path) -> None:
         optimizer, optimizer_rest = checkpoint.pack_optimizer(self.optimizer)
         rng, rng_rest = checkpoint.pack_rng()
         parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
@@ -113,59 +175,111 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "drawn": self.drawn,
             "contributing": self.contributing,
+            "best": self.best,
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(self.batches),
             "rng": rng_rest,
         }
-        checkpoint.save((out or self.out) / "checkpoint", self.step, parts, state)
+        checkpoint.save(out / "checkpoint", self.step, parts, state, self.config.log.keep, self.id)
+
+    @contextmanager
+    def _troubled(self, what: str) -> Iterator[None]:
+        """An OSError in here is told, once until `what` can be written again."""
+        try:
+            yield
+            self._troubles.discard(what)
+        except OSError as error:
+            if what not in self._troubles:
+                warnings.warn(f"step {self.step}: {what} could not be written ({error}); the run goes on", stacklevel=3)
+            self._troubles.add(what)
 
     def record(self, step: int, batches: int, log: dict[str, float]) -> None:
-        """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, and both to TensorBoard."""
+        """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
+        best/, if it is the best."""
         self.step, self.batches = step + 1, self.batches + batches
         if distributed.rank() > 0:
             return
+        self.health.look(step, log)
         cost = self.telemetry.read()
-        for name, line in (("metrics.jsonl", log), ("telemetry.jsonl", cost)):
-            with open(self.out / name, "a") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
-        self.board.scalars(step, log | cost)
+        for name, line in zip(LINES, (log, cost)):
+            self._unwritten[name] += json.dumps({"step": step, **line}) + "\n"
+            with self._troubled(name):
+                append(self.out / name, self._unwritten[name].encode())
+                self._unwritten[name] = ""
+        with self._troubled("TensorBoard's events"):
+            self.board.scalars(step, log | cost)
+        if SELECTS in log and (self.best is None or log[SELECTS] > self.best[SELECTS]):
+            with self._troubled("best/"):
+                self._export("best")
+                self.best = {"step": self.step, SELECTS: log[SELECTS]}
 
     def sample(self, step: int, described: dict[str, Any], sheet: Tensor) -> None:
         """A step's rollouts, see `samples.describe`, and the images they are about, uint8 (rows, columns, 3)."""
         folder, name = self.out / "samples", f"step-{step:06d}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(sheet.numpy()).save(folder / f"{name}.jpg", quality=90)
-        # Renamed last: a JSON file that is there is whole, and so is its picture.
-        (folder / f".{name}.partial").write_text(json.dumps({"step": step, **described}))
-        os.replace(folder / f".{name}.partial", folder / f"{name}.json")
-        if picture := overlays(described, sheet):
-            self.board.image(step, "attention", picture)
+        with self._troubled("samples/"):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(sheet.numpy()).save(folder / f"{name}.jpg", quality=90)
+            # Renamed last: a JSON file that is there is whole, and so is its picture.
+            (folder / f".{name}.partial").write_text(json.dumps({"step": step, **described}))
+            os.replace(folder / f".{name}.partial", folder / f"{name}.json")
+            if picture := overlays(described, sheet):
+                self.board.image(step, "attention", picture)
+
+    def _export(self, name: str) -> None:
+        """The encoder as `Encoder.from_pretrained` reads it, whole or as it was before."""
+        aside = hidden(self.out / name, "partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.encoder.save_pretrained(aside)
+        except SafetensorError as error:  # what its own writer makes of a full disk
+            raise OSError(str(error)) from error
+        replace(aside, self.out / name)
 
     def finish(
         self, after: dict[str, float], supervisor: str | None, images: PixelLoader, neighbours: Tensor
     ) -> dict[str, Any]:
-        """images, neighbours: of the test half, after training; with those of before they make the gallery."""
+        """Writes encoder/ and final.json; returns what that holds. Raises InputError where they cannot be written.
+
+        images, neighbours: of the test half, after training; with those of before they make the gallery.
+        """
         final = {
             "before": self.before,
             "after": after,
             "steps": self.step,
             "skipped": self.skipped,
             "supervisor_sha256": supervisor,
+            **({"best": self.best} if self.best else {}),
         }
         if distributed.rank() > 0:
             return final
-        self.encoder.card = model_card(self.config, self.before, after, self.step)
-        self.encoder.save_pretrained(self.out / "encoder")
-        (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
-        before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
-        described, thumbnails = gallery(images, before_neighbours, neighbours)
-        thumbnails.save(self.out / "gallery" / "gallery.jpg", quality=85)
-        (self.out / "gallery" / "gallery.json").write_text(json.dumps(described))
-        self.board.image(self.step, "retrieval", as_rows(described, thumbnails))
-        self.board.close()
-        write_report(self.out)
+        try:
+            self.encoder.card = model_card(self.config, self.before, after, self.step)
+            self._export("encoder")
+            (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.out}: the encoder could not be written ({error}); --resume writes it") from error
+        with self._troubled("the report"):
+            before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
+            described, thumbnails = gallery(images, before_neighbours, neighbours)
+            thumbnails.save(self.out / "gallery" / "gallery.jpg", quality=85)
+            (self.out / "gallery" / "gallery.json").write_text(json.dumps(described))
+            self.board.image(self.step, "retrieval", as_rows(described, thumbnails))
+            self.board.close()
+            write_report(self.out)
         return final
+
+
+def append(path: Path, data: bytes) -> None:
+    """All of `data` or nothing: what a full disk took of it is cut off again."""
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def git_commit() -> str | None:

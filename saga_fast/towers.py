@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,11 @@ class VisualFeatures(NamedTuple):
 
     tokens: Tensor
     deepstack: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, levels: Sequence[Tensor]) -> VisualFeatures:
+        """tokens, then the DeepStack levels."""
+        return cls(levels[0], tuple(levels[1:]))
 
     def detach(self) -> VisualFeatures:
         return self.map(Tensor.detach)

@@ -14,6 +14,7 @@ shows, TensorBoard events.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 import warnings
@@ -33,17 +34,20 @@ from saga_fast.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import exit_on_input_error
 from saga_fast.evaluate import embed_all, load_images, score, table
+from saga_fast.fits import Encoded, Fits
 from saga_fast.gallery import neighbours
+from saga_fast.health import spread
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_target
 from saga_fast.losses.policy import token_coefficients
-from saga_fast.run import Run
+from saga_fast.run import SELECTS, Run
 from saga_fast.samples import describe, sampled_steps, sheet
+from saga_fast.signals import Stopped
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
-from saga_fast.supervisor.replay import Group, Plan
+from saga_fast.supervisor.replay import Group, Plan, Replay
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
@@ -81,6 +85,8 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     # Data, split by class: no class of the test half is ever trained on.
     train_images, test_images = load_images(config.data, config.data.image_size)
+    if config.log.evaluate_every:
+        train_images, validation_images = train_images.hold_out()
     sampler = ClassBalancedSampler(
         train_images.labels.tolist(), config.data.classes_per_batch, config.data.images_per_class, config.seed
     )
@@ -122,6 +128,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         embeddings = embed_all(encoder.eval(), test_images)
         run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt)
     distributed.check_alike(encoder, dml)
+    fits = Fits()
     encoder.train()
     batches = train_images.stream(sampler)
     sampled = sampled_steps(steps, config.log.samples_every)
@@ -135,7 +142,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         disable=distributed.rank() > 0,
     )
 
-    for step in progress:
+    for step in run.steps(progress):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         buffer: list[Pair] = []
@@ -146,20 +153,22 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
             batch = next(batches)
             used += 1
             pixels, labels = batch.pixels.to(device), batch.labels.to(device)
-            with autocast:
-                features = encoder.tower(pixels[distributed.rows(len(pixels))])
-                embeddings = encoder.pooler(features.tokens)
+            mine = pixels[distributed.rows(len(pixels))]
+            embedded = Encoded(fits, "embed", partial(embed, encoder, autocast), mine, list(encoder.parameters()))
+            embeddings, *features = embedded.outputs
             # Every rank takes the loss of the whole batch, and a share of it: gradients of all ranks are added up.
-            batch_loss = dml(distributed.gather(embeddings, len(pixels)), labels)
+            embeddings = distributed.gather(embeddings, len(pixels))
+            batch_loss = dml(embeddings, labels)
             if config.lambda_.dml > 0:
                 (config.lambda_.dml * batch_loss / distributed.ranks()).backward()
+                embedded.backward()
             loss_dml += batch_loss.detach()
             if supervisor is None:
                 break
 
             # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
             wanted = config.rollout.pairs - len(buffer)
-            features = features.detach().map(partial(distributed.gather, count=len(pixels)))
+            features = VisualFeatures.of(features).detach().map(partial(distributed.gather, count=len(pixels)))
             buffer += roll_out(config, supervisor, features, pixels, labels, step, wanted, draw, run)
             if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
                 break
@@ -167,14 +176,19 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= used
-        log = {"loss_dml": loss_dml.item() / used, "micro_batches": used, **draw.summary()}
+        log = {
+            "loss_dml": loss_dml.item() / used,
+            "micro_batches": used,
+            **spread(embeddings.detach()),
+            **draw.summary(),
+        }
         rolled_out = time.perf_counter()
 
         # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
         measured = step % config.log.gradients_every == 0
         gradient_dml = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters if measured]
         if buffer:
-            log |= replay(config, supervisor, encoder, buffer, autocast)
+            log |= replay(config, supervisor, encoder, buffer, autocast, fits)
         distributed.add_up_gradients(parameters)
         if measured:
             distributed.add_up(gradient_dml)
@@ -189,7 +203,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         finite = all(map(math.isfinite, [norm, *losses]))
         if finite:
             optimizer.step()
-        log |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        log |= {**fits.log(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         schedule.step()
         run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
         run.skipped += not finite
@@ -197,9 +211,14 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         log |= {
             "pairs_replayed": len(buffer),
             "skipped": run.skipped,
+            "skipped_now": run.skipped_in_a_row,
             "seconds_embed_and_roll_out": rolled_out - started,
             "seconds_replay_and_update": time.perf_counter() - rolled_out,
         }
+        if config.log.evaluate_every and (step + 1) % config.log.evaluate_every == 0:
+            held_out = embed_all(encoder.eval(), validation_images)
+            log[SELECTS] = score(held_out, validation_images.labels)["recall_at_1"]
+            encoder.train()
         run.record(step, used, log)
         shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
         progress.set_postfix(
@@ -211,9 +230,6 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint stands: "
                 "lower the learning rates"
             )
-        if run.step % config.log.checkpoint_every == 0 or run.step == steps:
-            distributed.check_alike(encoder, dml)
-            run.save()
 
     if supervisor and supervisor.decoder.fingerprint() != frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
@@ -269,7 +285,23 @@ def roll_out(
     ]
 
 
-def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast) -> dict[str, float]:
+def encode(encoder: Encoder, autocast, pixels: Tensor) -> list[Tensor]:
+    """The levels that the language model reads of `pixels`."""
+    with autocast:
+        features = encoder.tower(pixels)
+    return [features.tokens, *features.deepstack]
+
+
+def embed(encoder: Encoder, autocast, pixels: Tensor) -> list[Tensor]:
+    """The embeddings of `pixels`, and those levels."""
+    levels = encode(encoder, autocast, pixels)
+    with autocast:
+        return [encoder.pooler(levels[0]), *levels]
+
+
+def replay(
+    config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast, fits: Fits
+) -> dict[str, float]:
     """Adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share of the
     buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
     tokens = [sum(map(len, pair.completions)) for pair in buffer]
@@ -278,7 +310,7 @@ def replay(config: Config, supervisor: Supervisor, encoder: Encoder, buffer: lis
     mine = [buffer[i] for i in shares[distributed.rank()]]
     described = [supervisor.described(pair.completions, pair.rewards) if config.lambda_.kl > 0 else {} for pair in mine]
     rewarded = sum(distributed.everyone(sum(map(len, described))))
-    losses = replay_share(config, supervisor, encoder, mine, described, sum(tokens), rewarded, autocast)
+    losses = replay_share(config, supervisor, encoder, mine, described, sum(tokens), rewarded, autocast, fits)
     loss_lm, loss_kl = map(sum, zip(*distributed.everyone(losses)))
     loads = [sum(packed[i] for i in share) for share in shares]
     log = {"loss_lm": loss_lm, "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
@@ -294,6 +326,7 @@ def replay_share(
     total_tokens: int,
     rewarded: int,
     autocast,
+    fits: Fits,
 ) -> tuple[float, float]:
     """Backward of the part that these pairs have in (L_GRPO, L_KL), whose denominators are the last two numbers."""
     if not buffer:
@@ -301,8 +334,9 @@ def replay_share(
     weight = config.lambda_
     # An image may be in several pairs; it is encoded once.
     pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
-    with autocast, torch.set_grad_enabled(weight.lm > 0):
-        features = encoder.tower(pixels).select(image)
+    with torch.set_grad_enabled(weight.lm > 0):
+        encoded = Encoded(fits, "encode", partial(encode, encoder, autocast), pixels, list(encoder.tower.parameters()))
+        features = VisualFeatures.of(encoded.outputs).select(image)
     leaves = features.detach()
     for leaf in (leaves.tokens, *leaves.deepstack):
         leaf.requires_grad_(weight.lm > 0)
@@ -312,10 +346,19 @@ def replay_share(
         lengths = [len(completion) for completion in pair.completions]
         coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
         groups.append(Group(pair.completions, coefficients, spans))
-    result = supervisor.replay(leaves, groups)
+
+    def replay_within(token_budget: int) -> Replay:
+        for leaf in (leaves.tokens, *leaves.deepstack):
+            leaf.grad = None
+        return supervisor.replay(leaves, groups, token_budget)
+
+    prefix = len(supervisor.prefix)
+    packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
+    result = fits.run("replay", min(packed, supervisor.plan.token_budget), replay_within, least=prefix)
     if weight.lm > 0:
         tensors = [features.tokens, *features.deepstack]
         torch.autograd.backward(tensors, [weight.lm * leaf.grad for leaf in (leaves.tokens, *leaves.deepstack)])
+        encoded.backward()
     if not result.attention:
         return result.loss.item(), 0.0
     targets = torch.stack([attention_target(entry.weights) for entry in result.attention])
@@ -355,8 +398,17 @@ def main() -> None:
     with exit_on_input_error(), distributed.process_group():
         config, out, resume = parse(sys.argv[1:], distributed.restarted())
         speaks = distributed.rank() == 0
+        again = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:
             final = train(config, out, resume)
+        except Stopped as stopped:
+            if speaks:
+                print(f"\n{stopped}; go on with\n{again}")
+            return
+        except KeyboardInterrupt:
+            if speaks:
+                print(f"\ninterrupted; go on with\n{again}" if out.exists() else "\ninterrupted; nothing was saved yet")
+            sys.exit(130)
         except Diverged as error:
             sys.exit(f"error: {error}" if speaks else 1)
         if speaks:

@@ -107,14 +107,14 @@ def backward(
     common = do, q, k, v, delta, lse2, *layout, *_strides(do, q, k, v), scale
 
     levels, by_head = 0, None
-    if attention is not None:
+    if attention is not None and slots is not None:
         levels, by_head = len(slots), attention.new_empty((heads, *attention.shape))
     tile = query_tile or tile_of("dq onto" if levels else "dq", arch, q.dtype, head_dim)
     _dq[_tiles(queries * rep, segments, tile.queries), kv_heads](
-        *common, dq, slots, first_columns, by_head, *(attention.shape if levels else (0, 0)),
+        *common, dq, slots, first_columns, by_head, *((0, 0) if attention is None else attention.shape),
         LEVELS=levels, **_constants(rep, head_dim, tile), **launch_options(tile.warps, tile.stages),
     )  # fmt: skip
-    if levels:
+    if attention is not None and by_head is not None:
         torch.mean(by_head, 0, out=attention)
 
     tile = key_tile or tile_of("dkv", arch, q.dtype, head_dim)
@@ -533,6 +533,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
 def _shipped(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Shipped:
     function = {"forward": _forward, "delta": _delta, "dq": _dq, "dq onto": _dq, "dkv": _dkv}[kernel]
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    constants: dict[str, object]
     if kernel == "delta":
         warps, stages = DELTA_WARPS, 1
         constants = {"REP": 4, "HEAD_DIM": head_dim, "WIDTH": _width(head_dim), "ROWS": DELTA_ROWS}

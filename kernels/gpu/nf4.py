@@ -151,7 +151,9 @@ def _scales_or_any(
     absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """absmax, code2, absmax2, offset as a kernel takes them: without nesting the last three are there, but not read."""
-    return (absmax, absmax, absmax, absmax) if code2 is None else (absmax, code2, absmax2, offset)
+    if code2 is None or absmax2 is None or offset is None:
+        return absmax, absmax, absmax, absmax
+    return absmax, code2, absmax2, offset
 
 
 @functools.cache

@@ -21,7 +21,7 @@ class Cost(NamedTuple):
     flops: int
     bytes: int
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 

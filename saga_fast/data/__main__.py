@@ -65,7 +65,7 @@ def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
     for half, data in (("train", train), ("test", test)):
         faults = broken(data, workers, f"{name} {half}")
         for index in sorted(faults):
-            path = data.paths[index]
+            path = data.paths[index]  # type: ignore[attr-defined]  # of a data set in files
             print(faults[index] if os.path.lexists(path) else f"{str(path)!r}: missing")
         if skip_unreadable and faults:
             check_classes(Subset(data, [index for index in range(len(data)) if index not in faults]), root)

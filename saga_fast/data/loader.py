@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -71,6 +73,21 @@ class PixelLoader:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def hold_out(self) -> tuple[PixelLoader, PixelLoader]:
+        """(rest, held out): the last tenth of the classes apart, two at least; nothing is decoded again."""
+        classes = self.dataset.classes
+        first = len(classes) - max(2, round(len(classes) / 10))
+        if first < 2:
+            raise InputError(f"--log.evaluate-every: holds out 2 of {len(classes)} training classes; leave it out")
+        halves = copy.copy(self), copy.copy(self)
+        for half, held_out in zip(halves, (False, True)):
+            indices = [i for i, label in enumerate(self.dataset.labels) if (label >= first) == held_out]
+            half.dataset = Subset(self.dataset, indices)
+            half.dataset.classes = classes if held_out else classes[:first]
+            half.labels = self.labels[indices]
+            half._kept = None if self._kept is None else self._kept[indices]
+        return halves
+
     def batch(self, indices: list[int]) -> Batch:
         """The images at `indices`, now."""
         if self._kept is not None:
@@ -118,7 +135,9 @@ def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]
     """
     apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
     try:
-        yield from DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, generator=apart)
+        yield from DataLoader(
+            dataset, sampler=items, batch_size=None, num_workers=workers, generator=apart, worker_init_fn=_stay
+        )
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -126,6 +145,12 @@ def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]
             f"--data.workers: {workers}, one of them died ({str(error).splitlines()[0]}); give memory or shared memory "
             "(/dev/shm) free, or pass fewer, 0 to decode without"
         ) from error
+
+
+def _stay(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: workers leave it, and SIGTERM, to the one they decode for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cores() -> int:

@@ -64,7 +64,7 @@ def gradient_by_attribute(
         for leaf in (leaves.tokens, *leaves.deepstack):
             leaf.requires_grad_()
         supervisor.replay(leaves, [Group(completions, only, {})])
-        squared = sum(leaf.grad.square().sum() for leaf in (leaves.tokens, *leaves.deepstack))
+        squared = torch.stack([leaf.grad.square().sum() for leaf in (leaves.tokens, *leaves.deepstack)]).sum()
         credit[name] = Credit(tokens, at_token, float(squared.sqrt()))
     return credit
 

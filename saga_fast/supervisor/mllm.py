@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -46,7 +46,7 @@ class Mllm(NamedTuple):
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
-    tokenizer: object
+    tokenizer: Any
     eos_token_ids: tuple[int, ...]
     image_token: str
     image_marks: tuple[str, str] | None

@@ -104,7 +104,7 @@ class Prompt:
     ) -> str:
         """The one line of JSON a perfect supervisor writes. Raises KeyError if a description lacks an attribute."""
         notes = {"differences": differences, "confidence": confidence, "reasoning": reasoning}
-        values = {**notes, self.verdict_key: "yes" if same else "no"}
+        values: dict[str, object] = {**notes, self.verdict_key: "yes" if same else "no"}
         if not self.generic:
             for key, described in zip(self.item_keys, (attributes_a, attributes_b), strict=True):
                 values[key] = {name: described[name] for name in self.attributes}

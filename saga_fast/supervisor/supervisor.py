@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -87,12 +88,13 @@ class Supervisor:
         }
         return {g: spans for g, spans in tokens.items() if all(spans)}
 
-    def replay(self, features: VisualFeatures, groups: Sequence[Group]) -> Replay:
+    def replay(self, features: VisualFeatures, groups: Sequence[Group], token_budget: int | None = None) -> Replay:
+        """token_budget: other than the plan's."""
         return replay(
             self.question,
             features,
             groups,
             self.sampling.temperature,
             self.anchor_layer,
-            self.plan,
+            replace(self.plan, token_budget=token_budget or self.plan.token_budget),
         )

@@ -441,7 +441,7 @@ def damages(draw) -> list[tuple[str, str, Any]]:
         )
         file = draw(st.sampled_from(FILES))
         if kind == "manifest":
-            value = draw(st.dictionaries(st.sampled_from(["format", "sha256"]), JUNK, min_size=1))
+            value = draw(st.dictionaries(st.sampled_from(["format", "run", "sha256"]), JUNK, min_size=1))
         else:
             value = draw(RAW) if kind in ("replace", "forge", "add") else draw(st.integers(0, 2**16))
         done.append((kind, file, value))
@@ -480,7 +480,7 @@ def checkpoint_is_right(folder: Path) -> Callable[[list], str]:
             hashes = {name: sha for name in FILES[1:] if (sha := digest(path / name))}
             manifest = path / "manifest.json"
             if manifest.is_file() or not os.path.lexists(manifest):
-                manifest.write_text(json.dumps({"format": 1, "sha256": hashes}))
+                manifest.write_text(json.dumps({"format": 1, "run": "", "sha256": hashes}))
 
     def digest(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -489,7 +489,8 @@ def checkpoint_is_right(folder: Path) -> Callable[[list], str]:
         try:
             recorded = json.loads((path / "manifest.json").read_bytes()) if (path / "manifest.json").is_file() else {}
             files = {file.name: digest(file) for file in path.iterdir() if file.name != "manifest.json"}
-            return recorded["format"] == 1 and recorded["sha256"] == files and None not in files.values()
+            known = recorded["format"] == 1 and recorded["run"] == ""
+            return known and recorded["sha256"] == files and None not in files.values()
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
 

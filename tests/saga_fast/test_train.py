@@ -19,6 +19,7 @@ from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError
+from saga_fast.fits import Fits
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.tiny import SUPERVISOR
@@ -189,7 +190,7 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
     def gradients(**sections):
         encoder.zero_grad(set_to_none=True)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        trainer.replay(small(**sections), supervisor, encoder, buffer, autocast)
+        trainer.replay(small(**sections), supervisor, encoder, buffer, autocast, Fits())
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     got, unit = gradients(**weights), gradients(lambda_={"lm": 1.0, "kl": 1.0})
@@ -211,7 +212,7 @@ def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c
     def gradients():
         encoder.zero_grad(set_to_none=True)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        trainer.replay(small(), supervisor, encoder, [first, shared], autocast)
+        trainer.replay(small(), supervisor, encoder, [first, shared], autocast, Fits())
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     once = gradients()

@@ -1,0 +1,82 @@
+"""What goes wrong in a run without ending it: told once, with the figures and what may mend it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from torch import Tensor
+
+COLLAPSED = 0.99  # mean cosine between a batch's embeddings: beyond it all images look alike
+
+
+def spread(embeddings: Tensor) -> dict[str, float]:
+    """How far apart a batch's unit vectors (B, D_e) are: standard deviation of a coordinate, mean cosine of a pair."""
+    count = len(embeddings)
+    together = embeddings.sum(0).square().sum().item()  # Σ over all ordered pairs, each with itself included
+    return {
+        "embedding_std": embeddings.std(0).mean().item(),
+        "pairwise_cosine": (together - count) / (count * (count - 1)),
+    }
+
+
+class Health:
+    """Reads the log of every step. pass_batches: micro-batches of one pass over the training images."""
+
+    def __init__(self, pass_batches: int) -> None:
+        self.pass_batches = pass_batches
+        self.told: set[str] = set()
+        self.barren: list[dict[str, float]] = []  # the steps since a pair last contributed
+
+    def look(self, step: int, log: dict[str, float]) -> None:
+        """log: as metrics.jsonl holds it."""
+        if log.get("skipped_now"):
+            broken = [f"{name} {value}" for name, value in log.items() if not math.isfinite(value)]
+            self._tell("skipped", step, f"not applied: {', '.join(broken)}; {log['skipped_now']:.0f} in a row")
+        if log.get("pairs_broken"):
+            self._tell(
+                "broken",
+                step,
+                f"{log['pairs_broken']:.0f} of {log['pairs_drawn']:.0f} pairs dropped, as a rollout met logits "
+                "that are not finite; if that goes on, try --optim.precision fp32 or a lower --optim.encoder-lr",
+            )
+        if log.get("pairwise_cosine", 0) > COLLAPSED:
+            self._tell(
+                "collapsed",
+                step,
+                f"the encoder collapses: mean cosine between embeddings {log['pairwise_cosine']:.4f}, standard "
+                f"deviation of a coordinate {log['embedding_std']:.2g}; lower the learning rates, or take another "
+                "--dml.loss",
+            )
+        if log.get("pairs_drawn"):
+            self.barren = [] if log["pairs_contributing"] else [*self.barren, log]
+            if sum(entry["micro_batches"] for entry in self.barren) >= self.pass_batches:
+                self._barren(step)
+                self.barren = []
+
+    def _barren(self, step: int) -> None:
+        pairs = sum(entry["pairs_drawn"] for entry in self.barren)
+        same, different, well_formed = (
+            sum(entry[name] * entry["pairs_drawn"] for entry in self.barren) / pairs
+            for name in ("reward_same", "reward_different", "well_formed")
+        )
+        if min(same, different) > 0.5:
+            why = "it is right every time: raise --rollout.temperature, or leave it out"
+        elif max(same, different) < 0.5:
+            why = f"{well_formed:.0%} of its answers have the form asked for: look at --supervisor.model and -.prompt"
+        else:
+            why = (
+                "it gives one verdict whatever it sees: raise --rollout.temperature, or take another --supervisor.model"
+            )
+        self._tell(
+            "barren",
+            step,
+            f"none of the {pairs:.0f} pairs drawn in a pass over the training images contributed; mean reward "
+            f"{same:.2f} on same-class pairs, {different:.2f} on others. The metric loss goes on alone. "
+            f"The supervisor: {why} (--lambda.lm 0 --lambda.kl 0)",
+        )
+
+    def _tell(self, what: str, step: int, message: str) -> None:
+        if what not in self.told:
+            self.told.add(what)
+            warnings.warn(f"step {step}: {message}", stacklevel=4)

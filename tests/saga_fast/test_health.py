@@ -1,0 +1,58 @@
+"""What a run tells of what goes wrong: once, with its figures."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from saga_fast.health import Health, spread
+
+STEP = {"micro_batches": 2, "pairs_drawn": 8, "pairs_contributing": 0, "well_formed": 0.25, "loss_dml": 1.0}
+
+
+def test_spread_is_that_of_all_pairs():
+    z = torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1)
+    cosines = [float(z[i] @ z[j]) for i in range(9) for j in range(9) if i != j]
+    found = spread(z)
+    assert found["pairwise_cosine"] == pytest.approx(sum(cosines) / 72)
+    assert found["embedding_std"] == pytest.approx(float(z.std(0).mean()))
+    assert spread(z[:1].expand(4, -1))["pairwise_cosine"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "same,different,why",
+    [(1.0, 0.9, "right every time"), (0.0, 0.1, "25% of its answers"), (1.0, 0.0, "one verdict whatever it sees")],
+)
+def test_a_pass_without_a_contributing_pair_is_told_with_the_rewards(same, different, why):
+    health = Health(pass_batches=5)
+    log = {**STEP, "reward_same": same, "reward_different": different}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        health.look(0, log)
+        health.look(1, {**log, "pairs_contributing": 1})  # the pass begins anew
+        health.look(2, log)
+        health.look(3, log)
+    with pytest.warns(UserWarning) as told:
+        for step in range(4, 12):
+            health.look(step, log)
+    (message,) = [str(warning.message) for warning in told]
+    assert message.startswith("step 4: none of the 24 pairs drawn") and why in message
+    assert f"mean reward {same:.2f} on same-class pairs, {different:.2f} on others" in message
+
+
+@pytest.mark.parametrize(
+    "found,message",
+    [
+        ({"pairwise_cosine": 0.995, "embedding_std": 0.001}, "step 3: the encoder collapses: .* 0.9950, .* 0.001;"),
+        ({"pairs_broken": 2, "pairs_contributing": 1}, "step 3: 2 of 8 pairs dropped"),
+        ({"skipped_now": 1, "loss_dml": float("nan"), "grad_norm": float("inf")}, "loss_dml nan, grad_norm inf; 1 in"),
+    ],
+)
+def test_trouble_is_told_once(found, message):
+    health = Health(pass_batches=100)
+    with pytest.warns(UserWarning, match=message) as told:
+        for step in range(3, 6):
+            health.look(step, {**STEP, "pairwise_cosine": 0.5, **found})
+    assert len(told) == 1
