@@ -56,9 +56,11 @@ class Health:
 
     def _barren(self, step: int) -> None:
         pairs = sum(entry["pairs_drawn"] for entry in self.barren)
+        # A step may have drawn pairs of one kind alone.
         same, different, well_formed = (
-            sum(entry[name] * entry["pairs_drawn"] for entry in self.barren) / pairs
+            sum(known) / max(1, len(known))
             for name in ("reward_same", "reward_different", "well_formed")
+            if (known := [entry[name] for entry in self.barren if name in entry]) is not None
         )
         if min(same, different) > 0.5:
             why = "it is right every time: raise --rollout.temperature, or leave it out"
