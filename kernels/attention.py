@@ -310,12 +310,12 @@ def _(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: f
 
 
 @_group_attention.register_kernel("cpu")
-def _(q, k, v, *rest):
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return (attention_cpu.forward if q.dtype == torch.float32 else group_attention_reference)(q, k, v, *rest)
 
 
 @_group_attention_backward.register_kernel("cpu")
-def _(do, q, k, v, o, lse, *rest):
+def _(do, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
     where, onto = rest[:4], rest[4:]
     if q.dtype == torch.float32 and not any(buffer is not None for buffer in onto):
         return attention_cpu.backward(do, q, k, v, o, lse, *where)

@@ -57,7 +57,7 @@ def sample_top_p_reference(
     uniform, dtype = philox_uniform(seed, rows, step), accumulator(logits.dtype)
     token = torch.empty_like(rows)
     for block in range(0, len(logits), at_once := max(1, CACHED // logits.shape[1])):
-        block = slice(block, block + at_once)
+        block = slice(block, block + at_once)  # type: ignore[assignment]
         p = torch.div(logits[block].to(dtype), temperature)
         token[block] = _draw(torch.softmax(p, -1, out=p), top_p, uniform[block])
     return token

@@ -204,7 +204,7 @@ class Engine:
 
         Raises ValueError where logits are not finite.
         """
-        ids, done = pair_ids.tolist(), {}
+        ids, done = pair_ids.tolist(), {}  # type: ignore[var-annotated]
         while len(done) < len(ids):
             admitted = len(done) + len(self.pairs)
             taken = range(admitted, min(admitted + self.free, len(ids)))
@@ -235,7 +235,7 @@ class Engine:
                 done.append(self.pairs[slot])
                 last = self.pairs.pop()
                 if slot < len(self.pairs):
-                    self.pairs[slot] = last
+                    self.pairs[slot] = last  # type: ignore[call-overload]
                     for block in (*self.prefix_k, *self.prefix_v):
                         block[slot] = block[len(self.pairs)]
         return sorted(done, key=lambda pair: pair.pair_id)
