@@ -70,11 +70,12 @@ def step_of(arguments: argparse.Namespace) -> Step:
 def plan_table(predictor: Predictor) -> list[dict[str, Any]]:
     """What a replay takes by policy, whole groups and slices, with its time against the fastest's."""
     plans = predictor.plans()
-    fastest = predictor.cost(plans[0])
-    print(f"\n{'token budget':>12}  {'recomputed':12}{'of the prefix':14}{'replay, GiB':>12}{'time':>8}")
+    slots = 2 * predictor.step.pairs
+    fastest = predictor.seconds(plans[0], slots)
+    print(f"\n{'token budget':>12}  {'recomputed':12}{'of the prefix':14}{'replay, GiB':>12}{'step':>8}")
     rows = []
     for plan in plans:
-        size, cost = predictor.replay(plan), predictor.cost(plan) / fastest
+        size, cost = predictor.replay(plan), predictor.seconds(plan, slots) / fastest
         print(f"{plan.token_budget:12}  {plan.recompute:12}{plan.prefix_recompute:14}{size / GIB:12.2f}{cost:8.2f}")
         rows.append({**vars(plan), "replay_bytes": size, "relative_time": cost})
     return rows

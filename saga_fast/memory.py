@@ -13,7 +13,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
+from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
@@ -31,7 +32,8 @@ from saga_kernels.logprob import CHUNK_LOGITS, CHUNK_ROWS
 
 GIB = 2**30
 MARGIN = 0.1  # of what is free: fragments of the allocator, the context
-DEQUANTIZE = 470  # tokens through one matmul that cost as much as its weights' dequantisation: bytes against FLOPs
+BANDWIDTH, FLOPS = 3.35e12, 800e12  # of an H100, a second: the data sheet's, and what a large matmul reaches in bf16
+LANGUAGE_MODEL = ("language model's layers", "embedding and head")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -129,8 +131,8 @@ class Predictor:
         }
         if step.decoder is not None:
             head = step.decoder.head
-            self.resident["language model's layers"] = size_of([step.decoder.layers, step.decoder.norm])
-            self.resident["embedding and head"] = size_of([step.decoder.embedding, head])
+            self.resident[LANGUAGE_MODEL[0]] = size_of([step.decoder.layers, step.decoder.norm])
+            self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
         self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
         vit = getattr(tower.model.config, "vision_config", tower.model.config)
         depth = getattr(vit, "depth", None) or vit.num_hidden_layers
@@ -146,24 +148,25 @@ class Predictor:
 
     def footprint(self, plan: Plan, slots: int) -> Footprint:
         step = self.step
-        phases = {"A. embed": self._tower(step.batch), "update": self.update}
+        resident, phases = dict(self.resident), {"A. embed": self._tower(step.batch), "update": self.update}
         if step.decoder is not None:
+            cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
+            resident["keys and values of rollouts"] = cache
             phases["B. roll out"] = self.rollout(slots)
             phases["C. replay"] = self._tower(2 * step.pairs) + self.replay(plan)
-        return Footprint(self.resident, dict(sorted(phases.items())))
+        return Footprint(resident, dict(sorted(phases.items())))
 
     def _tower(self, images: int) -> int:
         return self.fixed + images * (self.per_image + self.block + 2 * self.image_features)
 
     def rollout(self, slots: int) -> int:
-        """Features of the micro-batch, keys and values of the slots, and the larger of a prefill and a draw."""
+        """Features of the micro-batch, and the larger of a prefill and a draw. The slots' own memory stays."""
         step = self.step
         if self._prefill is None:
             self._prefill = prefill_bytes(step.decoder, step.prefix)
         rows, vocabulary = slots * step.sampling.group_size, step.decoder.head.shape[0]
         draw = rows * vocabulary * (step.decoder.dtype.itemsize + 8)
-        cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
-        return step.batch * self.image_features + cache + max(self._prefill, draw)
+        return step.batch * self.image_features + max(self._prefill, draw)
 
     def replay(self, plan: Plan) -> int:
         """Of a replay of K groups whose completions are all as long as they may be."""
@@ -176,12 +179,16 @@ class Predictor:
             plan = dataclasses.replace(plan, token_budget=max(1, members * length))
         return replay_bytes(step.decoder, step.prefix, plan, [[length] * members] * groups, self.levels)
 
-    def cost(self, plan: Plan) -> float:
-        """Time of a replay up to a factor: tokens times passes through the layers' matmuls, and dequantisation."""
-        step, layer = self.step, self.step.decoder.layers[0]
+    def seconds(self, plan: Plan, slots: int) -> float:
+        """Of a step's rollouts and replay, on an H100 at the floor; other cards rank plans alike.
+
+        A decode step reads every weight, for as many rows as there are; 2 K pairs are begun. A replay's tokens pass
+        through the layers' matmuls forward, back, and where it computes again; each visit dequantises the weights.
+        """
+        step, layer, depth = self.step, self.step.decoder.layers[0], self.step.decoder.depth
         parts = [out * width for out, width in (p.shape for p in (layer.qkv, layer.o, layer.gate_up, layer.down))]
         again = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
-        prefix, length, members = len(step.prefix) - step.prefix.preamble, step.sampling.max_new_tokens, 8
+        prefix, length = len(step.prefix) - step.prefix.preamble, step.sampling.max_new_tokens
         members = step.sampling.group_size
         size = prefix + members * length
         if size <= plan.token_budget:
@@ -191,45 +198,52 @@ class Predictor:
             visits = step.pairs * (1 + -(-members // max(1, plan.token_budget // length)))
             passes = prefix * (2 + again[plan.prefix_recompute]) + members * length * (2 + again[plan.recompute])
             passes *= step.pairs
-        return passes + visits * 2 * DEQUANTIZE * isinstance(layer.down.weights[0], NF4Weight)
+        weights = depth * sum(parts)
+        dense = 2 * weights * isinstance(layer.down.weights[0], NF4Weight)  # bytes that dequantisation writes
+        replayed = 2 * weights * passes / FLOPS + 2 * visits * dense / BANDWIDTH
+        decoded = -(-2 * step.pairs // slots) * length * sum(map(self.resident.__getitem__, LANGUAGE_MODEL)) / BANDWIDTH
+        return replayed + decoded
 
-    def plans(self, token_budget: int | None = None, recompute: str | None = None) -> list[Plan]:
+    def plans(self, token_budget: int | None = None, recompute: Recompute | None = None) -> list[Plan]:
         """Replay plans, the fastest first; what the user fixed stays."""
-        step = self.step
+        step, again = self.step, get_args(Recompute)
         length = step.sampling.max_new_tokens
         size = len(step.prefix) - step.prefix.preamble + step.sampling.group_size * length
         whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
         slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
-        budgets = [token_budget] if token_budget else sorted(whole | slices, reverse=True)
-        policies = [recompute] if recompute else ["none", "mlp", "full"]
         found = {
             Plan(budget, policy, policy if budget >= size else before)
-            for budget, policy, before in itertools.product(budgets, policies, policies)
+            for budget in ([token_budget] if token_budget else whole | slices)
+            for policy in ([recompute] if recompute else again)
+            for before in again
         }
-        return sorted(found, key=lambda plan: (self.cost(plan), -plan.token_budget, str(plan)))
+        return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
 
     def choose(
-        self, free: int, token_budget: int | None = None, recompute: str | None = None, slots: int | None = None
+        self,
+        free: int,
+        token_budget: int | None = None,
+        recompute: Recompute | None = None,
+        slots: int | None = None,
     ) -> tuple[Plan, int, Footprint]:
-        """The fastest plan, and the most slots up to twice K, that fit into `free` bytes. Raises InputError, with the
+        """The fastest plan and number of slots, up to twice K, that fit into `free` bytes. Raises InputError, with the
         numbers, where none does."""
-        step, room = self.step, int(free * (1 - MARGIN)) - sum(self.resident.values())
-        wanted = slots or 2 * step.pairs
-        fitting = [n for n in range(wanted, 0, -1) if self.rollout(n) <= room] if slots is None else [slots]
-        plan = None
-        for plan in self.plans(token_budget, recompute):
-            footprint = self.footprint(plan, fitting[0] if fitting else 1)
-            if footprint.peak <= free * (1 - MARGIN):
-                return plan, fitting[0], footprint
-        least = min((self.footprint(p, slots or 1) for p in self.plans(token_budget, recompute)), key=lambda f: f.peak)
-        mends = ["--encoder.checkpointing"] * (not step.checkpointing) + ["--optim.states 8bit"] * (
-            step.states_bits == 32
-        )
+        step, room = self.step, int(free * (1 - MARGIN))
+        counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 8, 16)})
+        ways = itertools.product(self.plans(token_budget, recompute), counts)
+        ways = sorted(ways, key=lambda way: self.seconds(*way))
+        for plan, count in ways:
+            footprint = self.footprint(plan, count)
+            if footprint.peak <= room:
+                return plan, count, footprint
+        least = min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak)
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
+        mends = [] if step.checkpointing else ["--encoder.checkpointing"]
+        mends += ["--optim.states 8bit"] if step.states_bits == 32 else []
         raise InputError(
-            f"memory: a step takes {least.peak / GIB:.2f} GiB at least ("
-            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
-            + f"), {free / GIB:.2f} are free and {MARGIN:.0%} of them left alone: pass "
-            + ", ".join([*mends, "fewer --rollout.max-new-tokens, --data.classes-per-batch or --rollout.group-size"])
+            f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
+            f"which {MARGIN:.0%} is left alone: pass {', '.join(mends + ['fewer --rollout.max-new-tokens'])}, or fewer "
+            "images with --data.classes-per-batch"
         )
 
 
