@@ -95,12 +95,14 @@ class RolloutConfig:
     max_batches: int = 4
     """Micro-batches per step at most: the draw is bounded, and a step may go on with fewer than K pairs, or none."""
     slots: int | None = None
-    """Pairs that roll out at once, each with memory for G rollouts; default 16, or what half of a GPU's free memory
-    holds. What is sampled does not depend on it."""
-    token_budget: int = 65536
+    """Pairs that roll out at once, each with memory for G rollouts; default what is fastest in the memory that is free.
+    What is sampled does not depend on it."""
+    token_budget: int | None = None
     """Packed tokens that go through a replay together; a pair's group that is longer goes in slices."""
-    recompute: Literal["none", "mlp", "full"] = "none"
+    recompute: Literal["none", "mlp", "full"] | None = None
     """What a replay's backward computes again: nothing, gate and up of each layer, or all from each layer's input."""
+    prefix_recompute: Literal["none", "mlp", "full"] | None = None
+    """The same, of a prefix while its group goes in slices."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saga_fast import distributed
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
@@ -204,7 +206,12 @@ class Predictor:
         decoded = -(-2 * step.pairs // slots) * length * sum(map(self.resident.__getitem__, LANGUAGE_MODEL)) / BANDWIDTH
         return replayed + decoded
 
-    def plans(self, token_budget: int | None = None, recompute: Recompute | None = None) -> list[Plan]:
+    def plans(
+        self,
+        token_budget: int | None = None,
+        recompute: Recompute | None = None,
+        prefix_recompute: Recompute | None = None,
+    ) -> list[Plan]:
         """Replay plans, the fastest first; what the user fixed stays."""
         step, again = self.step, get_args(Recompute)
         length = step.sampling.max_new_tokens
@@ -212,10 +219,10 @@ class Predictor:
         whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
         slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
         found = {
-            Plan(budget, policy, policy if budget >= size else before)
+            Plan(budget, policy, policy if budget >= size and not prefix_recompute else before)
             for budget in ([token_budget] if token_budget else whole | slices)
             for policy in ([recompute] if recompute else again)
-            for before in again
+            for before in ([prefix_recompute] if prefix_recompute else again)
         }
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
 
@@ -224,13 +231,14 @@ class Predictor:
         free: int,
         token_budget: int | None = None,
         recompute: Recompute | None = None,
+        prefix_recompute: Recompute | None = None,
         slots: int | None = None,
     ) -> tuple[Plan, int, Footprint]:
         """The fastest plan and number of slots, up to twice K, that fit into `free` bytes. Raises InputError, with the
         numbers, where none does."""
         step, room = self.step, int(free * (1 - MARGIN))
         counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 8, 16)})
-        ways = itertools.product(self.plans(token_budget, recompute), counts)
+        ways = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
         ways = sorted(ways, key=lambda way: self.seconds(*way))
         for plan, count in ways:
             footprint = self.footprint(plan, count)
@@ -252,12 +260,10 @@ def _side(patch: int | Sequence[int]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device: what is free, and what this process holds already."""
+    """Of the device: what is free, and what this process holds already; of the host's memory, this rank's share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    with open("/proc/meminfo") as file:
-        available = next(line for line in file if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+    return psutil.virtual_memory().available // distributed.ranks()
 
 
 def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:

@@ -13,6 +13,7 @@ shows, TensorBoard events.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 import sys
@@ -40,6 +41,7 @@ from saga_fast.health import spread
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_target
 from saga_fast.losses.policy import token_coefficients
+from saga_fast.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.run import SELECTS, Run
 from saga_fast.samples import describe, sampled_steps, sheet
 from saga_fast.signals import Stopped
@@ -47,7 +49,7 @@ from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
-from saga_fast.supervisor.replay import Group, Plan, Replay
+from saga_fast.supervisor.replay import Group, Replay
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
@@ -98,8 +100,6 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     encoder = Encoder.from_tower(
         mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
     ).to(device)
-    if config.encoder.checkpointing:
-        encoder.tower.checkpoint_blocks()
     supervisor = make_supervisor(config, mllm, encoder, prompt) if prompt else None
     frozen = supervisor and supervisor.decoder.fingerprint()
     settings = {}
@@ -108,6 +108,10 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     classes = len(train_images.dataset.classes)
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
     del mllm
+    if supervisor:
+        config = plan_memory(config, supervisor, encoder, dml)
+    if config.encoder.checkpointing:
+        encoder.tower.checkpoint_blocks()
 
     groups = [
         {"params": list(encoder.tower.parameters()), "lr": config.optim.encoder_lr},
@@ -247,8 +251,6 @@ def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> S
         encoder.tower.grid(config.data.image_size, config.data.image_size),
         Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
         config.supervisor.anchor_layer,
-        Plan(rollout.token_budget, rollout.recompute, rollout.recompute),
-        rollout.slots,
     )
     if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
         attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
@@ -258,6 +260,33 @@ def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> S
         if shortage := lengths.shortage(rollout.max_new_tokens):
             warnings.warn(shortage, stacklevel=2)
     return supervisor
+
+
+def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module) -> Config:
+    """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
+    that a resumed run does the same. Raises InputError, with the numbers, where a step does not fit."""
+    ranks, rollout = distributed.ranks(), config.rollout
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    step = Step(
+        encoder,
+        supervisor.decoder,
+        supervisor.prefix,
+        supervisor.sampling,
+        -(-batch // ranks),
+        -(-rollout.pairs // ranks),
+        dml,
+        8 if config.optim.states == "8bit" else 32,
+        config.encoder.checkpointing,
+        config.optim.precision == "bf16",
+    )
+    chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
+    free = free_bytes(supervisor.decoder.device)
+    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen)
+    if distributed.rank() == 0:
+        print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
+        print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
+    plan = dataclasses.asdict(supervisor.plan)
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
 
 
 def roll_out(

@@ -25,7 +25,7 @@ class Supervisor:
     """An MLLM's language model asked one question about pairs of images of `grid` (rows, columns) merged tokens.
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
-    slots: pairs that roll out at once; None is 16, or what half of a GPU's free memory holds when the first come.
+    plan: of replays. slots: pairs that roll out at once.
     Raises InputError for an anchor layer the model does not have.
     """
 
@@ -38,7 +38,7 @@ class Supervisor:
         sampling: Sampling,
         anchor_layer: int | None = None,
         plan: Plan = WHOLE,
-        slots: int | None = None,
+        slots: int = SLOTS,
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
@@ -55,14 +55,7 @@ class Supervisor:
     @cached_property
     def engine(self) -> Engine:
         """What rolls out, with the memory for it, which stays as it is."""
-        slots = self.slots
-        if slots is None:
-            slots = SLOTS
-            if self.decoder.device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(self.decoder.device)
-                slots = free // 2 // Engine.slot_bytes(self.decoder, len(self.prefix), self.sampling)
-                slots = max(1, min(slots, SLOTS))
-        return Engine(self.question, self.sampling, self.eos_token_ids, slots)
+        return Engine(self.question, self.sampling, self.eos_token_ids, self.slots)
 
     def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""
