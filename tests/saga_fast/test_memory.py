@@ -1,0 +1,98 @@
+"""What a step's footprint is said to be, against what tensors really take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.errors import InputError
+from saga_fast.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
+from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.prompt import PROMPTS, build_prefix
+from saga_fast.supervisor.replay import Group, Plan, replay
+from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.tiny import SUPERVISOR
+
+PLANS = [
+    Plan(1 << 16, "none"),
+    Plan(1 << 16, "mlp"),
+    Plan(1 << 16, "full"),
+    Plan(1, "none", "none"),
+    Plan(1, "mlp", "full"),
+]
+LENGTHS = [[40, 40], [40, 40]]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    mllm = load_mllm(SUPERVISOR)
+    prefix = build_prefix(mllm.tokenizer, PROMPTS["drawn-birds"].instruction(), 49)
+    encoder = Encoder.from_tower(mllm.visual, "attention", 192, 112)
+    return encoder, mllm.decoder, PairPrefix.of(prefix, (7, 7))
+
+
+def step(tiny, **settings) -> Step:
+    encoder, decoder, prefix = tiny
+    sampling = Sampling(4, max_new_tokens=64)
+    return Step(encoder, decoder, prefix, sampling, **{"batch": 8, "pairs": 4, "autocast": False, **settings})
+
+
+@pytest.mark.parametrize("plan", WHOLE + SLICES, ids=str)
+def test_a_replay_is_foretold_on_the_meta_device(tiny, plan):
+    _, decoder, prefix = tiny
+    question, width = Question(decoder, prefix), decoder.embedding.shape[1]
+    drawn = [torch.randn(4, 49, width).requires_grad_() for _ in range(4)]
+    groups = [Group([[3] * n for n in group], [torch.ones(n) for n in group], {}) for group in LENGTHS]
+    with LiveBytes() as live:
+        replay(question, VisualFeatures(drawn[0], tuple(drawn[1:])), groups, 1.0, -1, plan)
+    logits = 4 * decoder.head.shape[0] * min(sum(map(sum, LENGTHS)), plan.token_budget)
+    foretold = replay_bytes(decoder, prefix, plan, LENGTHS, 3) - logits
+    assert foretold == pytest.approx(live.peak, rel=0.02)
+
+
+def test_recomputing_and_slicing_take_less(tiny):
+    _, decoder, prefix = tiny
+    whole = [replay_bytes(decoder, prefix, plan, LENGTHS, 3) for plan in WHOLE]
+    assert whole == sorted(whole, reverse=True) and len(set(whole)) == 3
+    sliced = [replay_bytes(decoder, prefix, plan, LENGTHS[:1], 3) for plan in SLICES]
+    assert sliced == sorted(sliced, reverse=True) and sliced[0] < whole[0]
+
+
+def test_what_autograd_keeps_of_the_tower_grows_by_the_image(tiny):
+    tower = tiny[0].tower
+    fixed, each = kept_by_tower(tower, 112, autocast=False)
+    pixels = torch.zeros(6, 3, 112, 112, dtype=torch.uint8)
+    tower(pixels)  # positions are made once
+    with LiveBytes() as live:
+        out = tower(pixels)
+    kept = live.bytes - sum(x.untyped_storage().nbytes() for x in (out.tokens, *out.deepstack))
+    assert fixed + 6 * each == pytest.approx(kept, rel=0.1)
+
+
+def test_more_memory_buys_time_and_too_little_is_refused_with_the_numbers(tiny):
+    predictor = Predictor(step(tiny))
+    ample, slots, footprint = predictor.choose(GIB)
+    assert (ample.recompute, slots) == ("none", 8) and footprint.peak <= GIB
+    scarce, fewer, tight = predictor.choose(int(footprint.peak * 0.9))
+    assert tight.peak <= 0.9 * footprint.peak
+    assert predictor.seconds(scarce, fewer) > predictor.seconds(ample, slots)
+    with pytest.raises(InputError, match=r"^memory: a step takes 0\.\d\d GiB at least \(.*8bit"):
+        predictor.choose(GIB // 50)
+
+
+def test_what_the_user_fixes_stays(tiny):
+    plan, slots, _ = Predictor(step(tiny)).choose(GIB, 100, "mlp", "full", 3)
+    assert (plan, slots) == (Plan(100, "mlp", "full"), 3)
+
+
+def test_states_checkpointing_and_slots_count(tiny):
+    _, decoder, prefix = tiny
+    plan, wide = Plan(1 << 16), Predictor(step(tiny, batch=64)).footprint(Plan(1 << 16), 2)
+    narrow = Predictor(step(tiny, batch=64, states_bits=8, checkpointing=True)).footprint(plan, 2)
+    assert 4 * narrow.resident["AdamW's states, 8 bits"] == wide.resident["AdamW's states, 32 bits"]
+    assert narrow.phases["A. embed"] < 0.5 * wide.phases["A. embed"]
+    more = Predictor(step(tiny, batch=64)).footprint(plan, 3)
+    slot = Engine.slot_bytes(decoder, len(prefix), Sampling(4, max_new_tokens=64))
+    assert sum(more.resident.values()) - sum(wide.resident.values()) == slot
