@@ -15,13 +15,8 @@ from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.tiny import SUPERVISOR
 
-PLANS = [
-    Plan(1 << 16, "none"),
-    Plan(1 << 16, "mlp"),
-    Plan(1 << 16, "full"),
-    Plan(1, "none", "none"),
-    Plan(1, "mlp", "full"),
-]
+WHOLE = [Plan(1 << 16, policy) for policy in ("none", "mlp", "full")]
+SLICES = [Plan(1, "none", "none"), Plan(1, "mlp", "full")]
 LENGTHS = [[40, 40], [40, 40]]
 
 
