@@ -10,17 +10,14 @@ bytes over bandwidth and operations over the rate of the unit that does them. No
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)
-
-from bench import write_json  # noqa: E402
-from saga_kernels.gpu import attention, logprob, nf4, norm, rope, sampling, swiglu  # noqa: E402
-from saga_kernels.gpu.shipped import Cost  # noqa: E402
-from saga_kernels.logprob import CHUNK_ROWS  # noqa: E402
+from bench import write_json
+from saga_kernels.gpu import attention, logprob, nf4, norm, rope, sampling, swiglu
+from saga_kernels.gpu.shipped import Cost
+from saga_kernels.logprob import CHUNK_ROWS
 
 # An H100 SXM. The tensor cores' figure is what a large matmul reaches, not the data sheet's 990.
 BANDWIDTH, TENSOR_CORES, FP32 = 3.35e12, 800e12, 67e12
