@@ -56,7 +56,11 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert json.loads((out / "final.json").read_text()) == final
     for metrics in (final["before"], final["after"]):
         assert {"recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r", "nmi"} <= metrics.keys()
-    assert Config.from_dict(json.loads((out / "config.json").read_text())["config"]) == small()
+    stored, planned = Config.from_dict(json.loads((out / "config.json").read_text())["config"]), {}
+    for name in ("slots", "token_budget", "recompute", "prefix_recompute"):
+        planned[name] = None
+        assert getattr(stored.rollout, name) is not None, "what was chosen for want of memory is not kept"
+    assert dataclasses.replace(stored, rollout=dataclasses.replace(stored.rollout, **planned)) == small()
     assert [line["step"] for line in lines(out)] == [0, 1, 2, 3]
     assert any(line["pairs_replayed"] for line in lines(out)), "a run in which no pair contributes tests nothing"
     assert {
