@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -133,6 +135,18 @@ def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]
     The processes end with the iterator, when it is spent or dropped, and with this process, however that ends. Raises
     InputError if one of them is killed.
     """
+    stream = _ahead(dataset, items, workers)
+    # A process that ends waits for its children, which it has asked to end by the very signal that ours leave to it.
+    atexit.register(_close, weakref.ref(stream))
+    return stream
+
+
+def _close(stream: weakref.ref) -> None:
+    if (living := stream()) is not None:
+        living.close()
+
+
+def _ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
     apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
     try:
         yield from DataLoader(

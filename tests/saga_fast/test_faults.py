@@ -236,7 +236,7 @@ FULL = """
 set -e
 mount -t tmpfs -o size=90m saga "$PWD"
 cd "$PWD"
-"$@" & run=$!
+"$@" >&2 & run=$!
 while kill -0 $run && ! test -e run/checkpoint/step-000001; do sleep 0.02; done
 while kill -0 $run; do cat /dev/zero >> filler || sleep 0.02; done 2> /dev/null & fill=$!
 code=0; wait $run || code=$?
