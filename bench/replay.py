@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -84,7 +85,7 @@ def ours(shape: str, folder: str, order: str, length: str, name: str, out: str) 
 
 
 def rival(shape: str, folder: str, order: str, length: str, name: str, out: str) -> Callable[[], None]:
-    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+    from transformers import AttentionInterface, AutoTokenizer, Qwen3VLForConditionalGeneration
 
     from saga_fast.supervisor.pair import PairPrefix
     from saga_fast.supervisor.prompt import build_prefix
@@ -95,6 +96,7 @@ def rival(shape: str, folder: str, order: str, length: str, name: str, out: str)
         from prefix_grouper.utils.register_transformers import register_attention
 
         register_attention()
+        AttentionInterface.register("padded_sdpa", padded_sdpa)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     model.set_attn_implementation({"text_config": kind})
     model.requires_grad_(False)
@@ -154,7 +156,7 @@ def rival(shape: str, folder: str, order: str, length: str, name: str, out: str)
         ids = [prefix.input_ids, *map(torch.tensor, work.completions)]
         positions = [prefix.positions, *(_positions(prefix, n) for n in lengths)]
         with hooked.recording(True):
-            found = read(ids, positions, prefix_grouper=grouper, prefix_grouper_attn_func="sdpa")
+            found = read(ids, positions, prefix_grouper=grouper, prefix_grouper_attn_func="padded_sdpa")
         hidden, last, attention = found.last_hidden_state[0], len(prefix) - 1, []
         starts = [len(prefix) + sum(lengths[:g]) for g in range(len(lengths))]
         for g, spans in work.described.items():
@@ -168,6 +170,13 @@ def rival(shape: str, folder: str, order: str, length: str, name: str, out: str)
         _tell(out, work, loss.item(), attention)
 
     return grouped_rollouts if grouped else rollout_by_rollout
+
+
+def padded_sdpa(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *_, scaling: float, **__) -> tuple[Tensor, None]:
+    """SDPA from PrefixGrouper's mask (rows, keys) of what is no padding; the last query stands at the last key."""
+    allowed = mask[:, None, None] & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling, enable_gqa=True)
+    return o.transpose(1, 2), None
 
 
 class Hooked:
