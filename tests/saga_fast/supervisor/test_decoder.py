@@ -90,5 +90,5 @@ def test_clear_errors(tmp_path):
     with pytest.raises(InputError, match="is not whole"):
         load_mllm(partial)
     weights.unlink()
-    with pytest.raises(InputError, match="is not whole"):
+    with pytest.raises(InputError, match="has no weights in safetensors files"):
         load_mllm(partial)
