@@ -60,6 +60,16 @@ def start(out: Path, *flags: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sums of another number of threads have other bytes: here and in every process that is started."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def product(out: Path) -> dict[str, bytes]:
     """What a run leaves for good: the encoder's weights and the figures."""
     return {name: (out / name).read_bytes() for name in ("encoder/model.safetensors", "final.json")}
