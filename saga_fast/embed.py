@@ -85,7 +85,7 @@ def embed(
             _collect(chunks)
             plan = _on_first(lambda: Plan.of(list(images), index, chunks, model.sha256))
             faults = distributed.everyone(
-                chunks.embed(model, plan.todo[distributed.rank() :: distributed.ranks()], workers)
+                chunks.embed(model, plan.pending[distributed.rank() :: distributed.ranks()], workers)
             )
             failed = sorted(fault for share in faults for fault in share)
             _collect(chunks)
@@ -176,7 +176,7 @@ class Plan:
     """What is to be done, known to every process. `files`: those that shall be in the index, sorted by path."""
 
     files: list[File]
-    todo: list[File]
+    pending: list[File]
     missing: list[str]
     gone: int
 

@@ -115,7 +115,7 @@ class FrozenPass:
         for i, layer in enumerate(decoder.layers):
             weights = self.scratch.weights(layer)
             asking = self.asking if i == decoder.depth - 1 else None
-            kept, keys = self._attend(i, layer, weights, h, asking, observe)
+            kept, (_, *keys) = self._attend(i, layer, weights, h, asking, observe)
             x = rms_norm(kept.middle, layer.mlp_norm, decoder.eps)
             parts = []
             for rows in _chunks(len(x), self.recompute):
@@ -126,7 +126,7 @@ class FrozenPass:
                 policy = {"none": kept._replace(gate_up=gate_up), "mlp": kept, "full": Kept(h)}
                 self._kept.append(policy[self.recompute])
             if self.hold:
-                self.held.append(keys)
+                self.held.append(tuple(keys))
             h = out.add_(kept.middle)
             if i < len(deepstack) and asking is None:
                 h.index_add_(0, visual, deepstack[i])
@@ -148,8 +148,8 @@ class FrozenPass:
 
     def _attend(
         self, i: int, layer: DecoderLayer, weights: Weights, h: Tensor, asking: Tensor | None, observe: Observe | None
-    ) -> tuple[Kept, tuple[Tensor, Tensor]]:
-        """The first half of a layer: all of `Kept` but gate and up, and its rotated keys and values."""
+    ) -> tuple[Kept, tuple[Tensor, Tensor, Tensor]]:
+        """The first half of a layer: all of `Kept` but gate and up; and what met in attention, q, keys and values."""
         decoder = self.decoder
         x = rms_norm(h, layer.input_norm, decoder.eps)
         split, bias = decoder.heads * decoder.head_dim, layer.qkv.bias
@@ -165,7 +165,7 @@ class FrozenPass:
         if observe is not None:
             observe(i, self._layout(asking), rotated, keys, lse)
         middle = F.linear(o.flatten(-2), weights.o, layer.o.bias).add_(h if asking is None else h[asking])
-        return Kept(h, q, kv, o, lse, middle), (keys, values)
+        return Kept(h, q, kv, o, lse, middle), (rotated, keys, values)
 
     def _rotate(
         self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, asking: Tensor | None
@@ -190,8 +190,7 @@ class FrozenPass:
         """The gradient of a layer's input, of all rows or of those that are wanted."""
         decoder, weights, (cos, sin) = self.decoder, self.scratch.weights(layer), self.rotation
         if kept.q is None:
-            kept, (keys, values) = self._attend(i, layer, weights, kept.h, asking, None)
-            q = rope(kept.q, *self._angles(asking), layer.q_norm, decoder.eps)
+            kept, (q, keys, values) = self._attend(i, layer, weights, kept.h, asking, None)
         else:
             q, keys, values = self._rotate(i, layer, kept.q, kept.kv, asking)
 
