@@ -147,6 +147,7 @@ class Predictor:
         # PyTorch's AdamW works on all parameters at once, bitsandbytes' on one.
         self.update = weights if step.states_bits == 32 else 0
         self._prefill: int | None = None
+        self._replays: dict[Plan, int] = {}
 
     def footprint(self, plan: Plan, slots: int) -> Footprint:
         step = self.step
@@ -179,7 +180,10 @@ class Predictor:
         if rest + members * length > plan.token_budget:  # slices are alike: one says it all
             members = max(1, min(members, plan.token_budget // length))
             plan = dataclasses.replace(plan, token_budget=max(1, members * length))
-        return replay_bytes(step.decoder, step.prefix, plan, [[length] * members] * groups, self.levels)
+        if plan not in self._replays:
+            lengths = [[length] * members] * groups
+            self._replays[plan] = replay_bytes(step.decoder, step.prefix, plan, lengths, self.levels)
+        return self._replays[plan]
 
     def seconds(self, plan: Plan, slots: int) -> float:
         """Of a step's rollouts and replay, on an H100 at the floor; other cards rank plans alike.

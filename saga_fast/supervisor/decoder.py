@@ -50,17 +50,20 @@ class Projection:
         """(out, in) of all together."""
         return sum(weight.shape[0] for weight in self.weights), self.weights[0].shape[1]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether `weights` is one dense matrix."""
+        return len(self.weights) == 1 and isinstance(self.weights[0], Tensor)
+
     def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.weights[0], Tensor) and len(self.weights) == 1:
+        if self.is_dense:
             return F.linear(x, self.weights[0], self.bias)
         parts = [x @ w.T if isinstance(w, Tensor) else nf4_matmul(x, w) for w in self.weights]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if self.bias is None else y + self.bias
 
     def dense(self, buffer: Tensor) -> Tensor:
-        """(out, in): the weight itself where it is one dense matrix, else `buffer` of that shape, filled."""
-        if isinstance(self.weights[0], Tensor) and len(self.weights) == 1:
-            return self.weights[0]
+        """`buffer` (out, in), filled with the dequantised weights."""
         for weight, rows in zip(self.weights, buffer.split([weight.shape[0] for weight in self.weights])):
             rows.copy_(weight) if isinstance(weight, Tensor) else nf4_dequantize(weight, out=rows)
         return buffer

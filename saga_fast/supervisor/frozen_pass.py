@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder
+from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
 from saga_kernels import GroupLayout, group_attention, rms_norm, rope, swiglu
 
 Recompute = Literal["none", "mlp", "full"]
@@ -36,15 +36,18 @@ class Scratch:
     """Buffers for one layer's dequantised weights, shared by all layers and runs of a replay."""
 
     def __init__(self, decoder: FrozenDecoder) -> None:
-        like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
-        dense = all(isinstance(w, Tensor) for name in Weights._fields for w in getattr(decoder.layers[0], name).weights)
-        layer = decoder.layers[0]
-        self._buffers = {
-            name: like if dense else like.new_empty(getattr(layer, name).shape) for name in Weights._fields
-        }
+        self._like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
+        self._buffers: dict[str, Tensor] = {}
 
     def weights(self, layer: DecoderLayer) -> Weights:
-        return Weights(*(getattr(layer, name).dense(self._buffers[name]) for name in Weights._fields))
+        return Weights(*(self._dense(name, getattr(layer, name)) for name in Weights._fields))
+
+    def _dense(self, name: str, projection: Projection) -> Tensor:
+        if projection.is_dense:
+            return projection.weights[0]
+        if name not in self._buffers:
+            self._buffers[name] = self._like.new_empty(projection.shape)
+        return projection.dense(self._buffers[name])
 
 
 class Weights(NamedTuple):
