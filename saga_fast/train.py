@@ -191,11 +191,13 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
         measured = step % config.log.gradients_every == 0
         gradient_dml = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters if measured]
+        if measured:
+            distributed.add_up(gradient_dml)
+            gradient_dml = [gradient.cpu() for gradient in gradient_dml]  # replay has need of the device's memory
         if buffer:
             log |= replay(config, supervisor, encoder, buffer, autocast, fits)
         distributed.add_up_gradients(parameters)
         if measured:
-            distributed.add_up(gradient_dml)
             log |= gradient_terms(encoder, parameters, gradient_dml)
 
         if buffer and step in sampled and distributed.rank() == 0:
@@ -408,11 +410,18 @@ def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dm
         pairs = [(p.grad, g) for p, g in zip(parameters, gradient_dml) if id(p) in mine and p.grad is not None]
         if not pairs:
             continue
-        dml = torch.cat([g.flatten() for _, g in pairs])
-        rest = torch.cat([total.flatten() for total, _ in pairs]) - dml
-        terms[f"grad_{part}_dml"], terms[f"grad_{part}_{other}"] = dml.norm().item(), rest.norm().item()
-        terms[f"cosine_{part}_dml_{other}"] = nn.functional.cosine_similarity(dml, rest, 0).item()
+        # A parameter at a time: of all gradients together another copy would not fit everywhere.
+        products = torch.stack([_products(g := dml.to(total.device), total - g) for total, dml in pairs]).sum(0)
+        dml, rest, both = products.tolist()
+        terms[f"grad_{part}_dml"], terms[f"grad_{part}_{other}"] = math.sqrt(dml), math.sqrt(rest)
+        terms[f"cosine_{part}_dml_{other}"] = both / math.sqrt(dml * rest) if dml * rest > 0 else 0.0
     return terms
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """(3,) fp64: a·a, b·b and a·b."""
+    pairs = (a, a), (b, b), (a, b)
+    return torch.stack([torch.linalg.vecdot(x.flatten(), y.flatten()).double() for x, y in pairs])
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -334,3 +334,20 @@ def test_a_resumed_run_keeps_its_configuration(unbroken, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         trainer.main()
     assert stop.value.code == 2 and "a resumed run keeps its configuration" in capsys.readouterr().err
+
+
+def test_the_terms_norms_and_cosines_are_those_of_all_gradients_together():
+    encoder = torch.nn.Module()
+    encoder.tower, encoder.pooler = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3, bias=False)
+    parameters = list(encoder.parameters())
+    generator = torch.Generator().manual_seed(0)
+    dml, rest = ([torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(2))
+    for parameter, a, b in zip(parameters, dml, rest):
+        parameter.grad = a + b
+    terms = trainer.gradient_terms(encoder, parameters, dml)
+    for part, other, which in (("tower", "lm", slice(0, 2)), ("pooler", "kl", slice(2, 3))):
+        a, b = (torch.cat([g.flatten() for g in gradients[which]]).double() for gradients in (dml, rest))
+        assert terms[f"grad_{part}_dml"] == pytest.approx(a.norm().item(), rel=1e-5)
+        assert terms[f"grad_{part}_{other}"] == pytest.approx(b.norm().item(), rel=1e-5)
+        cosine = torch.nn.functional.cosine_similarity(a, b, 0).item()
+        assert terms[f"cosine_{part}_dml_{other}"] == pytest.approx(cosine, rel=1e-4)
