@@ -210,6 +210,7 @@ class Config:
             ("rollout.max-new-tokens", self.rollout.max_new_tokens),
             ("rollout.max-batches", self.rollout.max_batches),
             ("rollout.slots", self.rollout.slots),
+            ("rollout.token-budget", self.rollout.token_budget),
             ("log.checkpoint-every", self.log.checkpoint_every),
             ("log.keep", self.log.keep),
             ("log.evaluate-every", self.log.evaluate_every),

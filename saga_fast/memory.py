@@ -77,9 +77,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def size_of(value: Any) -> int:
-    """Bytes of the tensors in nested dataclasses, lists and modules, each storage once."""
-    found = [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else _tensors(value)
-    return sum({id(s := x.untyped_storage()): s.nbytes() for x in found}.values())
+    """Bytes of the tensors in nested dataclasses and lists, each storage once."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(value))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(frozen=True)
@@ -348,8 +348,7 @@ def replay_bytes(
         groups = [
             Group([[0] * n for n in group], [torch.empty(n, device="meta") for n in group], {}) for group in lengths
         ]
-        live.peak = 0
-        before = live.bytes
+        live.peak = before = live.bytes
         replay(question, VisualFeatures(features[0], tuple(features[1:])), groups, 1.0, -1, plan)
         rows = min(sum(map(sum, lengths)), plan.token_budget)
         return live.peak - before + _logits(rows, decoder.head.shape[0], prefix.input_ids.device)
@@ -371,5 +370,5 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
 
 def _logits(rows: int, vocabulary: int, device: torch.device) -> int:
     """The workspace of `token_logprob`, in float32."""
-    chunk = CHUNK_ROWS if device.type == "cuda" else max(1, CHUNK_LOGITS // vocabulary)
+    chunk = max(1, CHUNK_LOGITS // vocabulary) if device.type == "cpu" else CHUNK_ROWS
     return min(rows, chunk) * vocabulary * 4
