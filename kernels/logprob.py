@@ -65,10 +65,12 @@ def token_logprob_reference(
         for tile, weight in _tiles(head, dtype):
             torch.mm(x, weight.T, out=scores[:, tile])
         scores /= temperature
-        lse = scores.logsumexp(-1, keepdim=True)
-        logp[rows] = scores.gather(1, target).sub_(lse)[:, 0]
+        scores -= scores.amax(-1, keepdim=True)
+        chosen = scores.gather(1, target)
+        mass = scores.exp_().sum(-1, keepdim=True)  # one exponential for the probability and its gradient, in place
+        logp[rows] = chosen.sub_(mass.log())[:, 0]
         scale = coeff[rows, None].to(dtype) / temperature
-        gradient = scores.sub_(lse).exp_().mul_(-scale).scatter_add_(1, target, scale)
+        gradient = scores.mul_(-scale / mass).scatter_add_(1, target, scale)
         total = torch.zeros_like(x)
         for tile, weight in _tiles(head, dtype):
             total.addmm_(gradient[:, tile], weight)
