@@ -40,7 +40,8 @@ def children() -> set[int]:
     """Process ids of the children of this process, dead and unburied ones included."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        found |= {int(pid) for pid in (task / "children").read_text().split()}
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile, as those that feed workers do
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
     return found
 
 
