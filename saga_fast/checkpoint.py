@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saga_fast.errors import InputError
-from saga_fast.files import read_regular, sha256
+from saga_fast.files import flush, read_regular, sha256
 
 FORMAT = 1
 Parts = dict[str, dict[str, Tensor]]
@@ -59,11 +59,11 @@ def save(
         hashes = {path.name: sha256(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "run": run, "sha256": hashes}, indent=1))
         for path in (*aside.iterdir(), aside):
-            _flush(path)
+            flush(path)
         if final.exists():  # a damaged one that was stepped over, or this very step saved again
             os.rename(final, old)
         os.rename(aside, final)
-        _flush(folder)
+        flush(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         if old.exists() and not final.exists():
@@ -201,15 +201,6 @@ def _fault(path: Path, run: str) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"{str(manifest)!r}: not a checkpoint's manifest"
     return None
-
-
-def _flush(path: Path) -> None:
-    """Have the file or folder itself written to disk, not only to the page cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

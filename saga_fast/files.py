@@ -45,17 +45,22 @@ def recover(folder: Path) -> None:
         os.rename(old, folder)
 
 
+def flush(path: Path) -> None:
+    """Have the file or folder itself written to disk, not only to the page cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def replace(aside: Path, folder: Path) -> None:
     """Flush the files of `aside` to disk, then rename it to `folder`, which may be there already.
 
     Killed between its two renames it leaves the earlier folder beside its place, for `recover`.
     """
     for path in (*aside.iterdir(), aside):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
     old = hidden(folder, "old")
     recover(folder)
     shutil.rmtree(old, ignore_errors=True)
