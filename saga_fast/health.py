@@ -56,12 +56,12 @@ class Health:
 
     def _barren(self, step: int) -> None:
         pairs = sum(entry["pairs_drawn"] for entry in self.barren)
-        # A step may have drawn pairs of one kind alone.
-        same, different, well_formed = (
-            sum(known) / max(1, len(known))
-            for name in ("reward_same", "reward_different", "well_formed")
-            if (known := [entry[name] for entry in self.barren if name in entry]) is not None
-        )
+
+        def mean(name: str) -> float:  # a step may have drawn pairs of one kind alone
+            known = [entry[name] for entry in self.barren if name in entry]
+            return sum(known) / max(1, len(known))
+
+        same, different, well_formed = map(mean, ("reward_same", "reward_different", "well_formed"))
         if min(same, different) > 0.5:
             why = "it is right every time: raise --rollout.temperature, or leave it out"
         elif max(same, different) < 0.5:
