@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from saga_fast.data.dataset import ImageDataset, Subset, check_classes
+from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_classes
 from saga_fast.errors import InputError
 from saga_fast.images import to_pixels
 
@@ -81,13 +81,12 @@ class PixelLoader:
         first = len(classes) - max(2, round(len(classes) / 10))
         if first < 2:
             raise InputError(f"--log.evaluate-every: holds out 2 of {len(classes)} training classes; leave it out")
+        rest = first_classes(self.dataset, first)
+        held_out = Subset(self.dataset, [i for i, label in enumerate(self.dataset.labels) if label >= first])
         halves = copy.copy(self), copy.copy(self)
-        for half, held_out in zip(halves, (False, True)):
-            indices = [i for i, label in enumerate(self.dataset.labels) if (label >= first) == held_out]
-            half.dataset = Subset(self.dataset, indices)
-            half.dataset.classes = classes if held_out else classes[:first]
-            half.labels = self.labels[indices]
-            half._kept = None if self._kept is None else self._kept[indices]
+        for half, dataset in zip(halves, (rest, held_out)):
+            half.dataset, half.labels = dataset, self.labels[dataset.indices]
+            half._kept = None if self._kept is None else self._kept[dataset.indices]
         return halves
 
     def batch(self, indices: list[int]) -> Batch:
