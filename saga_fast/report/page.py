@@ -140,16 +140,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: a line is no JSON ({error}); remove that line") from None
 
 
-def _sprite(path: Path, side: int | None, sprites: list[Sprite]) -> Sprite:
-    """side: pixels of one picture; None if there are two in a row."""
+def _sprite(path: Path, columns: int, sprites: list[Sprite]) -> Sprite:
+    """columns: pictures in a row of the sheet."""
     try:
         with Image.open(path) as picture:
             width, height = picture.size
     except OSError as error:
         raise InputError(f"{path}: is no picture ({error}); remove what stands beside it too") from None
-    side = side or width // 2
     name, data = f"sheet{len(sprites)}", base64.b64encode(path.read_bytes()).decode()
-    columns, rows = width // side, height // side
+    rows = height * columns // width
     rule = f".{name}{{background-image:url(data:image/jpeg;base64,{data});background-size:{columns}00% {rows}00%}}"
     sprites.append(Sprite(name, columns, rows, Markup(rule)))
     return sprites[-1]
@@ -168,9 +167,7 @@ def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
     described = _read(folder / "gallery.json")
     if described is None:
         return None
-    with Image.open(folder / "gallery.jpg") as picture:
-        side = picture.width // described["columns"]
-    sprite = _sprite(folder / "gallery.jpg", side, sprites)
+    sprite = _sprite(folder / "gallery.jpg", described["columns"], sprites)
 
     def shown(cell: int, query: int | None = None) -> dict[str, Any]:
         label = described["cells"][cell][1]
@@ -233,7 +230,7 @@ def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _sample(path: Path, sprites: list[Sprite]) -> dict[str, Any]:
     described = _read(path)
-    sprite = _sprite(path.with_suffix(".jpg"), None, sprites)
+    sprite = _sprite(path.with_suffix(".jpg"), 2, sprites)
     pairs = [_pair(described, pair, sprite, 2 * i) for i, pair in enumerate(described["pairs"])]
     return {
         "step": described["step"],

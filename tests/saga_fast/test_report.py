@@ -237,6 +237,7 @@ def test_a_run_that_has_only_begun_has_a_report_too(run):
         ("metrics.jsonl", "{\n{}\n", "metrics.jsonl: a line is no JSON"),
         ("samples/step-000000.json", "[", "step-000000.json: cannot be read"),
         ("samples/step-000000.jpg", "?", "step-000000.jpg: is no picture"),
+        ("gallery/gallery.jpg", "?", "gallery.jpg: is no picture"),
     ],
 )
 def test_a_broken_file_is_named_and_no_report_is_left(run, name, content, message):
