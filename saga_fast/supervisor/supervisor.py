@@ -16,7 +16,7 @@ from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
-from saga_fast.supervisor.verdict import attribute_tokens, parse
+from saga_fast.supervisor.verdict import attribute_tokens, parse, reward
 
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 
@@ -67,7 +67,7 @@ class Supervisor:
     def judge(self, completions: Sequence[Sequence[Sequence[int]]], same: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """rewards (n, G) fp32, 1 where the verdict is right; well_formed (n, G) bool, for the log."""
         verdicts = [[parse(self.text(completion), self.prompt) for completion in group] for group in completions]
-        rewards = [[float(v is not None and v.same == truth) for v in group] for group, truth in zip(verdicts, same)]
+        rewards = [[reward(v, truth) for v in group] for group, truth in zip(verdicts, same)]
         well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
         return torch.tensor(rewards), torch.tensor(well_formed)
 

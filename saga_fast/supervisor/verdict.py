@@ -141,9 +141,8 @@ def _well_formed(answer: dict, prompt: Prompt) -> bool:
     return prompt.generic or answer["confidence"].value in ("high", "medium", "low")
 
 
-def reward(text: str, prompt: Prompt, same: bool) -> float:
-    """1.0 if the completion's verdict is `same`, else 0.0; 0.0 for anything that `parse` does not accept."""
-    verdict = parse(text, prompt)
+def reward(verdict: Verdict | None, same: bool) -> float:
+    """1.0 if what `parse` found is `same`, else 0.0; 0.0 for anything that it does not accept."""
     return float(verdict is not None and verdict.same == same)
 
 

@@ -49,7 +49,7 @@ def test_every_layout_of_a_good_answer_is_read(layout, prompt):
     for same in (True, False):
         text = LAYOUTS[layout](answer(same, words, words, prompt))
         assert parse(text, prompt) == Verdict(same, well_formed=True)
-        assert (reward(text, prompt, same), reward(text, prompt, not same)) == (1.0, 0.0)
+        assert (reward(parse(text, prompt), same), reward(parse(text, prompt), not same)) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("said, same", [("yes", True), (" YES\\n", True), ("No", False)])
@@ -124,14 +124,15 @@ def test_an_answer_in_another_form_is_paid_but_not_well_formed(change):
 )
 def test_no_single_answer_is_no_verdict(text):
     assert parse(text, PROMPT) is None
-    assert reward(text, PROMPT, True) == reward(text, PROMPT, False) == 0.0
+    assert reward(parse(text, PROMPT), True) == reward(parse(text, PROMPT), False) == 0.0
     attribute_spans(text, PROMPT)
 
 
 def test_odd_but_legal_json_is_read():
     digits = "9" * 100_000
-    assert reward(f'{{"n": {digits}, "m": -0.5e+{digits}, "s": "\\ud800", "same": "no"}}', PROMPT, False) == 1.0
-    assert reward('{"a": [[], {}, [1, true, false, null]], "\ud800": "\udfff", "same": "no"}', PROMPT, False) == 1.0
+    assert reward(parse(f'{{"n": {digits}, "m": -0.5e+{digits}, "s": "\\ud800", "same": "no"}}', PROMPT), False) == 1.0
+    nested = '{"a": [[], {}, [1, true, false, null]], "\ud800": "\udfff", "same": "no"}'
+    assert reward(parse(nested, PROMPT), False) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -142,14 +143,14 @@ def test_a_megabyte_of_nesting_is_refused_without_recursion(unit):
     for text in (bomb, '{"same": "yes", "a": ' + bomb, '{"same": "yes"}' + bomb):
         if unit in ('"', "\\") and text.startswith('{"same": "yes"}'):
             continue  # prose without brackets
-        assert reward(text, PROMPT, True) == 0.0
+        assert reward(parse(text, PROMPT), True) == 0.0
         assert attribute_spans(text, PROMPT) == ({}, {})
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text() | st.text(alphabet='{}[]":,\\ yesno0-\n'))
 def test_random_text_never_raises_and_never_pays(text):
-    assert reward(text, PROMPT, True) == reward(text, PROMPT, False) == 0.0
+    assert reward(parse(text, PROMPT), True) == reward(parse(text, PROMPT), False) == 0.0
     attribute_spans(text, PROMPT)
 
 
@@ -158,9 +159,9 @@ def test_random_text_never_raises_and_never_pays(text):
 def test_a_damaged_answer_never_pays_for_the_verdict_it_did_not_give(data):
     text = answer(same=True)
     cut = data.draw(st.integers(0, len(text) - 1))
-    assert reward(text[:cut], PROMPT, True) == 0.0
+    assert reward(parse(text[:cut], PROMPT), True) == 0.0
     noise = data.draw(st.text(alphabet='{}[]":, \\yesno', min_size=1, max_size=8))
-    assert reward(text[:cut] + noise + text[cut:], PROMPT, False) == 0.0
+    assert reward(parse(text[:cut] + noise + text[cut:], PROMPT), False) == 0.0
 
 
 JSON_VALUES = st.recursive(
@@ -197,7 +198,7 @@ VALUES = st.fixed_dictionaries(dict.fromkeys(PROMPT.attributes, HARD_TEXT))
 @given(a=VALUES, b=VALUES)
 def test_spans_cut_out_exactly_the_values(layout, a, b):
     text = LAYOUTS[layout](answer(True, a, b))
-    assert reward(text, PROMPT, True) == 1.0
+    assert reward(parse(text, PROMPT), True) == 1.0
     for spans, values in zip(attribute_spans(text, PROMPT), (a, b), strict=True):
         assert {name: json.loads(f'"{text[start:end]}"') for name, (start, end) in spans.items()} == values
         assert list(spans) == list(PROMPT.attributes)
