@@ -17,8 +17,7 @@ from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
 
 from saga_kernels import NF4Weight, add_rms_norm, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
-
-BLOCK = 64  # weights that share one absmax in NF4
+from saga_kernels.nf4 import BLOCK
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -32,8 +32,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from saga_fast.errors import InputError
-from saga_fast.supervisor.decoder import BLOCK, FrozenDecoder
+from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_kernels import NF4Weight, nf4_dequantize
+from saga_kernels.nf4 import BLOCK
 
 TOWERS = ("qwen3_vl", "internvl", "llava")
 DECODERS = ("llama", "qwen2", "qwen3", "qwen3_vl_text")
