@@ -175,8 +175,7 @@ class FrozenPass:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q normed and rotated; keys and values of all tokens of the layout, the earlier ones among them."""
         decoder, (cos, sin) = self.decoder, self.rotation
-        at = slice(None) if asking is None else asking
-        q = rope(q, cos[at], sin[at], layer.q_norm, decoder.eps)
+        q = rope(q, *self._angles(asking), layer.q_norm, decoder.eps)
         k, v = kv.chunk(2, -2)
         k = rope(k, cos, sin, layer.k_norm, decoder.eps)
         if len(self.before) == 0:
