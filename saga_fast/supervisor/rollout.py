@@ -10,7 +10,8 @@ plain samples.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -62,10 +63,10 @@ class _Row:
 
     of: Rollouts
     g: int
-    tokens: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.tokens = self.of.completions[self.g]
+    @property
+    def tokens(self) -> list[int]:
+        return self.of.completions[self.g]
 
     @property
     def cached(self) -> int:
@@ -125,8 +126,7 @@ class Engine:
         at_once = max(1, PREFILL_TOKENS // len(self.question.prefix))
         for first in range(0, len(pair_ids), at_once):
             ids = pair_ids[first : first + at_once]
-            part = slice(2 * first, 2 * (first + len(ids)))
-            self._admit(VisualFeatures(features.tokens[part], tuple(x[part] for x in features.deepstack)), ids)
+            self._admit(features.map(itemgetter(slice(2 * first, 2 * (first + len(ids))))), ids)
 
     def _admit(self, features: VisualFeatures, pair_ids: Sequence[int]) -> None:
         group, device = self.sampling.group_size, self.question.decoder.device
@@ -204,7 +204,8 @@ class Engine:
 
         Raises ValueError where logits are not finite.
         """
-        ids, done = pair_ids.tolist(), {}  # type: ignore[var-annotated]
+        ids: list[int] = pair_ids.tolist()
+        done: dict[int, Rollouts] = {}
         while len(done) < len(ids):
             admitted = len(done) + len(self.pairs)
             taken = range(admitted, min(admitted + self.free, len(ids)))
@@ -233,9 +234,9 @@ class Engine:
         for slot in reversed(range(len(self.pairs))):
             if self.pairs[slot].pair_id not in staying:
                 done.append(self.pairs[slot])
-                last = self.pairs.pop()
+                last_pair = self.pairs.pop()
                 if slot < len(self.pairs):
-                    self.pairs[slot] = last  # type: ignore[call-overload]
+                    self.pairs[slot] = last_pair
                     for block in (*self.prefix_k, *self.prefix_v):
                         block[slot] = block[len(self.pairs)]
         return sorted(done, key=lambda pair: pair.pair_id)
