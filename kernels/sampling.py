@@ -24,12 +24,12 @@ def sample_top_p(
     (row, step): it depends on nothing else in the batch.
 
     Args:
-        logits: (N, V); -inf bars a token. temperature: divides the logits; 0 takes the argmax.
+        logits: (N, V); -inf bars a token. temperature: divides the logits; 0 takes the argmax, of whatever is there.
         top_p: above 0, at most 1. seed: 64 bits.
         rows: (N,) int64, each row's lasting id. step: (N,) int64 or one int for all rows, the place in the sequence.
 
     Returns:
-        (N,) int64 token ids; -1 for a row without a finite distribution (nan, +inf or only -inf).
+        (N,) int64 token ids; -1 where a temperature above 0 makes no finite distribution (nan, +inf or only -inf).
 
     Raises:
         ValueError, TypeError: as the argument named says.
@@ -56,8 +56,8 @@ def sample_top_p_reference(
         return logits.argmax(-1)
     uniform, dtype = philox_uniform(seed, rows, step), accumulator(logits.dtype)
     token = torch.empty_like(rows)
-    for block in range(0, len(logits), at_once := max(1, CACHED // logits.shape[1])):
-        block = slice(block, block + at_once)  # type: ignore[assignment]
+    for first in range(0, len(logits), at_once := max(1, CACHED // logits.shape[1])):
+        block = slice(first, first + at_once)
         p = torch.div(logits[block].to(dtype), temperature)
         token[block] = _draw(torch.softmax(p, -1, out=p), top_p, uniform[block])
     return token
