@@ -33,7 +33,6 @@ TOWER_WIDTH, TOWER_FFN, TOWER_DEPTH, PATCHES, DEEPSTACK = 1152, 4304, 27, 196, 3
 TOWER = TOWER_DEPTH * (4 * TOWER_WIDTH**2 + 2 * TOWER_WIDTH * TOWER_FFN)
 TOWER += (1 + DEEPSTACK) * 4 * TOWER_WIDTH * (4 * TOWER_WIDTH + HIDDEN)
 TRAINED = TOWER + 2 * HIDDEN**2 + 100 * 15 * HIDDEN
-LANGUAGE_MODEL = LAYERS * sum(math.prod(shape) * (1 + (n in roofline.TWICE)) for n, shape in roofline.LINEARS.items())
 
 # Assumed of the rollouts: half of the pairs contribute, and lengths spread by so many tokens between and within pairs.
 RATE, BETWEEN, WITHIN = 0.5, 100, 100
@@ -61,11 +60,10 @@ class Step(NamedTuple):
 
 @lru_cache(None)
 def decode_seconds(pairs: int, rows: int) -> float:
-    """One token for each of `rows` rollouts of `pairs` pairs: the kernels, the head, and half-grown caches read."""
+    """One token for each of `rows` rollouts of `pairs` pairs: the kernels, and half-grown caches read."""
     kernels = sum(line.calls * line.floor for line in roofline.decode(rows))
-    head = 2 * HIDDEN * roofline.VOCABULARY
     cache = 2 * 2 * LAYERS * KV_HEADS * HEAD_DIM * (pairs * PREFIX + rows * LENGTH / 2)
-    return kernels + max(head / BANDWIDTH, head * rows / TENSOR_CORES) + cache / BANDWIDTH
+    return kernels + cache / BANDWIDTH
 
 
 @lru_cache
@@ -75,7 +73,7 @@ def replay_seconds(tokens: int) -> float:
     fixed = sum(line.calls * line.floor for line in lines if "dequantize" in line.kernel)
     kernels = sum(line.calls * line.floor for line in lines) - fixed
     whole = roofline.GROUPS * (PREFIX + COMPLETIONS * LENGTH)
-    return fixed + tokens * (kernels / whole + 2 * 2 * LANGUAGE_MODEL / TENSOR_CORES) if tokens else 0.0
+    return fixed + tokens * kernels / whole if tokens else 0.0
 
 
 def transfer(ranks: int, received: float, calls: int) -> float:
@@ -124,7 +122,7 @@ def draw(ranks: int, count: int, wanted: int, rng: np.random.Generator) -> tuple
     lengths = rng.normal(LENGTH, BETWEEN, (count, 1)) + rng.normal(0, WITHIN, (count, Config().rollout.group_size))
     lengths = lengths.clip(1, Config().rollout.max_new_tokens).astype(int)
     contributes = rng.random(count) < RATE
-    prefill = 2 * LANGUAGE_MODEL * PREFIX / TENSOR_CORES
+    prefill = 2 * roofline.LANGUAGE_MODEL * PREFIX / TENSOR_CORES
     age = np.full(count, -1)  # tokens since a pair was begun
     begun, seconds = 0, []
     while True:

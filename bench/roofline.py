@@ -36,6 +36,7 @@ LINEARS = {
     "down": (HIDDEN, FFN),
 }
 TWICE = ("k, v", "gate, up")
+LANGUAGE_MODEL = LAYERS * sum(out * width * (1 + (name in TWICE)) for name, (out, width) in LINEARS.items())  # weights
 
 
 class Line(NamedTuple):
@@ -90,8 +91,7 @@ def replay() -> Iterator[Line]:
 
 def matmuls(phase: str, tokens: int, passes: int) -> Line:
     """The layers' own matmuls, which are cuBLAS's: forward, and the gradient of the input."""
-    weights = LAYERS * sum(out * width * (1 + (name in TWICE)) for name, (out, width) in LINEARS.items())
-    return Line(phase, "cuBLAS", passes, Cost(2 * tokens * weights, 2 * weights), matmul=True)
+    return Line(phase, "cuBLAS", passes, Cost(2 * tokens * LANGUAGE_MODEL, 2 * LANGUAGE_MODEL), matmul=True)
 
 
 def step() -> dict[str, float]:

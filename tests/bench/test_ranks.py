@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel, Qwen3VLVisionConfig, Qwen3VLVisionModel
 
-from bench import ranks
+from bench import ranks, roofline
 
 
 def size(kind, config) -> int:
@@ -27,7 +27,16 @@ def test_sizes_are_those_of_the_model():
         num_key_value_heads=8,
         head_dim=128,
     )
-    assert pytest.approx(size(Qwen3VLTextModel, text), rel=0.001) == ranks.LANGUAGE_MODEL
+    assert pytest.approx(size(Qwen3VLTextModel, text), rel=0.001) == roofline.LANGUAGE_MODEL
+
+
+def test_phases_take_what_the_roofline_says_and_nothing_twice():
+    whole = roofline.GROUPS * (ranks.PREFIX + ranks.COMPLETIONS * ranks.LENGTH)
+    assert ranks.replay_seconds(whole) == pytest.approx(roofline.step()["replay"])
+    tokens = 8 * ranks.PREFIX + 64 * ranks.LENGTH // 2  # of keys and values in bf16
+    cache = tokens * 36 * 2 * 8 * 128 * 2 / roofline.BANDWIDTH
+    kernels = sum(line.calls * line.floor for line in roofline.decode(64))
+    assert ranks.decode_seconds(8, 64) == pytest.approx(kernels + cache)
 
 
 def test_one_rank_waits_for_nobody_and_many_send_twice_the_gradient():
