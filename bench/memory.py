@@ -22,13 +22,13 @@ from torch import nn
 from transformers import AutoModel, Qwen3VLConfig
 
 from bench import record, write_json
-from saga_fast.encoder import Encoder
+from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.memory import GIB, Predictor, Step, as_nf4, on_meta, prefill_bytes, replay_bytes
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import Prefix
-from saga_fast.supervisor.replay import Plan
+from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import Engine, Sampling
 
 MODELS = Path(__file__).parent / "models"
@@ -146,9 +146,6 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
             return {"foretold": foretold}
 
         return work
-    from saga_fast.encoder import VisualFeatures
-    from saga_fast.supervisor.replay import Group
-
     supervisor.plan = Plan(**settings)
     (lengths,) = sizes.lengths(sizes.short, 1)
     leaves = VisualFeatures(*(_leaf(features.tokens[:2]), tuple(_leaf(level[:2]) for level in features.deepstack)))
