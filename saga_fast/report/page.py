@@ -133,8 +133,8 @@ def _read(path: Path) -> Any:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """A file with a JSON object a line. A run that is still going, or was killed, may leave half a line at the end."""
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     try:
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise InputError(f"{path}: a line is no JSON ({error}); remove that line") from None
@@ -216,7 +216,6 @@ def _phase_chart(metrics: list[dict[str, Any]]) -> Chart | None:
 
 def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What the run cost, as (name, figure with its unit)."""
-    of = {field: [line[field] for line in telemetry if field in line] for line in telemetry for field in line}
     told = {
         "Peak memory of the process": ("memory_peak_rss_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
         "Processor time": ("seconds_cpu", lambda v: f"{sum(v):,.0f} s, {statistics.median(v):.1f} s a step"),
@@ -225,7 +224,8 @@ def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
         "GPU load": ("gpu_utilisation", lambda v: f"{100 * statistics.mean(v):.0f} % on average"),
         "GPU energy": ("gpu_joules", lambda v: f"{sum(v) / 1e3:,.1f} kJ, {short(statistics.mean(v))} J a step"),
     }
-    return [(name, tell(of[field])) for name, (field, tell) in told.items() if of.get(field)]
+    read = [(name, [line[field] for line in telemetry if field in line], tell) for name, (field, tell) in told.items()]
+    return [(name, tell(values)) for name, values, tell in read if values]
 
 
 def _sample(path: Path, sprites: list[Sprite]) -> dict[str, Any]:

@@ -235,13 +235,14 @@ def test_a_run_that_has_only_begun_has_a_report_too(run):
         ("config.json", None, "holds no config.json"),
         ("final.json", "{", "final.json: cannot be read"),
         ("metrics.jsonl", "{\n{}\n", "metrics.jsonl: a line is no JSON"),
+        ("metrics.jsonl", "\xff\n", "metrics.jsonl: a line is no JSON"),
         ("samples/step-000000.json", "[", "step-000000.json: cannot be read"),
         ("samples/step-000000.jpg", "?", "step-000000.jpg: is no picture"),
         ("gallery/gallery.jpg", "?", "gallery.jpg: is no picture"),
     ],
 )
 def test_a_broken_file_is_named_and_no_report_is_left(run, name, content, message):
-    (run / name).unlink() if content is None else (run / name).write_text(content)
+    (run / name).unlink() if content is None else (run / name).write_text(content, "latin-1")
     command = [sys.executable, "-m", "saga_fast.report", str(run)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
