@@ -188,8 +188,9 @@ class Plan:
                 f"--index: {str(index)!r} was made by another encoder ({known.encoder}, SHA-256 "
                 f"{known.encoder_sha256[:12]}…, this one's is {encoder_sha256[:12]}…); name another index"
             )
-        for leftover in chunks.folder.glob("*"):  # of other encoders, and torn ones
-            if leftover.name not in chunks.names():
+        ours = set(chunks.names())
+        for leftover in chunks.folder.iterdir():  # of other encoders, and torn ones
+            if leftover.name not in ours:
                 leftover.unlink()
         indexed = indices.read_files(index, known) if known else []
         embedded = {*indexed, *chunks.files()}
@@ -233,7 +234,7 @@ class Plan:
         counts = (new, len(files) - new, self.gone, unreadable)
         factory = factory or (known.asked if known else None)
         kind = factory or indices.choose(len(files))
-        if known and not new and len(files) == len(indexed) and kind == known.kind:
+        if known and not new and len(files) == len(indexed) and (kind, factory) == (known.kind, known.asked):
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
