@@ -36,7 +36,7 @@ class Disagreement(RuntimeError):
 
 
 def export(encoder: Encoder, out: Path) -> float:
-    """Write the graph to the file `out` (weights beyond 2 GB beside it); returns the largest difference to PyTorch.
+    """Write the graph to the file `out` (weights beyond 1 GiB beside it); returns the largest difference to PyTorch.
 
     Raises InputError if the packages are not installed or `out` cannot be written, Disagreement beyond `TOLERANCE`.
     """
