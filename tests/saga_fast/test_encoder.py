@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import subprocess
 import sys
@@ -181,9 +182,8 @@ def test_it_runs_where_nothing_of_the_supervisor_is_installed(encoder, tmp_path)
     assert done.stdout.startswith("torch.Size([2, 16]) ") and float(done.stdout.split()[-1]) == pytest.approx(2)
 
 
-def damage(folder: Path, how: str) -> str:
-    """Breaks the encoder in `folder` in one way; the name of the file that an error should name."""
-    name, what = how.split(": ")
+def damage(folder: Path, name: str, what: str) -> None:
+    """Breaks one file of the encoder in `folder`."""
     file = folder / name
     if what == "missing":
         file.unlink()
@@ -198,14 +198,11 @@ def damage(folder: Path, how: str) -> str:
         file.write_bytes(other)
         if name != "manifest.json":
             rehash(folder)
-    return name
 
 
 def rehash(folder: Path) -> None:
-    from hashlib import sha256
-
     names = ("config.json", "model.safetensors")
-    hashes = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}))
 
 
@@ -214,7 +211,7 @@ def rehash(folder: Path) -> None:
 def test_a_damaged_folder_says_which_file(encoder, tmp_path, name, what):
     encoder.save_pretrained(tmp_path / "encoder")
     Encoder.from_pretrained(tmp_path / "encoder")
-    damage(tmp_path / "encoder", f"{name}: {what}")
+    damage(tmp_path / "encoder", name, what)
     with pytest.raises(InputError) as error:
         Encoder.from_pretrained(tmp_path / "encoder")
     assert name in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
