@@ -69,8 +69,8 @@ class PairPrefix:
         return (starts[:, None, None] + self.images - self.preamble).flatten()
 
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
-        """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D), with their graph, in their rows."""
-        return decoder.embed(input_ids).index_copy(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+        """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows."""
+        return decoder.embed(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
 
 
 class Question:
