@@ -70,8 +70,8 @@ def rms_norm_backward_reference(dy: Tensor, dsum: Tensor | None, x: Tensor, weig
     wide, g = x.to(accumulator(x.dtype)), (dy * weight).to(accumulator(x.dtype))
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     normal = wide * scale
-    dx = (g - normal * (g * normal).mean(-1, keepdim=True)) * scale
-    return (dx if dsum is None else dx + dsum).to(x.dtype)
+    dx = g.sub_(normal.mul_((g * normal).mean(-1, keepdim=True))).mul_(scale)
+    return (dx if dsum is None else dx.add_(dsum)).to(x.dtype)
 
 
 _rms_norm = torch.library.custom_op("saga_kernels::rms_norm", rms_norm_reference, mutates_args=())

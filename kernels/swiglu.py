@@ -32,9 +32,12 @@ def swiglu_backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
     """dgate = dy * up * s * (1 + gate * (1 - s)) and dup = dy * gate * s, with s = sigmoid(gate), side by side."""
     wide = accumulator(gate_up.dtype)
     gate, up = gate_up.to(wide).chunk(2, -1)
+    dy, out = dy.to(wide), torch.empty_like(gate_up, dtype=wide, memory_format=torch.contiguous_format)
+    dgate, dup = out.chunk(2, -1)
     s = gate.sigmoid()
-    dy = dy.to(wide)
-    return torch.cat((dy * up * s * (1 + gate * (1 - s)), dy * gate * s), -1).to(gate_up.dtype)
+    torch.mul(dy, gate, out=dup).mul_(s)
+    torch.mul(dy, up, out=dgate).mul_((1 - s).mul_(gate).add_(1).mul_(s))  # in place: they are large
+    return out.to(gate_up.dtype)
 
 
 _swiglu = torch.library.custom_op("saga_kernels::swiglu", swiglu_reference, mutates_args=())
