@@ -28,7 +28,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saga_fast.errors import InputError
+from saga_fast.errors import InputError, first_line
 from saga_fast.files import sha256
 from saga_fast.images import open_rgb, to_pixels, to_rgb
 from saga_fast.towers import VisionTower, VisualFeatures
@@ -133,11 +133,11 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         try:
             encoder = cls(**json.loads((folder / CONFIG).read_bytes()))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{str(folder / CONFIG)!r}: describes no encoder ({_first_line(error)})") from error
+            raise InputError(f"{str(folder / CONFIG)!r}: describes no encoder ({first_line(error)})") from error
         try:
             load_model(encoder, folder / WEIGHTS, strict=True)
         except (RuntimeError, SafetensorError) as error:
-            raise InputError(f"{str(folder / WEIGHTS)!r}: not this encoder's weights ({_first_line(error)})") from error
+            raise InputError(f"{str(folder / WEIGHTS)!r}: not this encoder's weights ({first_line(error)})") from error
         encoder.sha256 = hashlib.sha256("".join(hashes[name] for name in (CONFIG, WEIGHTS)).encode()).hexdigest()
         if (folder / CARD).is_file():
             encoder.card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
@@ -177,7 +177,7 @@ def _download(name: str, options: dict[str, Any]) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, MANIFEST, CARD], **options))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"encoder: {name!r} is no folder, and on the hub it was not found ({_first_line(error)}); "
+            f"encoder: {name!r} is no folder, and on the hub it was not found ({first_line(error)}); "
             "give the encoder/ folder of a run, or a hub id"
         ) from error
 
@@ -195,7 +195,3 @@ def _check(folder: Path) -> dict[str, str]:
         if sha256(folder / name) != hashes[name]:
             raise InputError(f"{str(folder / name)!r}: its SHA-256 is not the one in {MANIFEST}; restore the file")
     return hashes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -32,3 +32,8 @@ def exit_on_input_error() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # the others met the same; what one meets alone, torchrun reports
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def first_line(error: Exception) -> str:
+    """What another library's exception says at first; its kind, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

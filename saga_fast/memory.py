@@ -31,6 +31,7 @@ from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
 from saga_fast.towers import VisionTower
 from saga_kernels import GroupLayout, NF4Weight, group_attention
 from saga_kernels.logprob import CHUNK_LOGITS, CHUNK_ROWS
+from saga_kernels.nf4 import BLOCK, NESTED_BLOCK
 
 GIB = 2**30
 MARGIN = 0.1  # of what is free: fragments of the allocator, the context
@@ -326,10 +327,11 @@ def as_nf4(weight: Tensor) -> NF4Weight:
     def empty(count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device="meta")
 
-    blocks = weight.numel() // 64
+    blocks = weight.numel() // BLOCK
     return NF4Weight(
         empty(weight.numel() // 2, torch.uint8), empty(blocks, torch.uint8), empty(256, torch.float32),
-        empty(-(-blocks // 256), torch.float32), torch.empty((), device="meta"), tuple(weight.shape), weight.dtype,
+        empty(-(-blocks // NESTED_BLOCK), torch.float32), torch.empty((), device="meta"),
+        tuple(weight.shape), weight.dtype,
     )  # fmt: skip
 
 

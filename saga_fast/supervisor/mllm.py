@@ -31,7 +31,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from saga_fast.errors import InputError
+from saga_fast.errors import InputError, first_line
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
@@ -97,7 +97,7 @@ def load_mllm(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "file named model.safetensors" in str(error):
             raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {_SAFETENSORS}") from None
-        raise InputError(f"supervisor.model: {name} is not whole ({_first_line(error)}); restore the file") from None
+        raise InputError(f"supervisor.model: {name} is not whole ({first_line(error)}); restore the file") from None
     tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
     eos = model.generation_config.eos_token_id
     eos = eos if eos is not None else tokenizer.eos_token_id
@@ -125,7 +125,7 @@ def _configuration(name: str | Path) -> PretrainedConfig:
         elif "trust_remote_code" in str(error):
             mend = _OWN_CODE
         else:
-            mend = f"is no model ({_first_line(error)}); give a folder or hub id"
+            mend = f"is no model ({first_line(error)}); give a folder or hub id"
         raise InputError(f"supervisor.model: {name} {mend}") from None
 
 
@@ -232,7 +232,3 @@ def _image_marks(tokenizer) -> tuple[str, str] | None:
     """InternVL's processor, not its template, writes these around an image's tokens; its tokenizer names them."""
     marks = tuple(getattr(tokenizer, f"{end}_image_token", None) for end in ("start", "end"))
     return marks if all(marks) else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
