@@ -110,7 +110,8 @@ class Run:
 
     def restore(self) -> None:
         """Goes to the newest whole checkpoint. Raises InputError if there is none or the folder cannot be written."""
-        self.id = json.loads((self.out / "config.json").read_text())["run"]
+        described = json.loads((self.out / "config.json").read_text())
+        self.id = described["run"]
         folder = checkpoint.latest(self.out / "checkpoint", self.id)
         if folder is None:
             raise InputError(f"--resume: {self.out} holds no checkpoint; start again with another --out")
@@ -133,7 +134,7 @@ class Run:
                 with open(self.out / name, "a+b") as file:
                     file.seek(0)
                     file.truncate(sum(map(len, file.readlines()[: self.step])))
-            self.board = Board(self.out, self.config.tracker, self.config.to_dict(), self.step)
+            self.board = Board(self.out, self.config.tracker, described, self.step)
         except OSError as error:
             raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
 
