@@ -234,7 +234,7 @@ def verdict_is_right(text: str) -> str:
     verdict = parse(text, PROMPT)
     assert (verdict.same if verdict else None) is expected
     for truth in (True, False):
-        assert reward(text, PROMPT, truth) == float(expected is truth)
+        assert reward(verdict, truth) == float(expected is truth)
     if verdict and verdict.well_formed:
         assert tuple(found) == PROMPT.keys and all(tuple(found[item]) == PROMPT.attributes for item in PROMPT.item_keys)
     return f"paid {word}" if verdict else "unpaid"
