@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saga_fast import distributed
 from saga_fast.encoder import VisualFeatures
+from saga_fast.fits import Fits
 from saga_fast.supervisor.rollout import Rollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
@@ -97,37 +98,45 @@ def draw_contributing(
     first_id: int,
     wanted: int,
     contribution_rate: float,
+    fits: Fits,
 ) -> Draw:
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
 
     same [n]: whether both images are of one class. Pair i has id first_id + i and is rank i mod ranks's. As many are
     begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth. A rank that
-    has none begins one all the same, as it would idle.
+    has none begins one all the same, as it would idle. A rank that is out of memory goes on with half its slots, whose
+    pairs begin again, to the same completions.
     """
-    engine, rank, ranks = supervisor.engine, distributed.rank(), distributed.ranks()
-    slots = min(distributed.everyone(engine.slots))
+    rank, ranks = distributed.rank(), distributed.ranks()
+    slots = min(distributed.everyone(supervisor.slots))
     judged: dict[int, Judged] = {}
     going: set[int] = set()
     begun = wasted = 0
+
+    def look(limit: int) -> list[Rollouts]:
+        supervisor.slots = limit
+        engine = supervisor.engine
+        waiting = [i for i in sorted(going) if i % ranks == rank and first_id + i not in engine.pair_ids]
+        admitted = waiting[: engine.free]
+        engine.admit(features.select(pairs[admitted].flatten()), [first_id + i for i in admitted])
+        return engine.advance()
+
     while True:
         useful = sorted(i for i, pair in judged.items() if pair.contributes)
         last = useful[wanted - 1] if len(useful) >= wanted else len(pairs) - 1
-        wasted += sum(pair.tokens for pair in engine.drop({first_id + i for i in going if i > last}))
-        going = {i for i in going if i <= last}
+        if late := {i for i in going if i > last}:
+            wasted += sum(pair.tokens for pair in supervisor.engine.drop({first_id + i for i in late}))
+            going -= late
         if not going and begun > last:
             break
-        mine = []
         busy = Counter(i % ranks for i in going)
         while begun <= last and busy[begun % ranks] < slots:
             if busy[begun % ranks] and len(useful) + contribution_rate * (len(going) + 1) > wanted - 0.5:
                 break
-            if begun % ranks == rank:
-                mine.append(begun)
             busy[begun % ranks] += 1
             going.add(begun)
             begun += 1
-        engine.admit(features.select(pairs[mine].flatten()), [first_id + i for i in mine])
-        done = {pair.pair_id - first_id: pair for pair in engine.advance()}
+        done = {pair.pair_id - first_id: pair for pair in fits.run("roll out", supervisor.slots, look)}
         for found in distributed.everyone(_judge(supervisor, done, same)):
             judged |= found
         going -= judged.keys()

@@ -173,7 +173,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
             # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
             wanted = config.rollout.pairs - len(buffer)
             features = VisualFeatures.of(features).detach().map(partial(distributed.gather, count=len(pixels)))
-            buffer += roll_out(config, supervisor, features, pixels, labels, step, wanted, draw, run)
+            buffer += roll_out(config, supervisor, features, pixels, labels, step, wanted, draw, run, fits)
             if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
                 break
         # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
@@ -301,12 +301,13 @@ def roll_out(
     wanted: int,
     draw: Draw,
     run: Run,
+    fits: Fits,
 ) -> list[Pair]:
     """Rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute; returns those."""
     pairs = draw_pairs(labels, config.rollout.pairs_per_batch, (config.seed << 40) + (step << 20) + len(draw.pairs))
     same = (labels[pairs[:, 0]] == labels[pairs[:, 1]]).tolist()
     first_id = (step << 20) + len(draw.pairs)
-    found = draw_contributing(supervisor, features, pairs, same, first_id, wanted, run.contribution_rate)
+    found = draw_contributing(supervisor, features, pairs, same, first_id, wanted, run.contribution_rate, fits)
     draw.extend(found)
     run.drawn, run.contributing = run.drawn + len(found.pairs), run.contributing + found.contributing
     return [

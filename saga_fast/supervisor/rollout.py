@@ -117,6 +117,11 @@ class Engine:
         """Slots that wait for a pair."""
         return self.slots - len(self.pairs)
 
+    @property
+    def pair_ids(self) -> set[int]:
+        """Pairs in slots."""
+        return {pair.pair_id for pair in self.pairs}
+
     @torch.no_grad()
     def admit(self, features: VisualFeatures, pair_ids: Sequence[int]) -> None:
         """Takes n pairs in, at most `free`, reads their prefixes, and draws the first token of each rollout.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,11 +50,15 @@ class Supervisor:
         if not 0 <= self.anchor_layer < depth:
             raise InputError(f"supervisor.anchor-layer: {anchor_layer}; the model's layers are 0 to {depth - 1}")
         self.plan, self.slots = plan, slots
+        self._engine: Engine | None = None
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
-        """What rolls out, with the memory for it, which stays as it is."""
-        return Engine(self.question, self.sampling, self.eos_token_ids, self.slots)
+        """What rolls out, with the memory for it, which stays as it is; where `slots` has changed, a new, empty one."""
+        if self._engine is None or self._engine.slots != self.slots:
+            self._engine = None  # its memory makes room
+            self._engine = Engine(self.question, self.sampling, self.eos_token_ids, self.slots)
+        return self._engine
 
     def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""

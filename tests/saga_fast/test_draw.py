@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from saga_fast.draw import draw_contributing, draw_pairs
 from saga_fast.encoder import VisualFeatures
+from saga_fast.fits import Fits
 from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.rollout import Engine, Rollouts, Sampling
+from saga_fast.supervisor.supervisor import Supervisor
 
 from .supervisor.tiny_models import EOS, decoder_of, pair_prefix, random_features, random_model
 
@@ -34,6 +36,14 @@ class Timetable:
 
     def __init__(self, lengths: list[int], slots: int) -> None:
         self.lengths, self.slots, self.going, self.made = lengths, slots, {}, 0
+
+    @property
+    def pair_ids(self) -> set[int]:
+        return set(self.going)
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.going)
 
     def admit(self, features: VisualFeatures, pair_ids: list[int]) -> None:
         assert features.tokens[:, 0, 0].tolist() == [2 * (i - FIRST_ID) + side for i in pair_ids for side in (0, 1)]
@@ -69,13 +79,14 @@ def test_a_draw_keeps_the_first_in_order_and_accounts_for_every_token(contribute
         return torch.tensor(right), torch.ones(len(same), 2, dtype=torch.bool)
 
     draw = draw_contributing(
-        SimpleNamespace(engine=engine, judge=judge),
+        SimpleNamespace(engine=engine, judge=judge, slots=slots),
         VisualFeatures(torch.arange(2.0 * count)[:, None, None], ()),
         torch.arange(2 * count).view(-1, 2),
         [i % 2 == 0 for i in range(count)],
         FIRST_ID,
         wanted,
         rate,
+        Fits(),
     )
     kept = [i for i in range(count) if contributes[i]][:wanted]
     decided = kept[-1] + 1 if len(kept) == wanted else count
@@ -90,21 +101,64 @@ def question():
     return Question(decoder_of(random_model(torch.float32, seed=3)), pair_prefix())
 
 
-def drawn_with(question: Question, slots: int, judge) -> tuple:
-    sampling = Sampling(group_size=4, temperature=1.0, top_p=0.95, max_new_tokens=40, seed=2)
-    supervisor = SimpleNamespace(engine=Engine(question, sampling, (EOS, 11, 23), slots), judge=judge)
+class Judge(Supervisor):
+    """A supervisor of a random model, which has its own opinion of completions."""
+
+    def __init__(self, question: Question, slots: int, judge) -> None:
+        self.question, self.slots, self.judge, self.eos_token_ids = question, slots, judge, (EOS, 11, 23)
+        self.sampling = Sampling(group_size=4, temperature=1.0, top_p=0.95, max_new_tokens=40, seed=2)
+        self._engine = None
+
+
+def drawn_with(question: Question, slots: int, judge, fits: Fits | None = None) -> tuple:
     pairs = torch.tensor([[i, (5 * i + 3) % 10] for i in range(10)])
     features = random_features(10, dtype=torch.float32)
-    draw = draw_contributing(supervisor, features, pairs, [True, False] * 5, 77, 3, 0.5)
+    supervisor = Judge(question, slots, judge)
+    draw = draw_contributing(supervisor, features, pairs, [True, False] * 5, 77, 3, 0.5, fits or Fits())
     return draw, [(pair.completions, pair.contributes) for pair in draw.pairs]
 
 
-def test_completions_and_choice_do_not_depend_on_slots(question):
-    def judge(completions, same):
-        rewards = [[float(len(c) % 3 == 0) for c in group] for group in completions]
-        return torch.tensor(rewards), torch.ones(len(same), 4, dtype=torch.bool)
+def by_length(completions, same):
+    rewards = [[float(len(c) % 3 == 0) for c in group] for group in completions]
+    return torch.tensor(rewards), torch.ones(len(same), 4, dtype=torch.bool)
 
-    one, two, eight = (drawn_with(question, slots, judge) for slots in (1, 2, 8))
+
+@pytest.mark.filterwarnings("ignore:roll out. out of memory")
+@pytest.mark.parametrize("what,slots", [("__init__", 3), ("_admit", 2), ("advance", 1)])
+def test_out_of_memory_a_draw_goes_on_in_fewer_slots_to_the_same(question, monkeypatch, what, slots):
+    whole, expected = drawn_with(question, 8, by_length)
+    real, engines = getattr(Engine, what), []
+
+    def short(self, *arguments):
+        if self not in engines:
+            engines.append(self)
+        found = real(self, *arguments)  # fails late, with its work half done
+        if self.slots > slots and (what != "advance" or any(row.cached > 15 for row in self.rows)):
+            raise torch.OutOfMemoryError("not that many")
+        return found
+
+    monkeypatch.setattr(Engine, what, short)
+    fits = Fits()
+    draw, found = drawn_with(question, 8, by_length, fits)
+    assert found == expected and draw.same == whole.same
+    assert [engine.slots for engine in engines] == [8 >> n for n in range(len(engines))]
+    assert engines[-1].slots <= slots and fits.log() == {"limit_roll_out": engines[-1].slots}
+
+
+def test_a_draw_for_which_one_slot_is_too_much_says_so(question, monkeypatch):
+    def short(self, *arguments):
+        raise torch.OutOfMemoryError("nothing fits")
+
+    monkeypatch.setattr(Engine, "advance", short)
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="^nothing fits"),
+        pytest.warns(UserWarning, match="with 2 at once"),
+    ):
+        drawn_with(question, 2, by_length)
+
+
+def test_completions_and_choice_do_not_depend_on_slots(question):
+    one, two, eight = (drawn_with(question, slots, by_length) for slots in (1, 2, 8))
     assert one[1] == two[1] == eight[1]
     assert one[0].contributing == 3 and 3 < len(one[0].pairs) < 10, "too easy a draw"
     assert len({len(c) for pair in one[0].pairs for c in pair.completions}) > 5, "answers alike in length hide much"

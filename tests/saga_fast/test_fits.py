@@ -12,6 +12,7 @@ from saga_fast import train as trainer
 from saga_fast.config import PRESETS
 from saga_fast.encoder import VisionTower
 from saga_fast.fits import Encoded, Fits, gradients_all_or_none
+from saga_fast.supervisor.rollout import Engine
 from saga_fast.supervisor.supervisor import Supervisor
 
 
@@ -107,13 +108,17 @@ def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_pa
     for name, values in sections.items():
         config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
     trainer.train(config, tmp_path / "whole")
-    asked: dict[str, list[int]] = {"tower": [], "replay": []}
-    tower, replay = VisionTower.__call__, Supervisor.replay
+    asked: dict[str, list[int]] = {"tower": [], "roll out": [], "replay": []}
+    tower, advance, replay = VisionTower.__call__, Engine.advance, Supervisor.replay
 
     def short_tower(self, pixels):
         if torch.is_grad_enabled():
             short_of(3, asked["tower"], len(pixels))
         return tower(self, pixels)
+
+    def short_advance(self):
+        short_of(1, asked["roll out"], len(self.pairs))
+        return advance(self)
 
     def short_replay(self, features, groups, token_budget=None):
         result = replay(self, features, groups, token_budget)
@@ -122,9 +127,11 @@ def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_pa
         return result
 
     monkeypatch.setattr(VisionTower, "__call__", short_tower)
+    monkeypatch.setattr(Engine, "advance", short_advance)
     monkeypatch.setattr(Supervisor, "replay", short_replay)
     trainer.train(config, tmp_path / "short")
-    assert max(asked["tower"]) == 16 and max(asked["replay"]) > 500 and min(asked["replay"]) <= 500
+    assert max(asked["tower"]) == 16 and max(asked["roll out"]) > 1
+    assert max(asked["replay"]) > 500 and min(asked["replay"]) <= 500
     ours, theirs = (load_file(tmp_path / run / "encoder/model.safetensors") for run in ("short", "whole"))
     for name, value in theirs.items():
         # AdamW divides by the gradient's own size: where that is next to nothing, rounding is most of it.
