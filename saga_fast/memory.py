@@ -40,10 +40,11 @@ LANGUAGE_MODEL = ("language model's layers", "embedding and head")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made inside while they live: `bytes` now, `peak` since it was set to `bytes` last."""
+    """Counts storages made inside on `device` while they live: `bytes` now, `peak` since it was set to `bytes` last."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.bytes = self.peak = 0
         self._known: set[int] = set()
 
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key not in before and key not in self._known:
+            if tensor.device.type == self.device and key not in before and key not in self._known:
                 self._known.add(key)
                 self.bytes += (size := storage.nbytes())
                 self.peak = max(self.peak, self.bytes)
@@ -339,7 +340,7 @@ def replay_bytes(
     decoder: FrozenDecoder, prefix: PairPrefix, plan: Plan, lengths: Sequence[Sequence[int]], levels: int
 ) -> int:
     """Peak of what `replay` makes, gradients at the features included, for groups of these completion `lengths`."""
-    with LiveBytes() as live:
+    with LiveBytes("meta") as live:
         question = Question(decoder := on_meta(decoder), on_meta(prefix))
         images, tokens = 2 * len(lengths), prefix.images.shape[1]
         width = decoder.embedding.shape[1]
@@ -360,7 +361,7 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
     """Peak of reading as many prefixes as the engine reads at once, without the cache they are read into."""
     rest = len(prefix) - prefix.preamble
     pairs = max(1, PREFILL_TOKENS // len(prefix))
-    with LiveBytes() as live, torch.no_grad():
+    with LiveBytes("meta") as live, torch.no_grad():
         decoder = on_meta(decoder)
         layout = GroupLayout([rest] * pairs, [[]] * pairs, device="meta")
         h = torch.empty(layout.tokens, decoder.embedding.shape[1], dtype=decoder.dtype, device="meta")

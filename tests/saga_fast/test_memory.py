@@ -40,7 +40,7 @@ def test_a_replay_is_foretold_on_the_meta_device(tiny, plan):
     question, width = Question(decoder, prefix), decoder.embedding.shape[1]
     drawn = [torch.randn(4, 49, width).requires_grad_() for _ in range(4)]
     groups = [Group([[3] * n for n in group], [torch.ones(n) for n in group], {}) for group in LENGTHS]
-    with LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         replay(question, VisualFeatures(drawn[0], tuple(drawn[1:])), groups, 1.0, -1, plan)
     logits = 4 * decoder.head.shape[0] * min(sum(map(sum, LENGTHS)), plan.token_budget)
     foretold = replay_bytes(decoder, prefix, plan, LENGTHS, 3) - logits
@@ -60,7 +60,7 @@ def test_what_autograd_keeps_of_the_tower_grows_by_the_image(tiny):
     fixed, each = kept_by_tower(tower, 112, autocast=False)
     pixels = torch.zeros(6, 3, 112, 112, dtype=torch.uint8)
     tower(pixels)  # positions are made once
-    with LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         out = tower(pixels)
     kept = live.bytes - sum(x.untyped_storage().nbytes() for x in (out.tokens, *out.deepstack))
     assert fixed + 6 * each == pytest.approx(kept, rel=0.1)
