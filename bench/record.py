@@ -224,19 +224,21 @@ class EndingAt(LogitsProcessor):
         return scores
 
 
-def child(measurement: str, *arguments: Any, python: str | Path = sys.executable) -> dict[str, Any]:
+def child(measurement: str, *arguments: Any, python: str | Path = sys.executable, **variables: str) -> dict[str, Any]:
     """Runs `measurement` ("module:function") in a fresh process of `python`, and returns what it found.
 
     The function takes `arguments` (JSON), sets up, and returns the work, which returns a dict of figures or None. Added
     to it: `seconds` of the work, `cpu_seconds` of its threads together (what to compare on a busy machine),
     `peak_bytes` of resident memory during it, and `growth_bytes`, by how much that is
-    more than before it. Raises RuntimeError if the process fails; its output is the caller's.
+    more than before it. variables: of its environment. Raises RuntimeError if the process fails, whose output is shown.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [python, "-m", "bench.record", measurement, json.dumps(arguments), found]
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        done = subprocess.run(list(map(str, command)), env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)
+        done = subprocess.run(
+            list(map(str, command)), env={**os.environ, "PYTHONPATH": path, **variables}, stdout=sys.stderr
+        )
         if done.returncode:
             raise RuntimeError(f"{measurement} failed with exit code {done.returncode}")
         return json.loads(found.read_text())

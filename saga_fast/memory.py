@@ -3,6 +3,7 @@
 What stands for the whole run is counted from shapes. What autograd keeps of the tower is seen on one image and on two.
 The frozen decoder runs on the meta device, which computes nothing: the very code of prefill and replay, with every
 tensor it makes counted while it lives. Workspace within an op is not seen but for the largest, the logits.
+What the allocator keeps of what was freed is not foretold.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import copy
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saga_fast import distributed
@@ -40,17 +42,22 @@ LANGUAGE_MODEL = ("language model's layers", "embedding and head")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages made inside on `device` while they live: `bytes` now, `peak` since it was set to `bytes` last."""
+    """Counts storages made inside on `device` while they live: `bytes` now, `peak` since it was set to `bytes` last.
 
-    def __init__(self, device: str) -> None:
+    workspace: of an op, the bytes that it takes within, a function of its arguments.
+    """
+
+    def __init__(self, device: str, workspace: dict[OpOverload, Callable[..., int]] | None = None) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.workspace = device, workspace or {}
         self.bytes = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         before = {x.untyped_storage()._cdata for x in _tensors((args, kwargs or {}))}
         out = function(*args, **(kwargs or {}))
+        if workspace := self.workspace.get(function):
+            self.peak = max(self.peak, self.bytes + workspace(*args))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -140,8 +147,9 @@ class Predictor:
         self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
         vit = getattr(tower.model.config, "vision_config", tower.model.config)
         depth = getattr(vit, "depth", None) or vit.num_hidden_layers
-        self.block = self.per_image // depth
-        if step.checkpointing:  # the residual stream before each block
+        self.block = 0
+        if step.checkpointing:  # the residual stream before each block, and what one block keeps
+            self.block = self.per_image // depth
             self.per_image = depth * (encoder.image_size // _side(vit.patch_size)) ** 2 * vit.hidden_size * 4
         rows, columns = tower.grid(encoder.image_size, encoder.image_size)
         self.levels = len(getattr(getattr(tower.model, "config", None), "deepstack_visual_indexes", ()))
@@ -340,7 +348,13 @@ def replay_bytes(
     decoder: FrozenDecoder, prefix: PairPrefix, plan: Plan, lengths: Sequence[Sequence[int]], levels: int
 ) -> int:
     """Peak of what `replay` makes, gradients at the features included, for groups of these completion `lengths`."""
-    with LiveBytes("meta") as live:
+    on_cpu = prefix.input_ids.device.type == "cpu"
+
+    def logits(h: Tensor, head: Tensor, *_) -> int:  # in float32
+        chunk = max(1, CHUNK_LOGITS // len(head)) if on_cpu else CHUNK_ROWS
+        return min(len(h), chunk) * len(head) * 4
+
+    with LiveBytes("meta", {torch.ops.saga_kernels.token_logprob.default: logits}) as live:
         question = Question(decoder := on_meta(decoder), on_meta(prefix))
         images, tokens = 2 * len(lengths), prefix.images.shape[1]
         width = decoder.embedding.shape[1]
@@ -353,8 +367,7 @@ def replay_bytes(
         ]
         live.peak = before = live.bytes
         replay(question, VisualFeatures(features[0], tuple(features[1:])), groups, 1.0, -1, plan)
-        rows = min(sum(map(sum, lengths)), plan.token_budget)
-        return live.peak - before + _logits(rows, decoder.head.shape[0], prefix.input_ids.device)
+        return live.peak - before
 
 
 def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
@@ -369,9 +382,3 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         live.peak = before = live.bytes
         decoder.forward(h, positions, lambda layer, q, k, v: group_attention(q, k, v, layout)[0])
         return live.peak - before
-
-
-def _logits(rows: int, vocabulary: int, device: torch.device) -> int:
-    """The workspace of `token_logprob`, in float32."""
-    chunk = max(1, CHUNK_LOGITS // vocabulary) if device.type == "cpu" else CHUNK_ROWS
-    return min(rows, chunk) * vocabulary * 4
