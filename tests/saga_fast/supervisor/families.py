@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -72,19 +73,20 @@ def qwen3_vl(**text) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
     return Qwen3VLForConditionalGeneration(config), tokens, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def internvl(**text) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+def internvl(text: PretrainedConfig | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    """text: by default Qwen3's, as in InternVL3.5."""
     tokens = tokenizer(
         ["<|im_end|>", "<|im_start|>"], INTERN_TEMPLATE,
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
     )  # fmt: skip
     config = InternVLConfig(
-        text_config=Qwen3Config(**TEXT, head_dim=16, **text),
+        text_config=text or Qwen3Config(**TEXT, head_dim=16),
         vision_config=InternVLVisionConfig(
             hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32,
             patch_size=4, attention_bias=True, layer_scale_init_value=1.0, initializer_range=0.15,
         ),
         image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        tie_word_embeddings=text.get("tie_word_embeddings", False),
+        tie_word_embeddings=False,
     )  # fmt: skip
     statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     return InternVLForConditionalGeneration(config), tokens, statistics
@@ -103,10 +105,10 @@ def llava_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
     return LlavaForConditionalGeneration(config), tokens, {}
 
 
-def llava_qwen2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+def llava_qwen(text: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
     tokens = tokenizer(["<|im_end|>", "<image>"], LLAVA_TEMPLATE)
     config = LlavaConfig(
-        text_config=Qwen2Config(**TEXT, tie_word_embeddings=True),
+        text_config=text,
         vision_config=SiglipVisionConfig(
             hidden_size=32,
             num_hidden_layers=3,
@@ -126,8 +128,10 @@ FAMILIES: dict[str, Callable] = {
     "qwen3-vl": qwen3_vl,
     "qwen3-vl-tied": lambda: qwen3_vl(tie_word_embeddings=True),
     "internvl": internvl,
+    "internvl-qwen2": lambda: internvl(Qwen2Config(**TEXT)),
     "llava-llama": llava_llama,
-    "llava-qwen2-tied": llava_qwen2,
+    "llava-qwen2-tied": lambda: llava_qwen(Qwen2Config(**TEXT, tie_word_embeddings=True)),
+    "llava-qwen3": lambda: llava_qwen(Qwen3Config(**TEXT, head_dim=16)),
 }
 
 

@@ -27,11 +27,11 @@ from .families import FAMILIES, save
 
 SIZE, TEMPERATURE, ANCHOR = 32, 0.7, 2
 PROMPT = Prompt("expert", "bird", "same", ("bill",))
-STATISTICS = {  # what each family's released processor subtracts and divides by, but for the last, which says its own
+STATISTICS = {  # what each family's released processor subtracts and divides by; LLaVA with a Qwen says its own
     "qwen3-vl": ([0.5] * 3, [0.5] * 3),
     "internvl": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "llava-llama": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "llava-qwen2-tied": ([0.4, 0.5, 0.6], [0.3, 0.2, 0.1]),
+    "llava-qwen": ([0.4, 0.5, 0.6], [0.3, 0.2, 0.1]),
 }
 
 
@@ -48,7 +48,8 @@ class Case(NamedTuple):
         if self.family.startswith("qwen3-vl"):
             grid = torch.tensor([[1, SIZE // 4, SIZE // 4]] * len(pixels))
             return {"pixel_values": qwen_patches(pixels, 4, 2), "image_grid_thw": grid}
-        mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS[self.family])
+        (statistics,) = (values for name, values in STATISTICS.items() if self.family.startswith(name))
+        mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
         extra = {"interpolate_pos_encoding": True} if self.family.startswith("llava") else {}
         return {"pixel_values": (pixels / 255 - mean) / std, **extra}
 
@@ -125,7 +126,7 @@ def test_prompt_holds_one_pad_a_token_between_the_familys_marks(case):
     rows, columns = case.encoder.tower.grid(SIZE, SIZE)
     pads = case.mllm.image_token * (rows * columns)
     around = {"qwen3-vl": "<|vision_start|>{}<|vision_end|>", "internvl": "<img>{}</img>\n"}
-    image = around.get(case.family, "{}\n").format(pads)
+    image = around.get(case.family.removesuffix("-qwen2"), "{}\n").format(pads)
     assert text.count(case.mllm.image_token) == 2 * rows * columns and image * 2 + PROMPT.instruction() in text
     assert (ids[case.supervisor.prefix.images] == case.image_id).all()
 
@@ -141,7 +142,7 @@ def encoded(case: Case, features: VisualFeatures):
         return BaseModelOutputWithDeepstackFeatures(
             pooler_output=tuple(features.tokens), deepstack_features=[tuple(level) for level in features.deepstack]
         )
-    tokens = features.tokens if case.family == "internvl" else list(features.tokens)
+    tokens = features.tokens if case.family.startswith("internvl") else list(features.tokens)
     return BaseModelOutputWithPooling(pooler_output=tokens)
 
 
