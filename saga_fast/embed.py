@@ -40,7 +40,7 @@ from saga_fast.config import parse_flags
 from saga_fast.data import ImageFiles, cores
 from saga_fast.data.loader import Decoder, ahead
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.errors import InputError, exit_on_input_error, first_line
 from saga_fast.files import hidden
 from saga_fast.images import SUFFIXES
 from saga_fast.index import File
@@ -73,7 +73,8 @@ def embed(
 
     encoder: folder or hub id; faiss: a factory string for the kind of index, by default that of the last call, or
     chosen by the number of images; workers: processes that decode. Raises InputError for an encoder, index or path
-    that is not what it should be, an index of another encoder, and if no image can be read: the index is as it was.
+    that is not what it should be, an index of another encoder, a full disk, and if no image can be read: the index is
+    as it was.
     """
     index = Path(index).absolute()
     with _processes():
@@ -128,8 +129,9 @@ class Chunks:
 
     def write(self, files: list[File], vectors: np.ndarray) -> None:
         path = self.folder / f"{self.prefix}-{uuid.uuid4().hex}.safetensors"
-        save_file({"vectors": vectors}, path.with_suffix(".partial"), {"files": json.dumps(files)})
-        os.rename(path.with_suffix(".partial"), path)
+        with _writing(self.folder):
+            save_file({"vectors": vectors}, path.with_suffix(".partial"), {"files": json.dumps(files)})
+            os.rename(path.with_suffix(".partial"), path)
 
     @torch.inference_mode()
     def embed(self, encoder: Encoder, files: list[File], workers: int | None) -> list[str]:
@@ -249,7 +251,9 @@ class Plan:
                     block = slice(start, start + indices.BLOCK)
                     yield to[block], vectors[of[block]]
 
-        return Embedded(*counts, indices.write(index, encoder, files, dimension, parts(), factory))
+        with _writing(index):
+            line = indices.write(index, encoder, files, dimension, parts(), factory)
+        return Embedded(*counts, line)
 
 
 def expand(images: Iterable[str | Path]) -> Iterator[str]:
@@ -278,6 +282,17 @@ def expand(images: Iterable[str | Path]) -> Iterator[str]:
 
 def _is_image(path: str) -> bool:
     return path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".") and not os.path.isdir(path)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"--index: {str(folder)!r} cannot be written to ({first_line(error)}); free space, and the same command "
+            "goes on where this one stopped"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ It is written aside and renamed, so a kill or a full disk leaves the earlier one
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -101,7 +102,8 @@ def write(
     """Write the index of `files`, in place of the one in `folder` if there is one; returns a line about its kind.
 
     encoder: its folder or hub id, and SHA-256; parts: (rows (m,), vectors (m, D_e)) that together fill rows 0 to n-1;
-    factory: faiss's own description of the kind of index, by default chosen by n. Raises InputError for a bad one.
+    factory: faiss's own description of the kind of index, by default chosen by n. Raises InputError for a bad one, and
+    OSError where the disk is full; the index is then as it was.
     """
     aside = hidden(folder, "partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -109,11 +111,16 @@ def write(
     try:
         shape = (len(files), dimension)
         vectors = np.lib.format.open_memmap(aside / VECTORS, mode="w+", dtype=np.float32, shape=shape)
+        with open(aside / VECTORS, "r+b") as file:  # a disk that fills up under a memory map kills the process
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         for rows, values in parts:
             vectors[rows] = values
         vectors.flush()
         kind, line, index = build(vectors, factory)
-        faiss.write_index(index, str(aside / FAISS))
+        try:
+            faiss.write_index(index, str(aside / FAISS))
+        except RuntimeError as error:
+            raise OSError(f"faiss: {_cause(error)}") from error
         (aside / FILES).write_text(json.dumps({"files": files}))
         hashes = {name: sha256(aside / name) for name in (FAISS, VECTORS, FILES)}
         said = About(*encoder, kind, factory, hashes)._asdict()

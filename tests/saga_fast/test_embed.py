@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -331,3 +332,37 @@ def test_another_encoders_index_is_refused(encoder, pictures, tmp_path):
     with pytest.raises(InputError, match="was made by another encoder .* name another index"):
         embed(tmp_path / "other", pictures, tmp_path / "index")
     assert before == {path: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+
+
+@pytest.mark.parametrize("owner,name", [(module.Chunks, "write"), (indices, "write"), (indices, "build")])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(encoder, pictures, tmp_path, monkeypatch, owner, name):
+    """A limit on the size of files stands in for the disk's, from chunks, the index's vectors, or faiss's file on."""
+    embed(encoder, pictures[:3], tmp_path / "index")
+    before = {path: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    real, (soft, hard) = getattr(owner, name), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    def when_full(*arguments):
+        built = real(*arguments) if name == "build" else None
+        limit(100)
+        if name == "build":  # what is written next does not fit
+            return built
+        try:
+            return real(*arguments)
+        finally:
+            limit(soft)  # the screen is a file too
+
+    monkeypatch.setattr(owner, name, when_full)
+    try:
+        with pytest.raises(InputError, match="^--index: .*cannot be written to .*; free space") as error:
+            embed(encoder, pictures, tmp_path / "index")
+    finally:
+        limit(soft)
+    assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    assert not (tmp_path / ".index.partial").exists()
+    monkeypatch.setattr(owner, name, real)
+    assert embed(encoder, pictures, tmp_path / "index").new == 9
+    assert_holds(tmp_path / "index", encoder, pictures)
