@@ -16,12 +16,16 @@ endif
 
 installed := $(VENV)/.saga_fast
 
-.PHONY: train test check gpu-check
+.PHONY: train test coverage check gpu-check
 train: $(installed)
 	$(VENV)/bin/python -m saga_fast.train $(ARGS)
 
 test: $(installed)
 	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+coverage: $(installed)
+	$(VENV)/bin/python -m coverage run -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m coverage report --skip-covered --sort=cover
 
 check: $(installed)
 	$(VENV)/bin/ruff check .
