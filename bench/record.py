@@ -224,13 +224,20 @@ class EndingAt(LogitsProcessor):
         return scores
 
 
-def child(measurement: str, *arguments: Any, python: str | Path = sys.executable, **variables: str) -> dict[str, Any]:
+def child(
+    measurement: str,
+    *arguments: Any,
+    python: str | Path = sys.executable,
+    timeout: float | None = None,
+    **variables: str,
+) -> dict[str, Any]:
     """Runs `measurement` ("module:function") in a fresh process of `python`, and returns what it found.
 
     The function takes `arguments` (JSON), sets up, and returns the work, which returns a dict of figures or None. Added
     to it: `seconds` of the work, `cpu_seconds` of its threads together (what to compare on a busy machine),
     `peak_bytes` of resident memory during it, and `growth_bytes`, by how much that is
-    more than before it. variables: of its environment. Raises RuntimeError if the process fails, whose output is shown.
+    more than before it. variables: of its environment. Raises RuntimeError if the process fails, whose output is shown,
+    and subprocess.TimeoutExpired if it takes longer than `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"

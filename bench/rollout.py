@@ -3,9 +3,10 @@
     python -m bench.rollout [--shape record|small] [--repeats 3] [--models DIR] [--json FILE]
 
 Both sides: fp32, dense weights, G completions for each of 8 pairs at temperature 0.7 and top-p 0.95, images encoded
-beforehand (`generate` takes them as `mm_encoder_outputs`). `generate` (SDPA) is tried with all rows in one call and
-pair by pair (`num_return_sequences=G`), with a dynamic and with a static cache, and the fastest goes on. Before any
-timing greedy completions must be equal, token for token. Tokens a second count what is kept of each completion.
+beforehand (`generate` takes them as `mm_encoder_outputs`). `generate` (SDPA) is tried pair by pair
+(`num_return_sequences=G`) and with all rows in one call, with a dynamic and with a static cache, and the fastest goes
+on; one that takes longer than the fastest before it is broken off. Before any timing greedy completions must be equal,
+token for token. Tokens a second count what is kept of each completion.
 
 Then the ops at the vocabulary of Qwen3-VL: `sample_top_p` beside transformers' own top-p, `token_logprob` beside a
 log-softmax of whole logits, and the share that sampling has in a decode step. Each measurement is a process of its own;
@@ -15,6 +16,8 @@ with `--json FILE` each is kept in FILE's .jsonl beside it, and an interrupted r
 from __future__ import annotations
 
 import argparse
+import math
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,10 +41,11 @@ from saga_kernels import sample_top_p, token_logprob
 GOAL, SHARE = 4.0, 0.1  # times the tokens a second of `generate`; sampling's part of a decode step
 VOCABULARY = 151_936
 TEMPERATURE, TOP_P = 0.7, 0.95
+SETTING_UP = 60.0  # seconds, at most, before a measurement's work begins
 # Pairs a call, and the cache.
 RIVALS = {
     f"generate, {calls}, {cache} cache": (calls, cache)
-    for calls in ("all rows", "pair by pair")
+    for calls in ("pair by pair", "all rows")
     for cache in ("dynamic", "static")
 }
 
@@ -212,14 +216,21 @@ def main() -> None:
         folder = model(shape, models / options.shape)
         log = Log(options.json and options.json.with_suffix(".jsonl"))
 
-        def measured(side: str, repeat: int) -> dict[str, Any]:
+        def measured(side: str, repeat: int, limit: float | None = None) -> dict[str, Any] | None:
+            """The figures; None, of `generate`, if its work was not done after `limit` seconds."""
+
             def run() -> dict[str, Any]:
                 function = "ours" if side == "ours" else "theirs"
-                return child(
-                    f"bench.rollout:{function}", str(folder), options.shape, shape.short, *RIVALS.get(side, ())
-                )
+                work = f"bench.rollout:{function}", str(folder), options.shape, shape.short, *RIVALS.get(side, ())
+                try:
+                    return child(*work, timeout=limit and limit + SETTING_UP)
+                except subprocess.TimeoutExpired:
+                    return {"broken_off_after": limit}
 
             figures = log.once({"shape": options.shape, "side": side, "repeat": repeat}, run)
+            if "broken_off_after" in figures:
+                print(f"{side:>34} {repeat}: slower than {figures['broken_off_after']:.0f} seconds", flush=True)
+                return None
             print(f"{side:>34} {repeat}: {figures['tokens_per_second']:7.1f} tokens/s", flush=True)
             return figures
 
@@ -229,8 +240,12 @@ def main() -> None:
         )
         assert equal["equal"] and equal["different_pairs"] > 1, f"ours and generate differ: {equal}"
         print(f"equal: {equal['tokens']} greedy tokens of {shape.pairs} pairs")
-        found = {side: [measured(side, 0)] for side in ("ours", *RIVALS)}
-        fastest = max(RIVALS, key=lambda side: found[side][0]["tokens_per_second"])
+        found = {"ours": [measured("ours", 0)]}
+        limit = None
+        for side in RIVALS:
+            if figures := measured(side, 0, limit):
+                found[side], limit = [figures], min(figures["seconds"], limit or math.inf)
+        fastest = max(found.keys() - {"ours"}, key=lambda side: found[side][0]["tokens_per_second"])
         for repeat in range(1, options.repeats):
             for side in ("ours", fastest):
                 found[side].append(measured(side, repeat))
@@ -279,6 +294,7 @@ def report(
         "environment": environment,
         "equal": equal,
         "fastest": fastest,
+        "slower": sorted(RIVALS.keys() - medians.keys()),
         "medians": medians,
         "measurements": found,
         "at_vocabulary": at_vocabulary,
