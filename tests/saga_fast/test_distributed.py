@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     out = shutil.copytree(whole, tmp_path / "broken")
     shutil.rmtree(out / "checkpoint/step-000002")
     finished(train(3, out, 2, "--resume"), out)
-    assert lines(out)[1] == pytest.approx(lines(whole)[1], rel=1e-5, abs=1e-6)
+    assert lines(out)[1] == pytest.approx(lines(whole)[1], rel=1e-5, abs=1e-7)
     ours, theirs = (
         torch.cat([w.flatten() for w in load_file(run / "encoder/model.safetensors").values()]) for run in (out, whole)
     )
