@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from bench import write_json
+from saga_fast import samples
 from saga_fast.config import parse
 from saga_fast.run import Run
 from saga_fast.signals import Stopped
 from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.supervisor.verdict import Verdict
 from saga_fast.train import train
 
 FLAGS = (
@@ -53,14 +55,15 @@ def soak(steps: int, out: Path) -> dict[str, np.ndarray]:
         rewards = torch.tensor([1.0, 0.0]).expand(len(completions), 2).contiguous()
         return rewards, rewards.bool()
 
-    judge = Supervisor.judge
+    judge, parse_answer = Supervisor.judge, samples.parse
     Run.record, Supervisor.judge = watched, one_right_one_wrong
+    samples.parse = lambda *_: Verdict(same=True, well_formed=True)
     try:
         config = parse(["--out", str(out), *FLAGS, "--optim.steps", str(steps)]).config
         with contextlib.suppress(Stopped):  # SIGTERM or Ctrl-C: report on the steps so far
             train(config, out)
     finally:
-        Run.record, Supervisor.judge = record, judge
+        Run.record, Supervisor.judge, samples.parse = record, judge, parse_answer
     return {name: np.array(values) for name, values in seen.items()}
 
 
