@@ -41,7 +41,7 @@ from saga_kernels import sample_top_p, token_logprob
 GOAL, SHARE = 4.0, 0.1  # times the tokens a second of `generate`; sampling's part of a decode step
 VOCABULARY = 151_936
 TEMPERATURE, TOP_P = 0.7, 0.95
-SETTING_UP = 60.0  # seconds, at most, before a measurement's work begins
+SETTING_UP = 30.0  # seconds, at most, before a measurement's work begins
 # Pairs a call, and the cache.
 RIVALS = {
     f"generate, {calls}, {cache} cache": (calls, cache)

@@ -166,7 +166,8 @@ class Predictor:
             cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
             resident["keys and values of rollouts"] = cache
             phases["B. roll out"] = self.rollout(slots)
-            phases["C. replay"] = self._tower(2 * step.pairs) + self.replay(plan)
+            images = 2 * step.pairs  # whose features are kept, then side by side
+            phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images))
         return Footprint(resident, dict(sorted(phases.items())))
 
     def _tower(self, images: int) -> int:

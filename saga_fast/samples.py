@@ -44,19 +44,13 @@ def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], aut
                   attributes (item, name, positions), verdict (yes, no or None), well_formed, reward, advantage,
                   log_prob (the mean of a token)
     """
-    pairs = pairs[:PAIRS]
-    with torch.no_grad(), autocast:
-        features = encoder.tower(torch.cat([pair.pixels for pair in pairs]))
-        beta = encoder.pooler.attention(features.tokens) if encoder.pooler.kind == "attention" else None
     prompt, described = supervisor.prompt, []
-    for i, pair in enumerate(pairs):
-        images = torch.tensor([2 * i, 2 * i + 1], device=features.tokens.device)
-        described.append(
-            {
-                "beta": None if beta is None else _rounded(beta[images]),
-                **_describe_pair(supervisor, features.select(images), pair),
-            }
-        )
+    for pair in pairs[:PAIRS]:
+        beta = None
+        if encoder.pooler.kind == "attention":
+            with torch.no_grad(), autocast:
+                beta = _rounded(encoder.pooler.attention(pair.features.tokens))
+        described.append({"beta": beta, **_describe_pair(supervisor, pair.features, pair)})
     return {
         "attributes": prompt.attributes,
         "items": prompt.item_keys,

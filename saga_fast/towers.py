@@ -59,6 +59,10 @@ class VisualFeatures(NamedTuple):
         """tokens, then the DeepStack levels."""
         return cls(levels[0], tuple(levels[1:]))
 
+    @property
+    def levels(self) -> tuple[Tensor, ...]:
+        return (self.tokens, *self.deepstack)
+
     def detach(self) -> VisualFeatures:
         return self.map(Tensor.detach)
 

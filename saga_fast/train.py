@@ -35,7 +35,7 @@ from saga_fast.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import exit_on_input_error
 from saga_fast.evaluate import embed_all, load_images, score, table
-from saga_fast.fits import Encoded, Fits
+from saga_fast.fits import Encoded, Fits, gradients_all_or_none
 from saga_fast.gallery import neighbours
 from saga_fast.health import spread
 from saga_fast.losses import metric_loss
@@ -63,9 +63,11 @@ class Diverged(RuntimeError):
 
 
 class Pair(NamedTuple):
-    """A contributing pair, kept between roll-out and replay. pixels: uint8 (2, 3, S, S); the rest per rollout."""
+    """A contributing pair, kept between roll-out and replay. pixels: uint8 (2, 3, S, S); features: of both images, as
+    they were rolled out with; the rest per rollout."""
 
     pixels: Tensor
+    features: VisualFeatures
     completions: list[list[int]]
     rewards: Tensor
     advantages: Tensor
@@ -311,7 +313,7 @@ def roll_out(
     draw.extend(found)
     run.drawn, run.contributing = run.drawn + len(found.pairs), run.contributing + found.contributing
     return [
-        Pair(pixels[images], pair.completions, pair.rewards, pair.advantages)
+        Pair(pixels[images], features.select(images), pair.completions, pair.rewards, pair.advantages)
         for images, pair in zip(pairs, found.pairs)
         if pair.contributes
     ]
@@ -321,7 +323,7 @@ def encode(encoder: Encoder, autocast, pixels: Tensor) -> list[Tensor]:
     """The levels that the language model reads of `pixels`."""
     with autocast:
         features = encoder.tower(pixels)
-    return [features.tokens, *features.deepstack]
+    return list(features.levels)
 
 
 def embed(encoder: Encoder, autocast, pixels: Tensor) -> list[Tensor]:
@@ -364,13 +366,9 @@ def replay_share(
     if not buffer:
         return 0.0, 0.0
     weight = config.lambda_
-    # An image may be in several pairs; it is encoded once.
-    pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
-    with torch.set_grad_enabled(weight.lm > 0):
-        encoded = Encoded(fits, "encode", partial(encode, encoder, autocast), pixels, list(encoder.tower.parameters()))
-        features = VisualFeatures.of(encoded.outputs).select(image)
-    leaves = features.detach()
-    for leaf in (leaves.tokens, *leaves.deepstack):
+    # The features that the pairs were rolled out with: no weight has changed since.
+    leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in buffer))])
+    for leaf in leaves.levels:
         leaf.requires_grad_(weight.lm > 0)
 
     groups = []
@@ -380,7 +378,7 @@ def replay_share(
         groups.append(Group(pair.completions, coefficients, spans))
 
     def replay_within(token_budget: int) -> Replay:
-        for leaf in (leaves.tokens, *leaves.deepstack):
+        for leaf in leaves.levels:
             leaf.grad = None
         return supervisor.replay(leaves, groups, token_budget)
 
@@ -388,14 +386,23 @@ def replay_share(
     packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
     result = fits.run("replay", min(packed, supervisor.plan.token_budget), replay_within, least=prefix)
     if weight.lm > 0:
-        tensors = [features.tokens, *features.deepstack]
-        torch.autograd.backward(tensors, [weight.lm * leaf.grad for leaf in (leaves.tokens, *leaves.deepstack)])
-        encoded.backward()
+        # An image may be in several pairs: it goes through the tower once, with the gradient of all.
+        pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
+        asked = [
+            leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_add_(0, image, leaf.grad, alpha=weight.lm)
+            for leaf in leaves.levels
+        ]
+
+        def back(rows: slice) -> None:
+            with gradients_all_or_none(list(encoder.tower.parameters())):
+                torch.autograd.backward(encode(encoder, autocast, pixels[rows]), [level[rows] for level in asked])
+
+        fits.pieces("encode", len(pixels), back)
     if not result.attention:
         return result.loss.item(), 0.0
     targets = torch.stack([attention_target(entry.weights) for entry in result.attention])
     with autocast:
-        beta = encoder.pooler.attention(features.tokens.detach())
+        beta = encoder.pooler.attention(leaves.tokens.detach())
     beta = beta[[2 * entry.group + entry.image for entry in result.attention]]
     # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
     loss_kl = alignment_kl(targets, beta).sum() / rewarded

@@ -61,10 +61,10 @@ def gradient_by_attribute(
             tokens += len(at)
             at_token += float(gradient_at_tokens(only[g], log_probs[g]).sum())
         leaves = features.detach()
-        for leaf in (leaves.tokens, *leaves.deepstack):
+        for leaf in leaves.levels:
             leaf.requires_grad_()
         supervisor.replay(leaves, [Group(completions, only, {})])
-        squared = torch.stack([leaf.grad.square().sum() for leaf in (leaves.tokens, *leaves.deepstack)]).sum()
+        squared = torch.stack([leaf.grad.square().sum() for leaf in leaves.levels]).sum()
         credit[name] = Credit(tokens, at_token, float(squared.sqrt()))
     return credit
 

@@ -129,7 +129,7 @@ class _Run:
         self.log_probs: dict[tuple[int, int], Tensor] = {}
         self.attention: list[AnchorAttention] = []
         if self.keep:
-            for leaf in (features.tokens, *features.deepstack):
+            for leaf in features.levels:
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     @torch.no_grad()

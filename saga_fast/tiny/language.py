@@ -177,7 +177,7 @@ def see(tower: TowerTrainer, pixels: Tensor, size: int = 128) -> Seen:
         with torch.autocast("cpu", torch.bfloat16):
             features = tower.tower(chunk)
             looked = tower.heads[0](features.tokens)[1].exp()
-        parts.append((*(level.bfloat16() for level in (features.tokens, *features.deepstack)), looked.bfloat16()))
+        parts.append((*(level.bfloat16() for level in features.levels), looked.bfloat16()))
     tokens, *deepstack, looked = (torch.cat(part) for part in zip(*parts))
     return Seen(VisualFeatures(tokens, tuple(deepstack)), looked)
 

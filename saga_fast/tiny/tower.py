@@ -148,7 +148,7 @@ class TowerTrainer(nn.Module):
         total, right = 0.0, None
         inside = batch.areas > 0.02
         seen = inside.any(-1)
-        for level, (heads, tokens) in enumerate(zip(self.heads, (features.tokens, *features.deepstack))):
+        for level, (heads, tokens) in enumerate(zip(self.heads, features.levels)):
             logits, log_attention = heads(tokens)
             name = torch.stack([F.cross_entropy(x.float(), batch.values[:, i]) for i, x in enumerate(logits)]).mean()
             mass = log_attention.masked_fill(~inside, -math.inf).logsumexp(-1)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from saga_fast.encoder import Encoder
 from saga_fast.images import to_pixels
@@ -21,15 +19,9 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds
+from saga_fast.train import Pair
 
 SIZE = 112
-
-
-class Pair(NamedTuple):
-    pixels: Tensor
-    completions: list[list[int]]
-    rewards: Tensor
-    advantages: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +35,15 @@ def step():
     birds = DrawnBirds("test", 4, 2)
     pixels = torch.stack([to_pixels(birds[i][0], SIZE) for i in (0, 0, 2, 2)])
     with torch.no_grad():
-        completions = supervisor.roll_out(encoder.tower(pixels), torch.arange(2))
+        features = encoder.tower(pixels)
+    completions = supervisor.roll_out(features, torch.arange(2))
     rewards, _ = supervisor.judge(completions, [True, True])
     assert rewards.any(1).all(), "no answer is right, so this tests little"
     advantages = torch.tensor([0.8, -0.5, -0.3])
-    pairs = [Pair(pixels[2 * i : 2 * i + 2], completions[i], rewards[i], advantages) for i in range(2)]
+    pairs = [
+        Pair(pixels[two], features.select(two), completions[i], rewards[i], advantages)
+        for i, two in enumerate(torch.arange(4).split(2))
+    ]
     return encoder, supervisor, pairs
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
-from saga_fast.encoder import Encoder
+from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError
 from saga_fast.fits import Fits
 from saga_fast.supervisor.mllm import load_mllm
@@ -179,10 +179,14 @@ def phase_c():
     supervisor = trainer.make_supervisor(config, mllm, encoder, PROMPTS["drawn-birds"])
     pixels = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8)
     with torch.no_grad():
-        completions = supervisor.roll_out(encoder.tower(pixels), torch.arange(2))
+        features = encoder.tower(pixels)
+    completions = supervisor.roll_out(features, torch.arange(2))
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
     advantages = torch.tensor([0.9, -0.9, 0.9, -0.9])
-    buffer = [trainer.Pair(pixels[2 * i : 2 * i + 2], completions[i], rewards, advantages) for i in range(2)]
+    buffer = [
+        trainer.Pair(pixels[two], features.select(two), completions[i], rewards, advantages)
+        for i, two in enumerate(torch.arange(4).split(2))
+    ]
     return encoder, supervisor, buffer
 
 
@@ -209,7 +213,10 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
 
 def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c, monkeypatch):
     encoder, supervisor, (first, second) = phase_c
-    shared = second._replace(pixels=torch.stack([first.pixels[1], second.pixels[0]]))
+    mixed = torch.tensor([1, 2])
+    levels = [torch.cat(two)[mixed] for two in zip(first.features.levels, second.features.levels)]
+    pixels = torch.cat([first.pixels, second.pixels])[mixed]
+    shared = second._replace(pixels=pixels, features=VisualFeatures.of(levels))
     seen = []
     hook = encoder.tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
 
