@@ -389,7 +389,7 @@ def replay_share(
         # An image may be in several pairs: it goes through the tower once, with the gradient of all.
         pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
         asked = [
-            leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_add_(0, image, leaf.grad, alpha=weight.lm)
+            leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_put_((image,), weight.lm * leaf.grad, accumulate=True)
             for leaf in leaves.levels
         ]
 
