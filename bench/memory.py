@@ -24,6 +24,7 @@ from transformers import AutoModel, Qwen3VLConfig
 from bench import record, write_json
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.fits import gradients_all_or_none
 from saga_fast.memory import GIB, Predictor, Step, as_nf4, on_meta, prefill_bytes, replay_bytes
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
@@ -131,7 +132,8 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
         foretold = predictor.footprint(Plan(), 0).phases["A. embed"]
 
         def work() -> dict[str, Any]:
-            encoder.tower(pixels[: settings["images"]]).tokens.sum().backward()
+            with gradients_all_or_none(list(encoder.parameters())):
+                encoder.tower(pixels[: settings["images"]]).tokens.sum().backward()
             return {"foretold": foretold}
 
         for parameter in encoder.parameters():  # gradients stand all the time

@@ -161,13 +161,14 @@ class Predictor:
 
     def footprint(self, plan: Plan, slots: int) -> Footprint:
         step = self.step
-        resident, phases = dict(self.resident), {"A. embed": self._tower(step.batch), "update": self.update}
+        added = self.resident["their gradients"]  # a backward's own, until they are whole and added to what stands
+        resident, phases = dict(self.resident), {"A. embed": self._tower(step.batch) + added, "update": self.update}
         if step.decoder is not None:
             cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
             resident["keys and values of rollouts"] = cache
             phases["B. roll out"] = self.rollout(slots)
             images = 2 * step.pairs  # whose features are kept, then side by side
-            phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images))
+            phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images) + added)
         return Footprint(resident, dict(sorted(phases.items())))
 
     def _tower(self, images: int) -> int:
@@ -252,7 +253,7 @@ class Predictor:
         """The fastest plan and number of slots, up to twice K, that fit into `free` bytes. Raises InputError, with the
         numbers, where none does."""
         step, room = self.step, int(free * (1 - MARGIN))
-        counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 8, 16)})
+        counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
         ways = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
         ways = sorted(ways, key=lambda way: self.seconds(*way))
         for plan, count in ways:
