@@ -243,9 +243,8 @@ def child(
         found = Path(folder) / "found.json"
         command = [python, "-m", "bench.record", measurement, json.dumps(arguments), found]
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        done = subprocess.run(
-            list(map(str, command)), env={**os.environ, "PYTHONPATH": path, **variables}, stdout=sys.stderr
-        )
+        variables = {**os.environ, "PYTHONPATH": path, **variables}
+        done = subprocess.run(list(map(str, command)), env=variables, stdout=sys.stderr, timeout=timeout)
         if done.returncode:
             raise RuntimeError(f"{measurement} failed with exit code {done.returncode}")
         return json.loads(found.read_text())

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,8 @@ def test_child_tells_the_memory_of_the_work_alone(tmp_path, monkeypatch):
         "    return lambda: {'sum': int(numpy.ones(during, numpy.uint8).sum())}\n"
         "def broken():\n"
         "    raise SystemExit(3)\n"
+        "def endless():\n"
+        "    import time; time.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = child("measured:allocate", 300 << 20, 100 << 20)
@@ -58,6 +61,8 @@ def test_child_tells_the_memory_of_the_work_alone(tmp_path, monkeypatch):
     assert 98 << 20 <= found["growth_bytes"] < 130 << 20 < found["peak_bytes"]  # the kernel counts in batches
     with pytest.raises(RuntimeError, match="measured:broken failed with exit code 3"):
         child("measured:broken")
+    with pytest.raises(subprocess.TimeoutExpired):
+        child("measured:endless", timeout=0.5)
 
 
 def test_log_goes_on_where_it_stopped_but_not_in_another_environment(tmp_path, monkeypatch):
