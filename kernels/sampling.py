@@ -91,7 +91,7 @@ def _nuclei(probabilities: Tensor, top_p: float) -> Iterator[tuple[Tensor, Tenso
     pending, size = torch.arange(len(probabilities), device=probabilities.device), min(SHORTLIST, vocabulary)
     while len(pending):
         p, ids = (probabilities if len(pending) == len(probabilities) else probabilities[pending]).topk(size, -1)
-        before = p.double().cumsum(-1) - p
+        before = torch.nn.functional.pad(p[:, :-1].double().cumsum(-1), (1, 0))  # a sum less its last is not as exact
         count = (before < top_p).sum(-1, keepdim=True)
         least = p.gather(-1, (count - 1).clamp_min(0))
         # Tokens beyond the shortlist may belong to the nucleus too, if they can be as likely as its last.
