@@ -161,14 +161,16 @@ class Predictor:
 
     def footprint(self, plan: Plan, slots: int) -> Footprint:
         step = self.step
-        added = self.resident["their gradients"]  # a backward's own, until they are whole and added to what stands
-        resident, phases = dict(self.resident), {"A. embed": self._tower(step.batch) + added, "update": self.update}
+        # A backward's own gradients, until they are whole and join those that stand: they grow as activations go.
+        added = self.resident["their gradients"]
+        phases = {"A. embed": max(self._tower(step.batch), added), "update": self.update}
+        resident = dict(self.resident)
         if step.decoder is not None:
             cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
             resident["keys and values of rollouts"] = cache
             phases["B. roll out"] = self.rollout(slots)
             images = 2 * step.pairs  # whose features are kept, then side by side
-            phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images) + added)
+            phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images), added)
         return Footprint(resident, dict(sorted(phases.items())))
 
     def _tower(self, images: int) -> int:
