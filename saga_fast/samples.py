@@ -62,7 +62,7 @@ def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], aut
 def _describe_pair(supervisor: Supervisor, features: VisualFeatures, pair: Any) -> dict[str, Any]:
     lengths = [len(completion) for completion in pair.completions]
     coefficients = token_coefficients(pair.advantages, lengths, sum(lengths)).split(lengths)
-    log_probs = supervisor.replay(features.detach(), [Group(pair.completions, coefficients, {})]).log_probs[0]
+    log_probs = supervisor.replay(features, [Group(pair.completions, coefficients, {})]).log_probs[0]
     gradients = [gradient_at_tokens(c.to(p), p) for c, p in zip(coefficients, log_probs)]
     total = sum(float(gradient.sum()) for gradient in gradients) or 1.0
 
