@@ -6,7 +6,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 from torch.version import cuda
 
-sources = ["csrc/advantage.cpp"]
+sources = ["csrc/advantage.cpp", "csrc/decode.cpp"]
 flags = {"cxx": ["-O3"]}
 if cuda is not None and CUDA_HOME is not None and os.environ.get("SAGA_CUDA") != "0":
     extension, sources, flags = CUDAExtension, [*sources, "csrc/advantage_cuda.cu"], {**flags, "nvcc": ["-O3"]}

@@ -5,6 +5,7 @@
 if __name__ == "saga_kernels":
     from .advantage import group_advantage
     from .attention import AttentionOnto, attention_onto, group_attention
+    from .decode import decode_attention
     from .layout import GroupLayout
     from .logprob import token_logprob
     from .nf4 import NF4Weight, nf4_dequantize, nf4_matmul
@@ -19,6 +20,7 @@ if __name__ == "saga_kernels":
         "NF4Weight",
         "add_rms_norm",
         "attention_onto",
+        "decode_attention",
         "group_advantage",
         "group_attention",
         "nf4_dequantize",

@@ -19,7 +19,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import Question
-from saga_kernels import GroupLayout, group_attention, sample_top_p
+from saga_kernels import GroupLayout, decode_attention, group_attention, sample_top_p
 
 LOOK_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
 PREFILL_TOKENS = 4096  # of prefixes that are read in one pass; one prefix at least
@@ -269,26 +269,12 @@ class Engine:
         Everything that changes from step to step stands in the engine's tensors, and nothing waits for the device.
         """
         decoder, prefix = self.question.decoder, self.question.prefix
-        group, kv, dim = self.sampling.group_size, decoder.kv_heads, decoder.head_dim
         seat, cached = self.seat[:n], self.cached[:n]
-        row = torch.arange(n, device=cached.device)
-        unseen = (torch.arange(end, device=cached.device) > cached[:, None])[:, None, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            own_k, own_v = self.own_k[layer], self.own_v[layer]
-            own_k[row, :, cached], own_v[row, :, cached] = k, v
-            q = q * dim**-0.5
-            # Queries of a pair, whichever of its G rows are left, meet their prefix in one GEMM a kv head.
-            seated = q.new_zeros(len(self.token) + 1, *q.shape[1:]).index_copy_(0, seat, q)[: pairs * group]
-            seated = seated.view(pairs, group, kv, -1, dim).transpose(1, 2).flatten(2, 3)
-            onto_prefix = _attend(seated @ self.prefix_k[layer][:pairs], self.prefix_v[layer][:pairs])
-            onto_prefix = [
-                x.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[seat.clamp_max(pairs * group - 1)]
-                for x in onto_prefix
-            ]
-            scores = q.unflatten(1, (kv, -1)) @ own_k[:n, :, :end].transpose(-1, -2)
-            onto_own = _attend(scores.masked_fill_(unseen, -torch.inf), own_v[:n, :, :end])
-            return _merge(onto_prefix, onto_own).flatten(1, 2)
+            prefixes = self.prefix_k[layer][:pairs], self.prefix_v[layer][:pairs]
+            own = self.own_k[layer][:n, :, :end], self.own_v[layer][:n, :, :end]
+            return decode_attention(q, k, v, *prefixes, *own, seat, cached, self.sampling.group_size)
 
         fed = decoder.embed(self.token[:n].clamp_min(0))  # -1 has no embedding
         h = decoder.forward(fed, (prefix.next_position + cached).expand(3, -1), attend)
@@ -301,22 +287,6 @@ class Engine:
     def _sample(self, logits: Tensor, row_id: Tensor, step: Tensor) -> Tensor:
         sampling = self.sampling
         return sample_top_p(logits, sampling.temperature, sampling.top_p, sampling.seed, row_id, step)
-
-
-def _attend(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """scores (..., queries, keys), overwritten where they are fp32, and v (..., keys, head_dim) → Σ e^(s - top) v,
-    Σ e^(s - top) and top = max s, each (..., queries, head_dim or 1)."""
-    scores = scores.float()
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return weights.to(v.dtype) @ v, weights.sum(-1, keepdim=True), top
-
-
-def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Attention over two sets of keys, from what `_attend` found over each."""
-    top = torch.maximum(one[2], other[2])
-    (a, b), (o, m), (p, n) = ((part[2] - top).exp() for part in (one, other)), one[:2], other[:2]
-    return ((o * a + p * b) / (m * a + n * b)).to(o.dtype)
 
 
 def _bucket(size: int, most: int) -> int:

@@ -1,0 +1,206 @@
+// Attention of a decode step on a CPU. A prefix is read once for all rollouts of its pair, a row's own keys and values
+// once for its query heads, with the softmax kept running over blocks of keys (as in FlashAttention, arXiv 2205.14135).
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+#ifdef SAGA_AVX2
+
+constexpr int64_t kBlock = 64;  // keys a block: their scores, keys and values stay in the first cache
+
+// Keys and values come from memory once a step, in strides that no prefetcher follows.
+inline void fetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
+
+// Eight columns of which only those in `mask` are there; all of them where the tile is whole.
+template <bool whole>
+SAGA_TARGET inline __m256 load(const float* from, __m256i mask) {
+  return whole ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, mask);
+}
+
+template <bool whole>
+SAGA_TARGET inline void store(float* to, __m256i mask, __m256 x) {
+  whole ? _mm256_storeu_ps(to, x) : _mm256_maskstore_ps(to, mask, x);
+}
+
+// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `columns` are there. Spelled out
+// over I, as sums that a loop indexes would be written back to memory at each step.
+template <bool add, bool whole, int... I>
+SAGA_TARGET void tile(std::integer_sequence<int, I...>, const float* a, int64_t a_stride, const float* b,
+                      int64_t b_stride, int64_t ahead, float* out, int64_t out_stride, int64_t depth,
+                      int64_t columns) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i left = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns)), lane);
+  const __m256i right = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns) - 8), lane);
+  __m256 x[] = {(add ? load<whole>(out + I * out_stride, left) : _mm256_setzero_ps())...};
+  __m256 y[] = {(add ? load<whole>(out + I * out_stride + 8, right) : _mm256_setzero_ps())...};
+  for (int64_t d = 0; d < depth; ++d, b += b_stride) {
+    fetch(b + ahead);
+    const __m256 u = load<whole>(b, left), v = load<whole>(b + 8, right);
+    ((x[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + I * a_stride + d), u, x[I]),
+      y[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + I * a_stride + d), v, y[I])),
+     ...);
+  }
+  ((store<whole>(out + I * out_stride, left, x[I]), store<whole>(out + I * out_stride + 8, right, y[I])), ...);
+}
+
+// out (rows, columns) = or += a (rows, depth) @ b (depth, columns), in tiles of six rows: twelve of sixteen registers.
+template <bool add>
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t ahead, float* out,
+              int64_t out_stride, int64_t rows, int64_t depth, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += 16) {
+    const int64_t there = std::min<int64_t>(16, columns - j);
+    for (int64_t i = 0; i < rows; i += 6) {
+      const auto run = [&](auto which) {
+        (there == 16 ? tile<add, true>(which, a + i * a_stride, a_stride, b + j, b_stride, ahead,
+                                       out + i * out_stride + j, out_stride, depth, there)
+                     : tile<add, false>(which, a + i * a_stride, a_stride, b + j, b_stride, ahead,
+                                        out + i * out_stride + j, out_stride, depth, there));
+      };
+      switch (rows - i) {
+        case 1: run(std::make_integer_sequence<int, 1>()); break;
+        case 2: run(std::make_integer_sequence<int, 2>()); break;
+        case 3: run(std::make_integer_sequence<int, 3>()); break;
+        case 4: run(std::make_integer_sequence<int, 4>()); break;
+        case 5: run(std::make_integer_sequence<int, 5>()); break;
+        default: run(std::make_integer_sequence<int, 6>());
+      }
+    }
+  }
+}
+
+// Queries of one key head, and what they have seen so far: Σ e^(s - top) v, Σ e^(s - top) and top = max s.
+struct Queries {
+  int64_t count, dim;
+  float *q, *o, *sum, *top;
+};
+
+// out (count, kBlock): scores onto k (keys, dim), one dot product each; meanwhile v (keys, dim) is fetched.
+SAGA_TARGET void dot(const Queries& rows, const float* k, const float* v, int64_t keys, float* out) {
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t d = 0; d < rows.dim; d += 16) fetch(v + j * rows.dim + d);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+      int64_t d = 0;
+      const float *x = rows.q + i * rows.dim, *y = k + j * rows.dim;
+      for (; d + 16 <= rows.dim; d += 16) {
+        even = _mm256_fmadd_ps(_mm256_loadu_ps(x + d), _mm256_loadu_ps(y + d), even);
+        odd = _mm256_fmadd_ps(_mm256_loadu_ps(x + d + 8), _mm256_loadu_ps(y + d + 8), odd);
+      }
+      if (d < rows.dim) even = _mm256_fmadd_ps(_mm256_loadu_ps(x + d), _mm256_loadu_ps(y + d), even);
+      out[i * kBlock + j] = saga::sum(_mm256_add_ps(even, odd));
+    }
+  }
+}
+
+// A block of scores (count, kBlock), of which `keys` are there, and its values (keys, dim) join what was seen.
+SAGA_TARGET void join(const Queries& rows, float* scores, const float* v, int64_t ahead, int64_t keys) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    float* const s = scores + i * kBlock;
+    std::fill(s + keys, s + (keys + 7) / 8 * 8, -std::numeric_limits<float>::infinity());
+    __m256 most = _mm256_loadu_ps(s), sum = _mm256_setzero_ps();
+    for (int64_t j = 8; j < keys; j += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(s + j));
+    const float top = std::max(rows.top[i], saga::max(most));
+    const float shrink = std::exp(rows.top[i] - top);  // 0 the first time
+    for (int64_t j = 0; j < keys; j += 8) {
+      const __m256 e = saga::exp(_mm256_sub_ps(_mm256_loadu_ps(s + j), _mm256_set1_ps(top)));
+      _mm256_storeu_ps(s + j, e);
+      sum = _mm256_add_ps(sum, e);
+    }
+    rows.top[i] = top;
+    rows.sum[i] = rows.sum[i] * shrink + saga::sum(sum);
+    if (shrink != 1) {
+      for (int64_t d = 0; d < rows.dim; ++d) rows.o[i * rows.dim + d] *= shrink;
+    }
+  }
+  multiply<true>(scores, kBlock, v, rows.dim, ahead, rows.o, rows.dim, rows.count, keys, rows.dim);
+}
+
+#endif
+
+bool has_decode_attention() { return saga::has_avx2(); }
+
+// All float32, head_dim a multiple of 8; what a row, a head or a slot holds is contiguous. See kernels/decode.py.
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& prefix_k,
+                            const at::Tensor& prefix_v, at::Tensor own_k, at::Tensor own_v, const at::Tensor& seat,
+                            const at::Tensor& cached, int64_t group) {
+  at::Tensor out = at::zeros_like(q, at::MemoryFormat::Contiguous);
+#ifdef SAGA_AVX2
+  const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
+  const int64_t pairs = prefix_k.size(0), kv_heads = prefix_k.size(1), length = prefix_k.size(3);
+  const int64_t each = heads / kv_heads;
+  const float scale = 1 / std::sqrt(static_cast<float>(dim));
+  const int64_t* const seats = seat.const_data_ptr<int64_t>();
+  const int64_t* const counts = cached.const_data_ptr<int64_t>();
+  std::vector<std::vector<int64_t>> readers(pairs);
+  for (int64_t row = 0; row < n; ++row) {
+    if (seats[row] < pairs * group) readers[seats[row] / group].push_back(row);
+  }
+  const auto of = [](const at::Tensor& x, int64_t i, int64_t j) {
+    return x.const_data_ptr<float>() + i * x.stride(0) + j * x.stride(1);
+  };
+
+  at::parallel_for(0, pairs * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const std::vector<int64_t>& rows = readers[task / kv_heads];
+      const int64_t pair = task / kv_heads, head = task % kv_heads, count = rows.size() * each;
+      scratch.assign(count * (2 * dim + kBlock + 2), 0);
+      Queries all{count, dim, scratch.data(), scratch.data() + count * dim, nullptr, nullptr};
+      float* const scores = all.o + count * dim;
+      all.sum = scores + count * kBlock;
+      all.top = all.sum + count;
+      std::fill(all.top, all.top + count, -std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < count; ++i) {
+        const float* const x = of(q, rows[i / each], head * each + i % each);
+        for (int64_t d = 0; d < dim; ++d) all.q[i * dim + d] = scale * x[d];
+      }
+
+      for (int64_t first = 0; first < length; first += kBlock) {
+        const int64_t keys = std::min(kBlock, length - first);
+        multiply<false>(all.q, dim, of(prefix_k, pair, head) + first, length, kBlock, scores, kBlock, count, dim, keys);
+        join(all, scores, of(prefix_v, pair, head) + first * dim, kBlock * dim, keys);
+      }
+      for (size_t r = 0; r < rows.size(); ++r) {
+        const int64_t row = rows[r], shift = r * each, total = counts[row] + 1;
+        float* const its_k = const_cast<float*>(of(own_k, row, head));
+        float* const its_v = const_cast<float*>(of(own_v, row, head));
+        std::copy_n(of(k, row, head), dim, its_k + counts[row] * dim);
+        std::copy_n(of(v, row, head), dim, its_v + counts[row] * dim);
+        const Queries own{each, dim, all.q + shift * dim, all.o + shift * dim, all.sum + shift, all.top + shift};
+        for (int64_t first = 0; first < total; first += kBlock) {
+          const int64_t keys = std::min(kBlock, total - first);
+          dot(own, its_k + first * dim, its_v + first * dim, keys, scores);
+          join(own, scores, its_v + first * dim, 0, keys);
+        }
+        float* const o = out.mutable_data_ptr<float>() + (row * heads + head * each) * dim;
+        for (int64_t i = 0; i < each * dim; ++i) o[i] = own.o[i] / own.sum[i / dim];
+      }
+    }
+  });
+#else
+  TORCH_CHECK(false, "decode_attention_cpu: needs AVX2");
+#endif
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(saga_kernels, library) {
+  library.def("has_decode_attention_cpu() -> bool", &has_decode_attention);
+  library.def(
+      "decode_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) own_k, "
+      "Tensor(b!) own_v, Tensor seat, Tensor cached, int group) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(saga_kernels, CPU, library) { library.impl("decode_attention_cpu", &decode_attention); }
