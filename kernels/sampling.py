@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers the compiled kernel
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
 SHORTLIST, GROWTH = 64, 4  # most nuclei hold fewer tokens than this; for other rows it grows by this factor
@@ -126,6 +127,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 _sample_top_p = torch.library.custom_op("saga_kernels::sample_top_p", sample_top_p_reference, mutates_args=())
+
+
+@_sample_top_p.register_kernel("cpu")
+def _(logits: Tensor, *rest: Any) -> Any:
+    compiled = logits.dtype == torch.float32
+    return (torch.ops.saga_kernels.sample_top_p_cpu if compiled else sample_top_p_reference)(logits, *rest)
 
 
 @_sample_top_p.register_kernel("cuda")

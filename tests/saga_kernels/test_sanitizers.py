@@ -1,4 +1,4 @@
-"""csrc's C++ once more, compiled with AddressSanitizer and UBSan: the op's own tests pass there too."""
+"""csrc's C++ once more, compiled with AddressSanitizer and UBSan: the ops' own tests pass there too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_p
 
 ROOT = Path(__file__).parents[2]
 
-# Loaded before the package, the instrumented library is what registers the op.
+# Loaded before the package, the instrumented library is what registers the ops.
 RUN = """
 import importlib.util, pathlib, sys
 import pytest, torch
@@ -21,7 +21,7 @@ sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 import saga_kernels
 loaded = pathlib.Path("/proc/self/maps").read_text()
 assert sys.argv[1] in loaded and "kernels/_C." not in loaded
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not opcheck", sys.argv[2]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not opcheck", *sys.argv[2:]]))
 """
 
 
@@ -34,7 +34,7 @@ def test_the_ops_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp
             *(compiler, "-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-fsanitize=address,undefined"),
             *("-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
             *includes,
-            *("-o", library, ROOT / "csrc/advantage.cpp"),
+            *("-o", library, *(ROOT / "csrc").glob("*.cpp")),
             *(*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"),
         ],
         check=True,
@@ -43,8 +43,9 @@ def test_the_ops_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")  # the second so that exceptions can be intercepted
     ]
+    tests = [ROOT / f"tests/saga_kernels/test_{op}.py" for op in ("advantage", "sampling")]
     ran = subprocess.run(
-        [sys.executable, "-c", RUN, library, ROOT / "tests/saga_kernels/test_advantage.py"],
+        [sys.executable, "-c", RUN, library, *tests],
         env={
             **os.environ,
             "LD_PRELOAD": ":".join(runtimes),
