@@ -32,7 +32,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     for tile in _tiles(rows):
         gate, up = rows[tile].to(wide).chunk(2, -1)
         out[tile] = torch.nn.functional.silu(gate).mul_(up)
-    return out.view(*gate_up.shape[:-1], -1)
+    return out.view(*gate_up.shape[:-1], out.shape[1])
 
 
 def swiglu_backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
