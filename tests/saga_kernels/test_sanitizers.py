@@ -1,4 +1,4 @@
-"""csrc's C++ once more, compiled with AddressSanitizer and UBSan: the op's own tests pass there too."""
+"""csrc's C++ once more, compiled with AddressSanitizer and UBSan: the ops' own tests pass there too."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
+TESTS = [ROOT / f"tests/saga_kernels/test_{op}.py" for op in ("advantage", "norm", "rope", "swiglu")]
 
-# Loaded before the package, the instrumented library is what registers the op.
+# Loaded before the package, the instrumented library is what registers the ops.
 RUN = """
 import importlib.util, pathlib, sys
 import pytest, torch
@@ -21,7 +22,8 @@ sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 import saga_kernels
 loaded = pathlib.Path("/proc/self/maps").read_text()
 assert sys.argv[1] in loaded and "kernels/_C." not in loaded
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not opcheck", sys.argv[2]]))
+chosen = "(advantage or compiled) and not opcheck"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 
 
@@ -34,7 +36,7 @@ def test_the_ops_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp
             *(compiler, "-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-fsanitize=address,undefined"),
             *("-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
             *includes,
-            *("-o", library, ROOT / "csrc/advantage.cpp"),
+            *("-o", library, *(ROOT / "csrc").glob("*.cpp")),
             *(*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"),
         ],
         check=True,
@@ -44,7 +46,7 @@ def test_the_ops_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp
         for name in ("libasan.so", "libstdc++.so.6")  # the second so that exceptions can be intercepted
     ]
     ran = subprocess.run(
-        [sys.executable, "-c", RUN, library, ROOT / "tests/saga_kernels/test_advantage.py"],
+        [sys.executable, "-c", RUN, library, *TESTS],
         env={
             **os.environ,
             "LD_PRELOAD": ":".join(runtimes),
