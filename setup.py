@@ -6,14 +6,14 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 from torch.version import cuda
 
-sources = ["csrc/advantage.cpp", "csrc/decode.cpp", "csrc/sampling.cpp"]
-flags = {"cxx": ["-O3", "-fopenmp"]}  # without the second at::parallel_for is a loop on one core
+sources = [f"csrc/{name}.cpp" for name in ("advantage", "decode", "pointwise", "sampling")]
+flags = {"cxx": ["-O3", "-fopenmp"]}  # at::parallel_for is a plain loop without; PyTorch brings the runtime
 if cuda is not None and CUDA_HOME is not None and os.environ.get("SAGA_CUDA") != "0":
     extension, sources, flags = CUDAExtension, [*sources, "csrc/advantage_cuda.cu"], {**flags, "nvcc": ["-O3"]}
 else:
     extension = CppExtension
 
 setup(
-    ext_modules=[extension("saga_kernels._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])],
+    ext_modules=[extension("saga_kernels._C", sources, depends=["csrc/vector.h"], extra_compile_args=flags)],
     cmdclass={"build_ext": BuildExtension},
 )

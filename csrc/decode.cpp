@@ -128,8 +128,6 @@ SAGA_TARGET void join(const Queries& rows, float* scores, const float* v, int64_
 
 #endif
 
-bool has_decode_attention() { return saga::has_avx2(); }
-
 // All float32, head_dim a multiple of 8; what a row, a head or a slot holds is contiguous. See kernels/decode.py.
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& prefix_k,
                             const at::Tensor& prefix_v, at::Tensor own_k, at::Tensor own_v, const at::Tensor& seat,
@@ -197,7 +195,6 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(saga_kernels, library) {
-  library.def("has_decode_attention_cpu() -> bool", &has_decode_attention);
   library.def(
       "decode_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) own_k, "
       "Tensor(b!) own_v, Tensor seat, Tensor cached, int group) -> Tensor");

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define SAGA_AVX2 1
 #include <immintrin.h>
 #define SAGA_TARGET __attribute__((target("avx2,fma")))
+#define SAGA_INLINE __attribute__((target("avx2,fma"), always_inline))  // a lambda takes neither from where it stands
 #endif
 
 namespace saga {
@@ -45,6 +47,40 @@ SAGA_TARGET static inline float max(__m256 x) {
   __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+
+struct Eight {
+  SAGA_TARGET __m256 load(const float* from) const { return _mm256_loadu_ps(from); }
+  SAGA_TARGET void store(float* to, __m256 x) const { _mm256_storeu_ps(to, x); }
+};
+
+// Less than eight, the end of a row: what lies behind it is read as 0 and left alone.
+struct Tail {
+  SAGA_TARGET explicit Tail(int64_t n)
+      : mask(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))) {}
+  SAGA_TARGET __m256 load(const float* from) const { return _mm256_maskload_ps(from, mask); }
+  SAGA_TARGET void store(float* to, __m256 x) const { _mm256_maskstore_ps(to, mask, x); }
+  const __m256i mask;
+};
+
+// body(i, lanes) for n numbers from i = 0, eight at a time; it loads and stores them by `lanes`.
+template <class Body>
+SAGA_INLINE inline void each(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) body(i, Eight{});
+  if (i < n) body(i, Tail(n - i));
+}
+
+// The sum of the terms that term(i, lanes) gives of n numbers, in 32 partial sums.
+template <class Term>
+SAGA_INLINE inline float total(int64_t n, const Term& term) {
+  __m256 sums[4] = {};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    for (int k = 0; k < 4; ++k) sums[k] += term(i + 8 * k, Eight{});
+  }
+  each(n - i, [&](int64_t j, const auto& lanes) SAGA_INLINE { sums[0] += term(i + j, lanes); });
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 #else

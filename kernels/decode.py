@@ -118,7 +118,7 @@ _decode_attention = torch.library.custom_op(
 def _(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *rest: Any) -> Any:
     caches = (prefix_k, prefix_v, *rest[:2])
     dense = all(x.stride()[-2:] == (x.shape[-1], 1) for x in (q, k, v, *caches))
-    if q.dtype != torch.float32 or q.shape[-1] % 8 or not dense or not _compiled:
+    if q.dtype != torch.float32 or q.shape[-1] % 8 or not dense or not torch.ops.saga_kernels.has_avx2():
         return decode_attention_reference(q, k, v, prefix_k, prefix_v, *rest)
     return torch.ops.saga_kernels.decode_attention_cpu(q, k, v, prefix_k, prefix_v, *rest)
 
@@ -126,6 +126,3 @@ def _(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *rest
 @_decode_attention.register_fake
 def _(q: Tensor, *rest: Any) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-_compiled: bool = torch.ops.saga_kernels.has_decode_attention_cpu()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import pointwise_cpu
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
 WIDEST_ON_GPU = 8192
@@ -79,6 +80,9 @@ _add_rms_norm = torch.library.custom_op("saga_kernels::add_rms_norm", add_rms_no
 _rms_norm_backward = torch.library.custom_op(
     "saga_kernels::rms_norm_backward", rms_norm_backward_reference, mutates_args=()
 )
+pointwise_cpu.register(_rms_norm, rms_norm_reference)
+pointwise_cpu.register(_add_rms_norm, add_rms_norm_reference)
+pointwise_cpu.register(_rms_norm_backward, rms_norm_backward_reference)
 
 
 @_rms_norm.register_kernel("cuda")

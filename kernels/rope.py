@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import pointwise_cpu
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 from .norm import rms_norm_backward_reference, rms_norm_reference
 
@@ -75,6 +76,8 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 _rope = torch.library.custom_op("saga_kernels::rope", rope_reference, mutates_args=())
 _rope_backward = torch.library.custom_op("saga_kernels::rope_backward", rope_backward_reference, mutates_args=())
+pointwise_cpu.register(_rope, rope_reference)
+pointwise_cpu.register(_rope_backward, rope_backward_reference)
 
 
 @_rope.register_kernel("cuda")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import pointwise_cpu
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_tensor
 
 TILE = 1 << 19  # numbers of gate_up that are worked on at a time on a CPU
@@ -32,7 +33,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     for tile in _tiles(rows):
         gate, up = rows[tile].to(wide).chunk(2, -1)
         out[tile] = torch.nn.functional.silu(gate).mul_(up)
-    return out.view(*gate_up.shape[:-1], -1)
+    return out.view(*gate_up.shape[:-1], out.shape[1])
 
 
 def swiglu_backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
@@ -63,6 +64,8 @@ def _tiles(rows: Tensor) -> Iterator[slice]:
 
 _swiglu = torch.library.custom_op("saga_kernels::swiglu", swiglu_reference, mutates_args=())
 _swiglu_backward = torch.library.custom_op("saga_kernels::swiglu_backward", swiglu_backward_reference, mutates_args=())
+pointwise_cpu.register(_swiglu, swiglu_reference)
+pointwise_cpu.register(_swiglu_backward, swiglu_backward_reference)
 
 
 @_swiglu.register_kernel("cuda")

@@ -4,6 +4,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from saga_kernels import add_rms_norm, rms_norm
+from saga_kernels.norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 
 
 @pytest.mark.parametrize("shape", [(4, 16), (3, 2, 8)])
@@ -46,10 +47,30 @@ def test_the_sum_alone_carries_its_gradient():
     assert torch.equal(torch.autograd.grad(total.sum(), x)[0], torch.ones(5, 8))
 
 
+@pytest.mark.parametrize("rows", [0, 3, 200])
+@pytest.mark.parametrize("width", [1, 7, 64, 100, 768])
+def test_compiled(check_compiled, rows, width):
+    weight = torch.rand(width) + 0.5
+    for columns in (width, width + 3):  # whole tensors, and rows that lie apart
+        x, residual, dy, dsum = torch.randn(4, rows, columns)[..., :width]
+        for given in (x, x * 1e15, x * 1e-15):
+            check_compiled("rms_norm", rms_norm_reference, given, weight, 1e-3)
+        check_compiled("add_rms_norm", add_rms_norm_reference, x, residual, weight, 1e-3)
+        for more in (None, dsum):
+            inputs = dy, more, x, weight, 1e-3
+            check_compiled("rms_norm_backward", rms_norm_backward_reference, *inputs, atol=1e-5)
+
+
+def test_compiled_of_a_gradient_that_is_one_number(check_compiled):
+    x, dy = torch.randn(5, 12), torch.ones(()).expand(5, 12)
+    check_compiled("rms_norm_backward", rms_norm_backward_reference, dy, dy, x, torch.rand(12), 1e-3)
+
+
 def test_opcheck():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.rand(8)
     residual, dy = torch.randn(3, 8, requires_grad=True), torch.ones(3, 8)
     torch.library.opcheck(torch.ops.saga_kernels.rms_norm.default, (x, weight, 1e-6))
+    torch.library.opcheck(torch.ops.saga_kernels.rms_norm.default, (x.detach().T, torch.rand(3), 1e-6))
     torch.library.opcheck(torch.ops.saga_kernels.add_rms_norm.default, (x, residual, weight, 1e-6))
     for dsum in (None, dy):
         backward = torch.ops.saga_kernels.rms_norm_backward.default

@@ -4,6 +4,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from saga_kernels import rms_norm, rope
+from saga_kernels.rope import rope_backward_reference, rope_reference
 
 
 def make(dtype=torch.float64):
@@ -37,6 +38,25 @@ def test_with_a_weight_the_heads_are_normed_first(dtype):
     g = torch.randn_like(y)
     atol, rtol = (0.05, 0.02) if dtype == torch.bfloat16 else (1e-12, 1e-12)  # ours rounds once, not between the two
     torch.testing.assert_close(*(torch.autograd.grad(out, x, g) for out in (y, expected)), atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 200])
+@pytest.mark.parametrize("dim", [2, 14, 64, 100, 128])
+def test_compiled(check_compiled, tokens, dim):
+    qkv, dqkv = torch.randn(2, tokens, 8, dim)
+    cos, sin = torch.randn(2, tokens, dim + 1)[..., :dim]
+    for heads in (slice(0, 5), slice(5, 6), slice(0, 8)):  # views of the one tensor, and the whole
+        x, dy = qkv[:, heads], dqkv[:, heads]
+        for weight in (None, torch.rand(dim) + 0.5):
+            kept = None if weight is None else x
+            check_compiled("rope", rope_reference, x, cos, sin, weight, 1e-3)
+            inputs = dy, kept, cos, sin, weight, 1e-3
+            check_compiled("rope_backward", rope_backward_reference, *inputs, atol=1e-5)
+
+
+def test_angles_in_float64_are_not_narrowed():
+    x, cos, sin = make(torch.float32)
+    assert torch.equal(rope(x, cos, sin), rope_reference(x, cos, sin, None, 0))
 
 
 def test_opcheck():

@@ -3,6 +3,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saga_kernels import swiglu
+from saga_kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 
 def make(dtype=torch.float64):
@@ -24,6 +25,24 @@ def test_narrow_input_is_rounded_once():
     torch.testing.assert_close(swiglu(gate_up), wide.bfloat16(), rtol=2**-8, atol=0)
     (gradient,) = torch.autograd.grad(swiglu(gate_up).sum(), gate_up)
     assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [0, 3, 200])
+@pytest.mark.parametrize("width", [1, 7, 64, 100, 768])
+def test_compiled(check_compiled, rows, width):
+    for more in (0, 3):  # whole tensors, and rows that lie apart
+        gate_up = torch.randn(rows, 2 * width + more).mul(3)[:, : 2 * width]
+        dy = torch.randn(rows, width + more)[:, :width]
+        check_compiled("swiglu", swiglu_reference, gate_up)
+        check_compiled("swiglu_backward", swiglu_backward_reference, dy, gate_up)
+
+
+def test_compiled_at_the_ends_of_the_sigmoid(check_compiled):
+    gate = torch.cat([torch.linspace(-100, 100, 400), torch.tensor([-1e30, -0.0, 1e30])])
+    gate_up = torch.cat([gate, torch.randn(403)])[None]
+    check_compiled("swiglu", swiglu_reference, gate_up)
+    check_compiled("swiglu_backward", swiglu_backward_reference, torch.randn(1, 403), gate_up, atol=1e-5)
+    assert swiglu(torch.tensor([[float("nan"), 1.0]])).isnan().all()
 
 
 def test_opcheck():
