@@ -250,6 +250,17 @@ def child(
         return json.loads(found.read_text())
 
 
+SETTING_UP = 60.0  # seconds, at most, before a measurement's work begins
+
+
+def child_within(limit: float | None, measurement: str, *arguments: Any, **settings: Any) -> dict[str, Any]:
+    """`child`, or {"broken_off_after": limit} if its work is not done after `limit` seconds."""
+    try:
+        return child(measurement, *arguments, timeout=limit and limit + SETTING_UP, **settings)
+    except subprocess.TimeoutExpired:
+        return {"broken_off_after": limit}
+
+
 def measure(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     """What `child` says of the work, measured in this process; needs Linux and its C library."""
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide growth

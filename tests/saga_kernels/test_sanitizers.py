@@ -11,7 +11,9 @@ from pathlib import Path
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
-TESTS = [ROOT / f"tests/saga_kernels/test_{op}.py" for op in ("advantage", "decode", "norm", "rope", "sampling", "swiglu")]
+TESTS = [
+    ROOT / f"tests/saga_kernels/test_{op}.py" for op in ("advantage", "decode", "norm", "rope", "sampling", "swiglu")
+]
 
 # Loaded before the package, the instrumented library is what registers the ops.
 RUN = """
