@@ -1,4 +1,5 @@
-"""Scripts that measure, run as `python -m bench.NAME`: each prints a table and, with `--json FILE`, writes it too."""
+"""Scripts that measure, run as `python -m bench.NAME`: each prints a table and, with `--json FILE`, writes it too;
+some draw it with `--plot FILE.svg`."""
 
 from __future__ import annotations
 
@@ -36,3 +37,10 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
+
+
+def write_plot(path: Path | None, svg: str) -> None:
+    """An SVG file, if a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(svg)

@@ -1,6 +1,6 @@
 """Replay of one group, ours beside what people would run instead: the same weights, completions, loss and gradients.
 
-    python -m bench.replay [--shape record|small] [--repeats 3] [--json FILE] [--log FILE]
+    python -m bench.replay [--shape record|small] [--repeats 3] [--json FILE] [--plot FILE.svg] [--log FILE]
 
 Rivals: transformers rollout by rollout, (i) eager with `output_attentions`; (ii) SDPA, the anchor layer's rows alone
 computed from a hook, logits of completion rows only, with and without gradient checkpointing (then of the logits, too);
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench import record, write_json
+from bench import record, write_json, write_plot
+from bench.bars import bars
 from saga_fast.encoder import VisualFeatures
 
 TEMPERATURE, CHUNK = 0.7, 256
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder for the random model; by default a temporary one")
     parser.add_argument("--log", type=Path, help="file of measurements, to go on from after an interruption")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw seconds and memory here, as SVG")
     arguments = parser.parse_args()
     rivals = [name for name in RIVALS if "Grouper" not in name or importlib.util.find_spec("prefix_grouper")]
     log, figures, ratios = record.Log(arguments.log), {}, {}
@@ -261,6 +263,11 @@ def main() -> None:
             figures[case] = _table(case, found)
             ratios |= _ratios(case, figures[case])
     write_json(arguments.json, {"environment": log.environment, "figures": figures, "ratios": ratios})
+    panels = {}
+    for case, rows in figures.items():
+        panels[f"{case}, seconds"] = {name: row["seconds"] for name, row in rows.items()}
+        panels[f"{case}, MB beyond the weights"] = {name: row["growth_bytes"] / 1e6 for name, row in rows.items()}
+    write_plot(arguments.plot, bars("Replay of one group", panels))
 
 
 def _measure(given: tuple[str, ...], out: Path, right: Path) -> dict[str, Any]:

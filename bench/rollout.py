@@ -1,6 +1,6 @@
 """Rollouts beside transformers' `generate`, from the same weights, for the same pairs and completion lengths.
 
-    python -m bench.rollout [--shape record|small] [--repeats 3] [--models DIR] [--json FILE]
+    python -m bench.rollout [--shape record|small] [--repeats 3] [--models DIR] [--json FILE] [--plot FILE.svg]
 
 Both sides: fp32, dense weights, G completions for each of 8 pairs at temperature 0.7 and top-p 0.95, images encoded
 beforehand (`generate` takes them as `mm_encoder_outputs`). `generate` (SDPA) is tried pair by pair
@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, TopPLogitsWarper
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from bench import write_json
+from bench import write_json, write_plot
+from bench.bars import bars
 from bench.record import SHAPES, EndingAt, Log, Shape, child, child_within, ending_at, model, supervisor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.errors import exit_on_input_error
@@ -206,8 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="record")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="by default all of them")
     parser.add_argument("--models", type=Path, help="keeps the random models; a temporary folder unless given")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     with exit_on_input_error(), tempfile.TemporaryDirectory() as scratch:
         shape, models = SHAPES[options.shape], options.models or Path(scratch)
@@ -237,7 +240,7 @@ def main() -> None:
         print(f"equal: {equal['tokens']} greedy tokens of {shape.pairs} pairs")
         found = {"ours": [measured("ours", 0)]}
         limit = None
-        for side in RIVALS:
+        for side in options.rivals:
             if figures := measured(side, 0, limit):
                 found[side], limit = [figures], min(figures["seconds"], limit or math.inf)
         fastest = max(found.keys() - {"ours"}, key=lambda side: found[side][0]["tokens_per_second"])
@@ -253,11 +256,12 @@ def main() -> None:
         }
         wide = asdict(replace(shape, vocabulary=VOCABULARY))
         step = log.once({"step": wide}, lambda: child("bench.rollout:share", str(models / "wide"), wide, 2))
-        report(options.json, options.shape, found, fastest, equal, at_vocabulary, step, log.environment)
+        report(options.json, options.plot, options.shape, found, fastest, equal, at_vocabulary, step, log.environment)
 
 
 def report(
     path: Path | None,
+    plot: Path | None,
     shape_name: str,
     found: dict[str, list[dict[str, Any]]],
     fastest: str,
@@ -289,7 +293,7 @@ def report(
         "environment": environment,
         "equal": equal,
         "fastest": fastest,
-        "slower": sorted(RIVALS.keys() - medians.keys()),
+        "slower, or not tried": sorted(RIVALS.keys() - medians.keys()),
         "medians": medians,
         "measurements": found,
         "at_vocabulary": at_vocabulary,
@@ -298,6 +302,11 @@ def report(
         "goals": {"rollout": GOAL, "sampling_share_of_step": SHARE},
     }
     write_json(path, figures)
+    panels = {
+        "tokens a second": {side: figures["tokens_per_second"] for side, figures in medians.items()},
+        "MB beyond the weights": {side: figures["growth_bytes"] / 1e6 for side, figures in medians.items()},
+    }
+    write_plot(plot, bars(f"Rollouts, {shape_name}", panels))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import write_json
+from bench import write_json, write_plot
 from bench.ranks import ranks
 from bench.record import SHAPES, Log, Shape, child, ending_at, measure, model, supervisor
 from bench.step import learn
@@ -161,8 +161,7 @@ def main() -> None:
     print(f"cost of the prefix over G: slope {slopes['G']['prefix']:.2f} (flat is 0)")
     ratios = {"prefix_flat_in_g": slopes["G"]["prefix"]}
     write_json(options.json, {"environment": log.environment, "slopes": slopes, "costs": found, "ratios": ratios})
-    if options.plot:
-        options.plot.write_text(plot(found))
+    write_plot(options.plot, plot(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One optimizer step beside TRL's GRPOTrainer, from the same weights, on the same pairs and completion lengths.
 
-    python -m bench.step --trl-python PATH [--shape record|small] [--repeats 3] [--models DIR] [--json FILE]
+    python -m bench.step --trl-python PATH [--shape record|small] [--repeats 3] [--models DIR]
+        [--json FILE] [--plot FILE.svg]
 
 TRL reads images through torchvision, so it has an environment of its own:
 
@@ -33,7 +34,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from bench import write_json
+from bench import write_json, write_plot
+from bench.bars import bars
 from bench.record import SHAPES, Log, child, child_within, ending_at, model, question, supervisor
 from saga_fast.encoder import Encoder
 from saga_fast.errors import InputError, exit_on_input_error
@@ -156,8 +158,10 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="record")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="by default all of them")
     parser.add_argument("--models", type=Path, help="keeps the random model; a temporary folder unless given")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     with exit_on_input_error(), tempfile.TemporaryDirectory() as scratch:
         python = expect_trl(options.trl_python)
@@ -189,18 +193,19 @@ def main() -> None:
         )
         print(f"equal: log π to {equal['log_prob']:.1e}, the tower's gradient to {equal['gradient']:.1e} of its norm")
         found, limit = {"ours": [measured("ours", 0)]}, None
-        for side in RIVALS:
+        for side in options.rivals:
             if figures := measured(side, 0, limit):
                 found[side], limit = [figures], min(figures["seconds"], limit or math.inf)
         fastest = min(found.keys() - {"ours"}, key=lambda side: found[side][0]["seconds"])
         for repeat in range(1, options.repeats):
             for side in ("ours", fastest):
                 found[side].append(measured(side, repeat))
-        report(options.json, options.shape, found, fastest, equal, log.environment)
+        report(options.json, options.plot, options.shape, found, fastest, equal, log.environment)
 
 
 def report(
     path: Path | None,
+    plot: Path | None,
     shape_name: str,
     found: dict[str, list[dict[str, Any]]],
     fastest: str,
@@ -220,7 +225,7 @@ def report(
     figures = {
         "shape": {"name": shape_name, **asdict(SHAPES[shape_name])},
         "environment": environment,
-        "slower": sorted(RIVALS.keys() - medians.keys()),
+        "slower, or not tried": sorted(RIVALS.keys() - medians.keys()),
         "rival": {"fastest": fastest, **found[fastest][0]["versions"]},
         "equal": equal,
         "medians": medians,
@@ -229,6 +234,9 @@ def report(
         "goals": {"step": GOAL},
     }
     write_json(path, figures)
+    panels = {name: {side: row[name] for side, row in medians.items()} for name in ("seconds", "rollout", "replay")}
+    panels["MB beyond the weights"] = {side: row["growth_bytes"] / 1e6 for side, row in medians.items()}
+    write_plot(plot, bars(f"One step, {shape_name}", panels))
 
 
 if __name__ == "__main__":

@@ -138,14 +138,18 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
   const int64_t pairs = prefix_k.size(0), kv_heads = prefix_k.size(1), length = prefix_k.size(3);
   const int64_t each = heads / kv_heads;
   const float scale = 1 / std::sqrt(static_cast<float>(dim));
-  const int64_t* const seats = seat.const_data_ptr<int64_t>();
-  const int64_t* const counts = cached.const_data_ptr<int64_t>();
+  const at::Tensor dense_seat = seat.contiguous(), dense_cached = cached.contiguous();
+  const int64_t* const seats = dense_seat.const_data_ptr<int64_t>();
+  const int64_t* const counts = dense_cached.const_data_ptr<int64_t>();
   std::vector<std::vector<int64_t>> readers(pairs);
   for (int64_t row = 0; row < n; ++row) {
+    TORCH_CHECK_VALUE(seats[row] >= 0, "seat: got ", seats[row], " at ", row, ", accepted is 0 or more");
+    TORCH_CHECK_VALUE(counts[row] >= 0 && counts[row] < own_k.size(2), "cached: got ", counts[row], " at ", row,
+                      ", accepted is 0 to ", own_k.size(2) - 1);
     if (seats[row] < pairs * group) readers[seats[row] / group].push_back(row);
   }
   const auto of = [](const at::Tensor& x, int64_t i, int64_t j) {
-    return x.const_data_ptr<float>() + i * x.stride(0) + j * x.stride(1);
+    return static_cast<float*>(x.data_ptr()) + i * x.stride(0) + j * x.stride(1);
   };
 
   at::parallel_for(0, pairs * kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -171,8 +175,8 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
       }
       for (size_t r = 0; r < rows.size(); ++r) {
         const int64_t row = rows[r], shift = r * each, total = counts[row] + 1;
-        float* const its_k = const_cast<float*>(of(own_k, row, head));
-        float* const its_v = const_cast<float*>(of(own_v, row, head));
+        float* const its_k = of(own_k, row, head);
+        float* const its_v = of(own_v, row, head);
         std::copy_n(of(k, row, head), dim, its_k + counts[row] * dim);
         std::copy_n(of(v, row, head), dim, its_v + counts[row] * dim);
         const Queries own{each, dim, all.q + shift * dim, all.o + shift * dim, all.sum + shift, all.top + shift};

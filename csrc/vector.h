@@ -21,10 +21,10 @@ inline bool has_avx2() {
   return known;
 }
 
-// e^x of eight numbers to 1e-7 of each, 0 below -87.3 (where float32 has no normal number left) and up to 88.
+// e^x of eight numbers to 1e-7 of each; 0 below -87.3, where float32 has no normal number left; of more than 88, e^88.
 SAGA_TARGET static inline __m256 exp(__m256 x) {
   const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
-  x = _mm256_min_ps(x, _mm256_set1_ps(88.0f));
+  x = _mm256_min_ps(_mm256_set1_ps(88.0f), x);  // in this order nan stays nan
   // x = n log 2 + r, log 2 in two parts (Cody and Waite), and the Taylor polynomial of e^r for |r| <= log(2) / 2.
   const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);

@@ -34,10 +34,10 @@ def decode_attention(
             head_dim). own_k, own_v: (n, kv_heads, end, head_dim), row i's first cached[i] are there; k and v are put
             behind them. All of one dtype; views are welcome whose last two axes are dense.
         seat: (n,) int64, pair · group + g, each at most once; that of a row nobody reads is pairs · group or more.
-        cached: (n,) int64, less than `end`. group: G.
+        cached: (n,) int64, less than `end`; that and seats below 0 are checked on a CPU. group: G.
 
     Returns:
-        (n, heads, head_dim).
+        (n, heads, head_dim). nan where a score or a value is.
 
     Raises:
         ValueError, TypeError: as the argument named says.

@@ -63,6 +63,8 @@ def test_child_tells_the_memory_of_the_work_alone(tmp_path, monkeypatch):
         child("measured:broken")
     with pytest.raises(subprocess.TimeoutExpired):
         child("measured:endless", timeout=0.5)
+    monkeypatch.setattr(record, "SETTING_UP", 0.0)
+    assert record.child_within(0.5, "measured:endless") == {"broken_off_after": 0.5}
 
 
 def test_log_goes_on_where_it_stopped_but_not_in_another_environment(tmp_path, monkeypatch):

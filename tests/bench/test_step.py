@@ -99,9 +99,11 @@ def test_report_holds_the_goal_and_the_ratio_of_medians(tmp_path, capsys):
         return {**figures, "versions": {"trl": "1"}}
 
     found = {"ours": [run(1.0, 10), run(2.0, 10), run(9.0, 10)], "TRL": [run(8.0, 20)], "slow": [run(90.0, 5)]}
-    step.report(tmp_path / "f.json", "small", found, "TRL", {"log_prob": 0.0}, {"commit": "1"})
+    step.report(tmp_path / "f.json", tmp_path / "f.svg", "small", found, "TRL", {"log_prob": 0.0}, {"commit": "1"})
     written = json.loads((tmp_path / "f.json").read_text())
     assert written["ratios"]["step"] == 4.0 and written["ratios"]["peak_bytes"] == 2.0 and written["goals"]["step"] == 5
+    assert written["slower, or not tried"] == ["TRL, checkpointed", "TRL, static cache"]
+    assert (tmp_path / "f.svg").read_text().count("<rect") == 4 * len(found)
     assert written["rival"] == {"fastest": "TRL", "trl": "1"}
     assert "step 4.00 (goal 5)" in capsys.readouterr().out
 

@@ -68,6 +68,13 @@ def test_scores_far_apart_neither_overflow_nor_lose_the_greatest():
     )
 
 
+def test_what_is_not_a_number_stays_so():
+    for place in range(3):
+        arguments = make()
+        arguments[place][2] = torch.nan
+        assert decode_attention(*arguments).isnan().any(-1).any(-1).nonzero().flatten().tolist() == [2]
+
+
 def test_a_row_depends_on_no_other_and_not_on_threads():
     arguments = make()
     whole = decode_attention(*arguments)
@@ -117,4 +124,6 @@ def test_wrong_arguments_are_named():
     wrong(4, good[4][:, :, 1:], ValueError, "^prefix_v: ")
     wrong(5, good[5][1:], ValueError, "^own_k: ")
     wrong(7, good[7].int(), TypeError, "^seat: got dtype int32")
+    wrong(7, good[7] - 12, ValueError, "^seat: got -.* at 0, accepted is 0 or more")
+    wrong(8, good[8] + 143, ValueError, "^cached: got 143 at 0, accepted is 0 to 142")
     wrong(9, 0, ValueError, "^group: got 0, accepted is 1 or more")
