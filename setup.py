@@ -7,9 +7,8 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 from torch.version import cuda
 
 sources = [f"csrc/{name}.cpp" for name in ("advantage", "decode", "pointwise", "sampling")]
-flags = {
-    "cxx": ["-O3", "-std=c++20", "-fopenmp"]
-}  # at::parallel_for is one loop without the last; PyTorch has the runtime
+# Without OpenMP at::parallel_for is a loop on one core; the runtime is the one PyTorch has loaded.
+flags = {"cxx": ["-O3", "-std=c++20", "-fopenmp"]}
 if cuda is not None and CUDA_HOME is not None and os.environ.get("SAGA_CUDA") != "0":
     extension, sources, flags = CUDAExtension, [*sources, "csrc/advantage_cuda.cu"], {**flags, "nvcc": ["-O3"]}
 else:
