@@ -17,7 +17,8 @@ namespace {
 
 #ifdef SAGA_AVX2
 
-constexpr int64_t kBlock = 64;  // keys a block: their scores, keys and values stay in the first cache
+constexpr int64_t kBlock = 64;       // keys a block: their scores, keys and values stay in the first cache
+constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
 
 // Keys and values come from memory once a step, in strides that no prefetcher follows.
 inline void fetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
@@ -33,8 +34,8 @@ SAGA_TARGET inline void store(float* to, __m256i mask, __m256 x) {
   whole ? _mm256_storeu_ps(to, x) : _mm256_maskstore_ps(to, mask, x);
 }
 
-// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `columns` are there. Spelled out
-// over I, as sums that a loop indexes would be written back to memory at each step.
+// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `columns` are there. Spelled
+// out over I, as sums that a loop indexes would be written back to memory at each step.
 template <bool add, bool whole, int... I>
 SAGA_TARGET void tile(std::integer_sequence<int, I...>, const float* a, int64_t a_stride, const float* b,
                       int64_t b_stride, int64_t ahead, float* out, int64_t out_stride, int64_t depth,
@@ -152,7 +153,10 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
     return static_cast<float*>(x.data_ptr()) + i * x.stride(0) + j * x.stride(1);
   };
 
-  at::parallel_for(0, pairs * kv_heads, 1, [&](int64_t begin, int64_t end) {
+  // Little work stays on one thread: on a busy machine waiting for a second one costs a slice of the scheduler's. work:
+  // multiplications a task, on average.
+  const int64_t work = 2 * n * each * (length + own_k.size(2)) * dim / std::max<int64_t>(1, pairs);
+  at::parallel_for(0, pairs * kv_heads, 1 + kAlone / (1 + work), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
     for (int64_t task = begin; task < end; ++task) {
       const std::vector<int64_t>& rows = readers[task / kv_heads];

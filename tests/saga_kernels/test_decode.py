@@ -76,7 +76,7 @@ def test_what_is_not_a_number_stays_so():
 
 
 def test_a_row_depends_on_no_other_and_not_on_threads():
-    arguments = make()
+    arguments = make(dim=64, length=3000)  # work enough for a second thread
     whole = decode_attention(*arguments)
     q, k, v, *prefix, own_k, own_v, seat, cached, group = arguments
     threads = torch.get_num_threads()
