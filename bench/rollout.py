@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="record")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="by default all of them")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="by default all of them")
     parser.add_argument("--models", type=Path, help="keeps the random models; a temporary folder unless given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -12,9 +12,9 @@ sampling, so neither side draws pairs it would drop), sampling at temperature 0.
 tower trained by AdamW, token-level loss without KL. The metric loss and L_KL, which TRL lacks, are left out of ours.
 Both generate for all 64 rows at once and learn one group at a time; TRL is tried with and without gradient
 checkpointing, with a static and a dynamic cache, and the fastest one goes on; one that takes longer than the fastest
-before it is broken off. Before any timing both must agree, on TRL's own
-completions, on every log π and on the tower's gradient. Each measurement is a process of its own, ours and TRL's in
-turn; with `--json FILE` each is kept in FILE's .jsonl beside it, and an interrupted run goes on from there.
+before it is broken off. Before any timing both must agree, on TRL's own completions, on every log π and on the tower's
+gradient. Each measurement is a process of its own, ours and TRL's in turn; with `--json FILE` each is kept in FILE's
+.jsonl beside it, and an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="record")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="by default all of them")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="by default all of them")
     parser.add_argument("--models", type=Path, help="keeps the random model; a temporary folder unless given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -13,9 +13,9 @@
 
 #include "vector.h"
 
-namespace {
-
 #ifdef SAGA_AVX2
+
+namespace {
 
 constexpr int64_t kBlock = 64;       // keys a block: their scores, keys and values stay in the first cache
 constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
@@ -23,60 +23,47 @@ constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a te
 // Keys and values come from memory once a step, in strides that no prefetcher follows.
 inline void fetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
 
-// Eight columns of which only those in `mask` are there; all of them where the tile is whole.
-template <bool whole>
-SAGA_TARGET inline __m256 load(const float* from, __m256i mask) {
-  return whole ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, mask);
-}
-
-template <bool whole>
-SAGA_TARGET inline void store(float* to, __m256i mask, __m256 x) {
-  whole ? _mm256_storeu_ps(to, x) : _mm256_maskstore_ps(to, mask, x);
-}
-
-// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `columns` are there. Spelled
-// out over I, as sums that a loop indexes would be written back to memory at each step.
-template <bool add, bool whole, int... I>
-SAGA_TARGET void tile(std::integer_sequence<int, I...>, const float* a, int64_t a_stride, const float* b,
-                      int64_t b_stride, int64_t ahead, float* out, int64_t out_stride, int64_t depth,
-                      int64_t columns) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i left = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns)), lane);
-  const __m256i right = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns) - 8), lane);
-  __m256 x[] = {(add ? load<whole>(out + I * out_stride, left) : _mm256_setzero_ps())...};
-  __m256 y[] = {(add ? load<whole>(out + I * out_stride + 8, right) : _mm256_setzero_ps())...};
+// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `left` and `right` hold what is
+// there. Spelled out over I, as sums that a loop indexes would be written back to memory at each step.
+template <bool add, class Lanes, int... I>
+SAGA_TARGET void tile(std::integer_sequence<int, I...>, const Lanes& left, const Lanes& right, const float* a,
+                      int64_t a_stride, const float* b, int64_t b_stride, int64_t ahead, float* out,
+                      int64_t out_stride, int64_t depth) {
+  __m256 x[] = {(add ? left.load(out + I * out_stride) : _mm256_setzero_ps())...};
+  __m256 y[] = {(add ? right.load(out + I * out_stride + 8) : _mm256_setzero_ps())...};
   for (int64_t d = 0; d < depth; ++d, b += b_stride) {
     fetch(b + ahead);
-    const __m256 u = load<whole>(b, left), v = load<whole>(b + 8, right);
+    const __m256 u = left.load(b), v = right.load(b + 8);
     ((x[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + I * a_stride + d), u, x[I]),
       y[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + I * a_stride + d), v, y[I])),
      ...);
   }
-  ((store<whole>(out + I * out_stride, left, x[I]), store<whole>(out + I * out_stride + 8, right, y[I])), ...);
+  ((left.store(out + I * out_stride, x[I]), right.store(out + I * out_stride + 8, y[I])), ...);
 }
 
 // out (rows, columns) = or += a (rows, depth) @ b (depth, columns), in tiles of six rows: twelve of sixteen registers.
 template <bool add>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t ahead, float* out,
-              int64_t out_stride, int64_t rows, int64_t depth, int64_t columns) {
+SAGA_TARGET void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t ahead,
+                          float* out, int64_t out_stride, int64_t rows, int64_t depth, int64_t columns) {
   for (int64_t j = 0; j < columns; j += 16) {
-    const int64_t there = std::min<int64_t>(16, columns - j);
-    for (int64_t i = 0; i < rows; i += 6) {
-      const auto run = [&](auto which) {
-        (there == 16 ? tile<add, true>(which, a + i * a_stride, a_stride, b + j, b_stride, ahead,
-                                       out + i * out_stride + j, out_stride, depth, there)
-                     : tile<add, false>(which, a + i * a_stride, a_stride, b + j, b_stride, ahead,
-                                        out + i * out_stride + j, out_stride, depth, there));
-      };
-      switch (rows - i) {
-        case 1: run(std::make_integer_sequence<int, 1>()); break;
-        case 2: run(std::make_integer_sequence<int, 2>()); break;
-        case 3: run(std::make_integer_sequence<int, 3>()); break;
-        case 4: run(std::make_integer_sequence<int, 4>()); break;
-        case 5: run(std::make_integer_sequence<int, 5>()); break;
-        default: run(std::make_integer_sequence<int, 6>());
+    const auto column = [&](const auto& left, const auto& right) SAGA_TARGET {
+      for (int64_t i = 0; i < rows; i += 6) {
+        const auto run = [&](auto which) SAGA_TARGET {
+          tile<add>(which, left, right, a + i * a_stride, a_stride, b + j, b_stride, ahead, out + i * out_stride + j,
+                    out_stride, depth);
+        };
+        switch (rows - i) {
+          case 1: run(std::make_integer_sequence<int, 1>()); break;
+          case 2: run(std::make_integer_sequence<int, 2>()); break;
+          case 3: run(std::make_integer_sequence<int, 3>()); break;
+          case 4: run(std::make_integer_sequence<int, 4>()); break;
+          case 5: run(std::make_integer_sequence<int, 5>()); break;
+          default: run(std::make_integer_sequence<int, 6>());
+        }
       }
-    }
+    };
+    const int64_t there = columns - j;
+    there >= 16 ? column(saga::Eight(), saga::Eight()) : column(saga::Tail(there), saga::Tail(there - 8));
   }
 }
 
@@ -91,15 +78,9 @@ SAGA_TARGET void dot(const Queries& rows, const float* k, const float* v, int64_
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t d = 0; d < rows.dim; d += 16) fetch(v + j * rows.dim + d);
     for (int64_t i = 0; i < rows.count; ++i) {
-      __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
-      int64_t d = 0;
       const float *x = rows.q + i * rows.dim, *y = k + j * rows.dim;
-      for (; d + 16 <= rows.dim; d += 16) {
-        even = _mm256_fmadd_ps(_mm256_loadu_ps(x + d), _mm256_loadu_ps(y + d), even);
-        odd = _mm256_fmadd_ps(_mm256_loadu_ps(x + d + 8), _mm256_loadu_ps(y + d + 8), odd);
-      }
-      if (d < rows.dim) even = _mm256_fmadd_ps(_mm256_loadu_ps(x + d), _mm256_loadu_ps(y + d), even);
-      out[i * kBlock + j] = saga::sum(_mm256_add_ps(even, odd));
+      out[i * kBlock + j] = saga::total(
+          rows.dim, [&](int64_t d, const auto& lanes) SAGA_INLINE { return lanes.load(x + d) * lanes.load(y + d); });
     }
   }
 }
@@ -127,14 +108,11 @@ SAGA_TARGET void join(const Queries& rows, float* scores, const float* v, int64_
   multiply<true>(scores, kBlock, v, rows.dim, ahead, rows.o, rows.dim, rows.count, keys, rows.dim);
 }
 
-#endif
-
-// All float32, head_dim a multiple of 8; what a row, a head or a slot holds is contiguous. See kernels/decode.py.
+// All float32; what a row, a head or a slot holds is contiguous. See kernels/decode.py.
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& prefix_k,
                             const at::Tensor& prefix_v, at::Tensor own_k, at::Tensor own_v, const at::Tensor& seat,
                             const at::Tensor& cached, int64_t group) {
   at::Tensor out = at::zeros_like(q, at::MemoryFormat::Contiguous);
-#ifdef SAGA_AVX2
   const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
   const int64_t pairs = prefix_k.size(0), kv_heads = prefix_k.size(1), length = prefix_k.size(3);
   const int64_t each = heads / kv_heads;
@@ -194,9 +172,6 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
       }
     }
   });
-#else
-  TORCH_CHECK(false, "decode_attention_cpu: needs AVX2");
-#endif
   return out;
 }
 
@@ -209,3 +184,5 @@ TORCH_LIBRARY_FRAGMENT(saga_kernels, library) {
 }
 
 TORCH_LIBRARY_IMPL(saga_kernels, CPU, library) { library.impl("decode_attention_cpu", &decode_attention); }
+
+#endif

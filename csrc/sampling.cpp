@@ -77,9 +77,7 @@ struct Avx2 {
       unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(next, next, _CMP_UNORD_Q));
     }
     if (_mm256_movemask_ps(unordered)) return std::numeric_limits<float>::quiet_NaN();
-    float lanes[8];
-    _mm256_storeu_ps(lanes, peaks);
-    return *std::max_element(lanes, lanes + 8);
+    return saga::max(peaks);
   }
 
   SAGA_TARGET static double mass(const float* x, int64_t n, float peak, float scale) {

@@ -114,13 +114,14 @@ _decode_attention = torch.library.custom_op(
 )
 
 
-@_decode_attention.register_kernel("cpu")
-def _(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *rest: Any) -> Any:
-    caches = (prefix_k, prefix_v, *rest[:2])
-    dense = all(x.stride()[-2:] == (x.shape[-1], 1) for x in (q, k, v, *caches))
-    if q.dtype != torch.float32 or q.shape[-1] % 8 or not dense or not torch.ops.saga_kernels.has_avx2():
-        return decode_attention_reference(q, k, v, prefix_k, prefix_v, *rest)
-    return torch.ops.saga_kernels.decode_attention_cpu(q, k, v, prefix_k, prefix_v, *rest)
+if torch.ops.saga_kernels.has_avx2():
+
+    @_decode_attention.register_kernel("cpu")
+    def _on_cpu(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *rest: Any) -> Any:
+        dense = all(x.stride()[-2:] == (x.shape[-1], 1) for x in (q, k, v, prefix_k, prefix_v, *rest[:2]))
+        compiled = dense and q.dtype == torch.float32
+        op = torch.ops.saga_kernels.decode_attention_cpu if compiled else decode_attention_reference
+        return op(q, k, v, prefix_k, prefix_v, *rest)
 
 
 @_decode_attention.register_fake

@@ -46,6 +46,7 @@ SHAPES = [
     ),  # 35 queries of a prefix: tiles of 6 and 5
     dict(pairs=4, group=8, kv=2, each=2, dim=64, length=79, most=15, rows=3),  # a pair without rows
     dict(dim=12),  # no multiple of eight
+    dict(kv=1, each=1, dim=6, most=5),
 ]
 
 
