@@ -56,6 +56,7 @@ class Shape:
     vocabulary: int = 9728
     tower_layers: int = 9
     tower_width: int = 256
+    tower_heads: int = 4
     tower_ffn: int = 960
     image_size: int = 224
     prefix: int = 850
@@ -86,7 +87,7 @@ SHAPES = {
     "record": Shape(),
     "small": Shape(
         layers=4, width=256, heads=4, kv_heads=2, ffn=768, vocabulary=2048, tower_layers=3, tower_width=128,
-        tower_ffn=384, image_size=64, prefix=320, pairs=2, group=4, short=32, long=88,
+        tower_heads=2, tower_ffn=384, image_size=64, prefix=320, pairs=2, group=4, short=32, long=88,
     ),
 }  # fmt: skip
 
@@ -101,29 +102,8 @@ def model(shape: Shape, folder: Path) -> Path:
     wanted = json.dumps(asdict(shape))
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
-    tokens = _tokenizer(shape.vocabulary)
-    named = dict(zip(SPECIAL, tokens.convert_tokens_to_ids(list(SPECIAL))))
-    axis = shape.head_dim // 2
-    config = Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.ffn,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim, max_position_embeddings=1 << 15,
-            rope_parameters={
-                "rope_type": "default", "rope_theta": 5e6,
-                "mrope_section": [axis - 2 * (axis * 5 // 16), axis * 5 // 16, axis * 5 // 16],
-            },
-        ),
-        vision_config=dict(
-            depth=shape.tower_layers, hidden_size=shape.tower_width, intermediate_size=shape.tower_ffn,
-            num_heads=shape.tower_width // 64, patch_size=16, spatial_merge_size=2, out_hidden_size=shape.width,
-            num_position_embeddings=(shape.image_size // 16) ** 2,
-            deepstack_visual_indexes=[shape.tower_layers * i // 3 - 1 for i in (1, 2, 3)],
-        ),
-        image_token_id=named["<|image_pad|>"], video_token_id=named["<|video_pad|>"],
-        vision_start_token_id=named["<|vision_start|>"], vision_end_token_id=named["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    tokens = tokenizer(shape.vocabulary)
+    config = configuration(shape, tokens)
     torch.manual_seed(0)
     random = Qwen3VLForConditionalGeneration(config)
     torch.nn.init.normal_(random.lm_head.weight, std=4 * shape.width**-0.5)
@@ -141,7 +121,33 @@ def model(shape: Shape, folder: Path) -> Path:
     return folder
 
 
-def _tokenizer(vocabulary: int):
+def configuration(shape: Shape, tokens: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+    """What transformers builds a model of `shape` from, with the special tokens of `tokens`."""
+    named = dict(zip(SPECIAL, tokens.convert_tokens_to_ids(list(SPECIAL))))
+    axis = shape.head_dim // 2
+    return Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim, max_position_embeddings=1 << 15,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 5e6,
+                "mrope_section": [axis - 2 * (axis * 5 // 16), axis * 5 // 16, axis * 5 // 16],
+            },
+        ),
+        vision_config=dict(
+            depth=shape.tower_layers, hidden_size=shape.tower_width, intermediate_size=shape.tower_ffn,
+            num_heads=shape.tower_heads, patch_size=16, spatial_merge_size=2, out_hidden_size=shape.width,
+            num_position_embeddings=(shape.image_size // 16) ** 2,
+            deepstack_visual_indexes=[shape.tower_layers * i // 3 - 1 for i in (1, 2, 3)],
+        ),
+        image_token_id=named["<|image_pad|>"], video_token_id=named["<|video_pad|>"],
+        vision_start_token_id=named["<|vision_start|>"], vision_end_token_id=named["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte a token, then words nobody writes to fill the vocabulary, then the special tokens."""
     known = sorted(pre_tokenizers.ByteLevel.alphabet())
     known += [f"word{i}" for i in range(vocabulary - len(known) - len(SPECIAL))]
@@ -198,9 +204,11 @@ def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
     table, sample = torch.tensor(lengths).flatten(), engine.sample_top_p
 
     def sample_until(logits, temperature, top_p, seed, rows, step):
+        nonlocal table
+        table = table.to(rows.device)  # at the first call; a CUDA graph is captured later
         logits[:, eos] = -torch.inf
         token = sample(logits, temperature, top_p, seed, rows, step)
-        return torch.where(step + 1 >= table.to(rows.device)[rows], eos, token)
+        return torch.where(step + 1 >= table[rows], eos, token)
 
     engine.sample_top_p = sample_until
     try:
