@@ -176,7 +176,8 @@ def group_attention_backward_reference(
     the scale, dQ = dS K and dK = dS^T Q (FlashAttention-2, arXiv 2307.08691).
 
     The last three come together, from `AttentionOnto`: slots (levels, queries) int32, which of the R rows a query is,
-    or -1; first_columns (R,) int32; attention (R, C), filled.
+    or -1; first_columns (R,) int32; attention (R, C), filled. None must be said: PyTorch 2.11 looks for a mutated
+    argument among those given.
     """
     kv_heads = k.shape[1]
     queries, d_o = _by_head(q, kv_heads).mul_(scale), _by_head(do, kv_heads)
@@ -347,7 +348,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, do: Tensor, _: Any) -> Any:
-    dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale)
+    dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale, None, None, None)
     return dq, dk, dv, None, None, None, None
 
 

@@ -60,7 +60,7 @@ def _cases(groups: int) -> Iterator[Case]:
     yield Case(f"forward {name}", forward, lambda: right[0], Cost(groups * work.flops, groups * work.bytes), TOLERANCE)
 
     def ours() -> tuple[Tensor, ...]:
-        return ops.group_attention_backward(do, q, k, v, o, lse, *where, scale)
+        return ops.group_attention_backward(do, q, k, v, o, lse, *where, scale, None, None, None)
 
     backward: dict[str, Run] = {"ours": ours} | {rival: run for rival, (_, run) in rivals.items()}
     # What must be done: five matmuls a pair of tokens, and every tensor once.

@@ -208,9 +208,9 @@ class FrozenPass:
 
         # Attention.
         d_o = (d_middle @ weights.o).view_as(kept.o)
-        where = self._layout(asking).offsets
-        scale = decoder.head_dim**-0.5
-        d_q, d_keys, d_values = ops.group_attention_backward(d_o, q, keys, values, kept.o, kept.lse, *where, scale)
+        where, scale, onto = self._layout(asking).offsets, decoder.head_dim**-0.5, (None, None, None)
+        met = q, keys, values, kept.o, kept.lse
+        d_q, d_keys, d_values = ops.group_attention_backward(d_o, *met, *where, scale, *onto)
         if self.held_gradient:
             later = self.held_gradient.pop()
             d_keys, d_values = d_keys + later[0], d_values + later[1]
