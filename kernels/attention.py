@@ -168,16 +168,16 @@ def group_attention_backward_reference(
     segment_prefix: Tensor,
     query_offsets: Tensor,
     scale: float,
-    slots: Tensor | None = None,
-    first_columns: Tensor | None = None,
-    attention: Tensor | None = None,
+    slots: Tensor | None,
+    first_columns: Tensor | None,
+    attention: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `group_attention`: P again from the LSE, then dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), and, times
     the scale, dQ = dS K and dK = dS^T Q (FlashAttention-2, arXiv 2307.08691).
 
     The last three come together, from `AttentionOnto`: slots (levels, queries) int32, which of the R rows a query is,
-    or -1; first_columns (R,) int32; attention (R, C), filled. None must be said: PyTorch 2.11 looks for a mutated
-    argument among those given.
+    or -1; first_columns (R,) int32; attention (R, C), filled. No defaults: PyTorch 2.11 looks for what is mutated
+    among the arguments that are not at theirs.
     """
     kv_heads = k.shape[1]
     queries, d_o = _by_head(q, kv_heads).mul_(scale), _by_head(do, kv_heads)

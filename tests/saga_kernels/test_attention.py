@@ -191,7 +191,7 @@ def test_opcheck():
     torch.library.opcheck(ops.group_attention.default, args)
     o, lse = ops.group_attention(*(x.detach() for x in args[:3]), *args[3:])
     backward = (o + 1, *(x.detach() for x in args[:3]), o, lse, *args[3:])
-    torch.library.opcheck(ops.group_attention_backward.default, backward)
+    torch.library.opcheck(ops.group_attention_backward.default, (*backward, None, None, None))
     chosen = AttentionOnto(layout, *ONTO["fewer"], torch.float64)
     buffers = (chosen.slots, chosen.first_columns, chosen.attention)
     torch.library.opcheck(ops.group_attention_backward.default, (*backward, *buffers))
