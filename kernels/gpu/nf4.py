@@ -362,8 +362,8 @@ def shipped(arch: int) -> Iterator[Shipped]:
     shape = {"rows": "i32", "out_features": "i32", "blocks": "i32"}
     for rows in (16, 32, 64, 128):
         # x, result, absmax, in_features
-        variants = [("bf16", "fp32", "nested", 4096), ("fp16", "fp32", "nested", 4096), ("bf16", "bf16", "nested", 4096)]
-        variants += [("bf16", "fp32", "grouped", 4096), ("bf16", "bf16", "grouped", 4096)]
+        variants = [("bf16", result, kind, 4096) for result in ("fp32", "bf16") for kind in ("nested", "grouped")]
+        variants += [("fp16", "fp32", "nested", 4096)]
         if rows == 64:
             variants += [("bf16", "fp32", "plain", 4096), ("bf16", "fp32", "nested", 64)]
         for dtype, result, kind, in_features in variants:
