@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
 from saga_kernels import NF4Weight, add_rms_norm, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
@@ -213,7 +214,7 @@ def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:
     return NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
 
 
-def _merged(parameters: Sequence[Tensor], weights: tuple[NF4Weight, ...]) -> tuple[NF4Weight, ...]:
+def _merged(parameters: Sequence[Params4bit], weights: tuple[NF4Weight, ...]) -> tuple[NF4Weight, ...]:
     """All in one, of which the `Params4bit` become views; the weights as they are where NF4 cannot hold them in one."""
     try:
         whole = NF4Weight.concatenate(weights)
