@@ -27,16 +27,14 @@ GROUPS, PREFIX, COMPLETIONS, LENGTH = 8, 850, 8, 700
 DECODE_ROWS = (8, 64)
 # A step: pairs drawn (half of them contribute), and the tower, whose backward costs twice its forward.
 DRAWN, IMAGES, PATCHES, TOWER = 2 * GROUPS, 64, 196, 0.55e9
-# out, in features; q/k/v and gate/up lie side by side when they are dequantised for a large matmul
+# out, in features of what a layer multiplies by in one launch, or dequantises in one for a large matmul
 LINEARS = {
-    "q": (HEADS * HEAD_DIM, HIDDEN),
-    "k, v": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "q, k, v": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
     "o": (HIDDEN, HEADS * HEAD_DIM),
-    "gate, up": (FFN, HIDDEN),
+    "gate, up": (2 * FFN, HIDDEN),
     "down": (HIDDEN, FFN),
 }
-TWICE = ("k, v", "gate, up")
-LANGUAGE_MODEL = LAYERS * sum(out * width * (1 + (name in TWICE)) for name, (out, width) in LINEARS.items())  # weights
+LANGUAGE_MODEL = LAYERS * sum(out * width for out, width in LINEARS.values())  # weights
 
 
 class Line(NamedTuple):
@@ -64,8 +62,7 @@ def decode(rows: int) -> Iterator[Line]:
     phase = f"decode step, {rows} rows"
     yield from _layer(phase, rows, backward=False)
     for name, (out_features, in_features) in LINEARS.items():
-        calls = LAYERS * (1 + (name in TWICE))
-        yield Line(phase, f"nf4_matmul {name}", calls, nf4.cost(rows, out_features, in_features), matmul=True)
+        yield Line(phase, f"nf4_matmul {name}", LAYERS, nf4.cost(rows, out_features, in_features), matmul=True)
     yield Line(phase, "rms_norm", 1, norm.cost(rows, HIDDEN))
     yield Line(phase, "cuBLAS, the head", 1, Cost(2 * rows * HIDDEN * VOCABULARY, 2 * HIDDEN * VOCABULARY), matmul=True)
     yield Line(phase, "sample_top_p", 1, sampling.cost(rows, VOCABULARY))
@@ -82,8 +79,7 @@ def replay() -> Iterator[Line]:
         yield Line(phase, f"group_attention{way}", LAYERS, cost, matmul=True)
         yield Line(phase, f"rms_norm{way}", 1, norm.cost(tokens, HIDDEN, backward=backward))
     for name, (out_features, in_features) in LINEARS.items():  # once forward and once backward
-        calls = 2 * LAYERS * (1 + (name in TWICE))
-        yield Line(phase, f"nf4_dequantize {name}", calls, nf4.dequantize_cost(out_features, in_features))
+        yield Line(phase, f"nf4_dequantize {name}", 2 * LAYERS, nf4.dequantize_cost(out_features, in_features))
     yield matmuls(phase, tokens, 2)
     rows = GROUPS * COMPLETIONS * LENGTH
     yield Line(phase, "token_logprob", 1, logprob.cost(rows, HIDDEN, VOCABULARY, CHUNK_ROWS), matmul=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ class NF4Weight:
         packed: uint8 (out * in / 2,).
         absmax: (ceil(out * in / 64),), float32; nested (double quantisation): uint8 codes, each standing for
             code2[absmax] * absmax2[index // 256] + offset.
-        code2, absmax2, offset: float32 (256,), (ceil(blocks / 256),) and (); None when not nested.
+        code2, absmax2: float32 (256,) and (ceil(blocks / 256),); None when not nested.
+        offset: float32 (), or like absmax2 one for each 256 blocks, as `concatenate` makes it; None when not nested.
         shape: (out, in). dtype: of the dequantised values.
     """
 
@@ -52,8 +54,10 @@ class NF4Weight:
         expect_tensor("absmax", self.absmax, (blocks,), (torch.uint8 if nested else torch.float32,))
         if nested:
             expect_tensor("code2", self.code2, (256,), (torch.float32,))
-            expect_tensor("absmax2", self.absmax2, (-(-blocks // NESTED_BLOCK),), (torch.float32,))
-            expect_tensor("offset", self.offset, (), (torch.float32,))
+            groups = -(-blocks // NESTED_BLOCK)
+            expect_tensor("absmax2", self.absmax2, (groups,), (torch.float32,))
+            grouped = isinstance(self.offset, Tensor) and self.offset.dim() > 0
+            expect_tensor("offset", self.offset, (groups,) if grouped else (), (torch.float32,))
         names = ("packed", "absmax", "code2", "absmax2", "offset")
         given = {name: tensor for name, tensor in zip(names, self.tensors()) if tensor is not None}
         for name, tensor in given.items():
@@ -94,6 +98,44 @@ class NF4Weight:
             offset=None if second is None else state.offset,
             shape=tuple(state.shape),
             dtype=state.dtype,
+        )
+
+    @classmethod
+    def concatenate(cls, weights: Sequence[NF4Weight]) -> NF4Weight:
+        """`weights`, of the same `in`, one below the other in new storage: dequantised, each keeps its bits.
+
+        Raises:
+            ValueError: there are none; they differ in `in`, dtype, device, nesting or code2; or one before the last
+                ends within a block of 64, or if nested within 256 of those, which share an absmax2 and an offset.
+        """
+        expect(len(weights) > 0, "weights", "none", "one or more")
+        first, unit = weights[0], BLOCK if weights[0].code2 is None else BLOCK * NESTED_BLOCK
+        for i, w in enumerate(weights):
+            for name, mine, others in (
+                ("in", w.shape[1], first.shape[1]),
+                ("dtype", w.dtype, first.dtype),
+                ("device", w.packed.device, first.packed.device),
+                ("nesting", w.code2 is not None, first.code2 is not None),
+            ):
+                expect(mine == others, f"weights[{i}]", f"{name} {mine}", f"weights[0]'s, {others}")
+            same = w.code2 is None or first.code2 is None or torch.equal(w.code2, first.code2)
+            expect(same, f"weights[{i}]", "a code2 of its own", "weights[0]'s")
+            whole = i == len(weights) - 1 or math.prod(w.shape) % unit == 0
+            expect(whole, f"weights[{i}]", f"shape {w.shape}", f"a multiple of {unit} elements in all but the last")
+        nested = [
+            (w.absmax2, w.offset.expand_as(w.absmax2))
+            for w in weights
+            if w.absmax2 is not None and w.offset is not None
+        ]
+        absmax2, offset = map(torch.cat, zip(*nested)) if nested else (None, None)
+        return cls(
+            packed=torch.cat([w.packed for w in weights]),
+            absmax=torch.cat([w.absmax for w in weights]),
+            code2=first.code2,
+            absmax2=absmax2,
+            offset=offset,
+            shape=(sum(w.shape[0] for w in weights), first.shape[1]),
+            dtype=first.dtype,
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -140,8 +182,10 @@ def nf4_dequantize_reference(
 ) -> None:
     """`nf4_dequantize` in plain PyTorch: a byte indexes a table of the two float32 values it holds."""
     if code2 is not None and absmax2 is not None and offset is not None:
-        scales = absmax2.repeat_interleave(NESTED_BLOCK)[: len(absmax)]
-        absmax = code2[absmax.int()].mul_(scales).add_(offset)
+        scales, offsets = (
+            x.expand_as(absmax2).repeat_interleave(NESTED_BLOCK)[: len(absmax)] for x in (absmax2, offset)
+        )
+        absmax = code2[absmax.int()].mul_(scales).add_(offsets)
     code = torch.tensor(CODE, device=packed.device)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
     flat, half = out.view(-1), BLOCK // 2

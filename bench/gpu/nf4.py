@@ -1,11 +1,12 @@
 """`nf4_matmul` and `nf4_dequantize` at the shapes of Qwen3-VL-8B, beside bitsandbytes and dense weights in bfloat16.
 
-The weights are quantised here, in bitsandbytes' layout, so that it need not be there.
+The weights are quantised here, in bitsandbytes' layout, so that it need not be there. Where we concatenate several,
+it runs as its users have it: a call for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -18,7 +19,8 @@ from saga_kernels.gpu.nf4 import cost, dequantize_cost
 from saga_kernels.nf4 import BLOCK, CODE, NESTED_BLOCK
 
 ROWS = (1, 4, 8, 16, 32, 64, 128)
-LINEARS = {"q or o": (4096, 4096), "k or v": (1024, 4096), "gate or up": (12_288, 4096), "down": (4096, 12_288)}
+LINEARS = {"q, k, v": (6144, 4096), "gate, up": (24_576, 4096), "o": (4096, 4096), "down": (4096, 12_288)}
+PARTS = {"q, k, v": (4096, 1024, 1024), "gate, up": (12_288, 12_288)}  # rows of what is concatenated
 TOLERANCE = 1e-2
 
 
@@ -43,9 +45,11 @@ def quantise(weight: Tensor, nested: bool = True) -> NF4Weight:
 
 def cases() -> Iterator[Case]:
     for name, (out_features, in_features) in LINEARS.items():
-        w = quantise(torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * in_features**-0.5)
+        random = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * in_features**-0.5
+        parts = [quantise(part) for part in random.split(PARTS.get(name, (out_features,)))]
+        w = parts[0] if len(parts) == 1 else NF4Weight.concatenate(parts)
         dense, wide = nf4_dequantize(w), nf4_dequantize(w, dtype=torch.float32)
-        runs = {"ours": lambda x, w=w: nf4_matmul(x, w), **_bitsandbytes(w)}
+        runs = {"ours": lambda x, w=w: nf4_matmul(x, w), **_bitsandbytes(parts)}
         runs["cuBLAS, dense bfloat16"] = lambda x, dense=dense: x @ dense.T
         for rows in ROWS:
             x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)
@@ -55,8 +59,7 @@ def cases() -> Iterator[Case]:
         buffer = torch.empty_like(dense)
         runs = {"ours": lambda w=w, buffer=buffer: nf4_dequantize(w, out=buffer)}
         if functional := importable("bitsandbytes.functional"):
-            state = _state(functional, w)
-            runs["bitsandbytes"] = lambda w=w, state=state: functional.dequantize_4bit(w.packed.view(-1, 1), state)
+            runs["bitsandbytes"] = _bitsandbytes_dequantize(functional, parts, torch.empty_like(dense))
         reference = lambda wide=wide: wide.to(torch.bfloat16)  # noqa: E731
         work = dequantize_cost(out_features, in_features)
         yield Case(f"nf4_dequantize {name}", runs, reference, work, tolerance=0.0)
@@ -78,14 +81,39 @@ def _state(functional: ModuleType, w: NF4Weight) -> object:
     )
 
 
-def _bitsandbytes(w: NF4Weight) -> dict[str, Callable[[Tensor], Tensor]]:
+def _bitsandbytes(parts: Sequence[NF4Weight]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Its default way (`gemm_4bit`, fused or not as it judges the shape), and dequantise + matmul."""
     bnb = importable("bitsandbytes")
     if bnb is None:
         return {}
-    state, packed = _state(bnb.functional, w), w.packed.view(-1, 1)
+    weights = [(w.packed.view(-1, 1), _state(bnb.functional, w)) for w in parts]
+
+    def side_by_side(run: Callable[[Tensor, Tensor, object], Tensor], x: Tensor) -> Tensor:
+        ys = [run(x, *weight) for weight in weights]
+        return ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+
+    def default(x: Tensor, packed: Tensor, state: object) -> Tensor:
+        return bnb.matmul_4bit(x, packed.t(), state)
+
+    def dequantised(x: Tensor, packed: Tensor, state: object) -> Tensor:
+        return x @ bnb.functional.dequantize_4bit(packed, state).T
 
     return {
-        "bitsandbytes, default": lambda x: bnb.matmul_4bit(x, packed.t(), state),
-        "bitsandbytes, dequantised": lambda x: x @ bnb.functional.dequantize_4bit(packed, state).T,
+        "bitsandbytes, default": lambda x: side_by_side(default, x),
+        "bitsandbytes, dequantised": lambda x: side_by_side(dequantised, x),
     }
+
+
+def _bitsandbytes_dequantize(
+    functional: ModuleType, parts: Sequence[NF4Weight], buffer: Tensor
+) -> Callable[[], Tensor]:
+    """Each part into its rows of `buffer`."""
+    weights = [(w.packed.view(-1, 1), _state(functional, w)) for w in parts]
+    rows = buffer.split([w.shape[0] for w in parts])
+
+    def run() -> Tensor:
+        for weight, out in zip(weights, rows):
+            functional.dequantize_4bit(*weight, out=out)
+        return buffer
+
+    return run

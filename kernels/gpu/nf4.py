@@ -56,7 +56,8 @@ def config(rows: int, in_features: int, arch: int) -> Config:
     if rows <= 16:
         chosen = Config(16, 64, 128, 4, 4)
     elif rows <= 32:
-        chosen = Config(32, 128, 128, 8, 2 if arch == 100 else 3)  # a third stage would spill there
+        # 128 rows of W spill on sm_100: by a third stage, or by an offset for each 256 blocks.
+        chosen = Config(32, 64, 128, 4, 3) if arch == 100 else Config(32, 128, 128, 8, 3)
     elif rows <= 64:
         chosen = Config(64, 128, 128, 8, 2 if small else 3)
     else:
@@ -95,6 +96,7 @@ def dequantize(
         out,
         size,
         NESTED=code2 is not None,
+        GROUPED=_grouped(offset),
         THREADS=32 * DEQUANTIZE_WARPS,
         **launch_options(DEQUANTIZE_WARPS, fp_fusion=False),
     )
@@ -136,6 +138,7 @@ def matmul(
         out_features,
         in_features // 64,
         NESTED=code2 is not None,
+        GROUPED=_grouped(offset),
         ROWS=blocks.rows,
         OUT=blocks.out,
         INNER=blocks.inner,
@@ -154,6 +157,11 @@ def _scales_or_any(
     if code2 is None or absmax2 is None or offset is None:
         return absmax, absmax, absmax, absmax
     return absmax, code2, absmax2, offset
+
+
+def _grouped(offset: Tensor | None) -> bool:
+    """Whether each 256 blocks have an offset of their own: weights that were concatenated."""
+    return offset is not None and offset.ndim == 1
 
 
 @functools.cache
@@ -234,11 +242,22 @@ def _decode(word, absmax, dtype: tl.constexpr):
 
 
 @triton.jit
+def _shift(offset, NESTED: tl.constexpr, GROUPED: tl.constexpr):
+    """The one offset, read once; the pointer to them where each 256 blocks have their own."""
+    return offset if GROUPED else tl.load(offset) if NESTED else 0.0
+
+
+@triton.jit
 def _absmax(absmax, code2, absmax2, shift, block, inside, NESTED: tl.constexpr):
-    """absmax of blocks: code2[absmax] * absmax2 + shift if nested, rounded twice (launch without FP fusion)."""
+    """absmax of blocks: code2[absmax] * absmax2 + shift if nested, rounded twice (launch without FP fusion).
+
+    shift: what `_shift` gave.
+    """
     if NESTED:
         code = tl.load(absmax + block, inside).to(tl.int32)
-        return tl.load(code2 + code) * tl.load(absmax2 + block // 256, inside) + shift
+        group = block >> 8  # a division would mind the sign
+        product = tl.load(code2 + code) * tl.load(absmax2 + group, inside)
+        return product + (tl.load(shift + group, inside) if shift.dtype.is_ptr() else shift)
     else:
         return tl.load(absmax + block, inside)
 
@@ -261,9 +280,12 @@ def _store_weights(out, word, scale, at, size, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _dequantize(packed, absmax, code2, absmax2, offset, out, size, NESTED: tl.constexpr, THREADS: tl.constexpr):
+def _dequantize(
+    packed, absmax, code2, absmax2, offset, out, size,
+    NESTED: tl.constexpr, GROUPED: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
     """Four words a thread, every other one of a block: they share its table, and stores fill whole sectors."""
-    shift = tl.load(offset) if NESTED else 0.0
+    shift = _shift(offset, NESTED, GROUPED)
     half = tl.program_id(0).to(tl.int64) * THREADS + tl.arange(0, THREADS)
     block = half // 2
     at = 8 * block + half % 2
@@ -281,7 +303,7 @@ def _dequantize(packed, absmax, code2, absmax2, offset, out, size, NESTED: tl.co
 @triton.jit(do_not_specialize=("rows", "blocks"))
 def _matmul(
     x, packed, absmax, code2, absmax2, offset, out, rows, out_features, blocks,
-    NESTED: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    NESTED: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """One part of the inner dimension of x @ W.T for OUT rows of W: out (PARTS, rows, out_features).
 
@@ -295,7 +317,7 @@ def _matmul(
     words = packed + row * 8 + tl.arange(0, INNER // 8)[None, :]
     block = row + tl.arange(0, INNER // 64)[None, :]
     columns = x + tl.minimum(m, rows - 1)[:, None] * (blocks * 64) + tl.arange(0, INNER)[None, :]
-    shift = tl.load(offset) if NESTED else 0.0
+    shift = _shift(offset, NESTED, GROUPED)
     steps = blocks // (INNER // 64)
     sums = tl.zeros((OUT, ROWS), tl.float32)
     for step in range(steps * part // parts, steps * (part + 1) // parts):
@@ -321,38 +343,41 @@ def _reduce(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 def shipped(arch: int) -> Iterator[Shipped]:
     """Every kernel, block size and dtype, but not each with each: bare absmax and the odd inner step with one."""
-    pointers = {
-        True: {"absmax": "*u8", "code2": "*fp32", "absmax2": "*fp32", "offset": "*fp32"},
-        False: dict.fromkeys(("absmax", "code2", "absmax2", "offset"), "*fp32"),
+    bare = dict.fromkeys(("absmax", "code2", "absmax2", "offset"), "*fp32")
+    scales = {  # types, NESTED and GROUPED
+        "nested": (bare | {"absmax": "*u8"}, True, False),
+        "grouped": (bare | {"absmax": "*u8"}, True, True),
+        "plain": (bare, False, False),
     }
-
-    def named(nested: bool) -> str:
-        return "nested" if nested else "plain"
-
     for dtype in ("bf16", "fp16", "fp32"):
-        for nested in (True, False):
+        for kind, (pointers, nested, grouped) in scales.items():
             yield Shipped(
-                f"dequantize {dtype} {named(nested)}",
+                f"dequantize {dtype} {kind}",
                 _dequantize,
-                {"packed": "*i32", **pointers[nested], "out": f"*{dtype}", "size": "i32"},
-                {"NESTED": nested, "THREADS": 32 * DEQUANTIZE_WARPS},
+                {"packed": "*i32", **pointers, "out": f"*{dtype}", "size": "i32"},
+                {"NESTED": nested, "GROUPED": grouped, "THREADS": 32 * DEQUANTIZE_WARPS},
                 DEQUANTIZE_WARPS,
                 fp_fusion=False,
                 aligned=("size",),
             )
     shape = {"rows": "i32", "out_features": "i32", "blocks": "i32"}
     for rows in (16, 32, 64, 128):
-        # x, result, nested, in_features
-        variants = [("bf16", "fp32", True, 4096), ("fp16", "fp32", True, 4096), ("bf16", "bf16", True, 4096)]
+        # x, result, absmax, in_features
+        variants = [("bf16", result, kind, 4096) for result in ("fp32", "bf16") for kind in ("nested", "grouped")]
+        variants += [("fp16", "fp32", "nested", 4096)]
         if rows == 64:
-            variants += [("bf16", "fp32", False, 4096), ("bf16", "fp32", True, 64)]
-        for dtype, result, nested, in_features in variants:
+            variants += [("bf16", "fp32", "plain", 4096), ("bf16", "fp32", "nested", 64)]
+        for dtype, result, kind, in_features in variants:
             blocks = config(rows, in_features, arch)
+            pointers, nested, grouped = scales[kind]
             yield Shipped(
-                f"matmul {dtype} to {result} {named(nested)} {blocks.rows}x{blocks.out}x{blocks.inner}",
+                f"matmul {dtype} to {result} {kind} {blocks.rows}x{blocks.out}x{blocks.inner}",
                 _matmul,
-                {"x": f"*{dtype}", "packed": "*i32", **pointers[nested], "out": f"*{result}", **shape},
-                {"NESTED": nested, "ROWS": blocks.rows, "OUT": blocks.out, "INNER": blocks.inner},
+                {"x": f"*{dtype}", "packed": "*i32", **pointers, "out": f"*{result}", **shape},
+                {
+                    **{"NESTED": nested, "GROUPED": grouped},
+                    **{"ROWS": blocks.rows, "OUT": blocks.out, "INNER": blocks.inner},
+                },
                 blocks.warps,
                 blocks.stages,
                 tensor_cores=True,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
 from saga_kernels import NF4Weight, add_rms_norm, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
@@ -29,7 +30,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Projection:
     """A frozen linear map, or several of the same input, whose outputs come side by side.
 
-    weights: of each (out, in), NF4 or dense; dense ones lie in one matrix. bias: (out,) of all together, or None.
+    weights: (out, in) of each, NF4 or dense; but one where they lie in one matrix, as dense ones always do and NF4 ones
+    wherever `NF4Weight.concatenate` can. bias: (out,) of all together, or None.
     """
 
     weights: tuple[NF4Weight | Tensor, ...]
@@ -43,6 +45,8 @@ class Projection:
             rows = weights[0].split([linear.out_features for linear in linears])
             for linear, row in zip(linears, rows):  # the model keeps views: nothing is there twice
                 linear.weight.data = row
+        elif len(weights) > 1 and all(isinstance(weight, NF4Weight) for weight in weights):
+            weights = _merged([linear.weight for linear in linears], weights)
         biases = [linear.bias for linear in linears]
         return cls(weights, None if None in biases else torch.cat(biases).detach())
 
@@ -208,6 +212,27 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:
     return NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
+
+
+def _merged(parameters: Sequence[Params4bit], weights: tuple[NF4Weight, ...]) -> tuple[NF4Weight, ...]:
+    """All in one, of which the `Params4bit` become views; the weights as they are where NF4 cannot hold them in one."""
+    try:
+        whole = NF4Weight.concatenate(weights)
+    except ValueError:
+        return weights
+
+    def parts(joined: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor]:
+        return joined.split([x.numel() for x in of])
+
+    for parameter, packed in zip(parameters, parts(whole.packed, [weight.packed for weight in weights])):
+        parameter.data = packed.view(parameter.dtype).view(parameter.shape)
+    states = [parameter.quant_state for parameter in parameters]
+    for state, absmax in zip(states, parts(whole.absmax, [weight.absmax for weight in weights])):
+        state.absmax = absmax.view(state.absmax.shape)
+    if whole.absmax2 is not None:
+        for state, absmax in zip(states, parts(whole.absmax2, [state.state2.absmax for state in states])):
+            state.state2.absmax = absmax.view(state.state2.absmax.shape)
+    return (whole,)
 
 
 def _quantized(weight: nn.Parameter) -> NF4Weight:

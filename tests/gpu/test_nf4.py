@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench.gpu.nf4 import LINEARS, quantise
-from saga_kernels import nf4_dequantize, nf4_matmul
+from bench.gpu.nf4 import LINEARS, PARTS, quantise
+from saga_kernels import NF4Weight, nf4_dequantize, nf4_matmul
+from saga_kernels.gpu import nf4
 from saga_kernels.nf4 import nf4_dequantize_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,8 +47,6 @@ def test_dequantized_bits_are_bitsandbytes_own(dtype, nested):
     functional = pytest.importorskip("bitsandbytes.functional")
     from bitsandbytes.nn import Params4bit
 
-    from saga_kernels import NF4Weight
-
     parameter = Params4bit(
         normal(1024, 4096, dtype=dtype), requires_grad=False, quant_type="nf4", compress_statistics=nested
     ).to("cuda")
@@ -73,6 +72,28 @@ def test_not_nested():
     w, x = quantise(normal(1024, 4096), nested=False), normal(16, 4096, seed=1)
     oracle = x.double() @ dequantized_by_reference(w, torch.bfloat16).double().T
     assert_agrees(nf4_matmul(x, w), oracle, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_concatenated_weight(name, nested):
+    """Its bits are those of the parts; so are its products, where the inner dimension is cut alike."""
+    width = LINEARS[name][1]
+    parts = [quantise((i + 1) * normal(out, width, seed=i), nested) for i, out in enumerate(PARTS[name])]
+    w = NF4Weight.concatenate(parts)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        expected = torch.cat([nf4_dequantize(part, dtype=dtype) for part in parts])
+        assert torch.equal(nf4_dequantize(w, dtype=dtype), expected)
+    for rows in (1, 8, 16, 32, 64, 128, 129):
+        x = normal(rows, width, seed=9)
+        oracle = x.double() @ dequantized_by_reference(w, torch.bfloat16).double().T
+        y = nf4_matmul(x, w)
+        for mine, of_part in zip(y.split(PARTS[name], -1), oracle.split(PARTS[name], -1)):
+            assert_agrees(mine, of_part, TOLERANCE[torch.bfloat16])
+        if rows <= 128:
+            blocks = nf4.config(rows, width, 90)
+            whole, *apart = (nf4.matmul(x, *v.tensors(), v.shape[0], blocks, 2) for v in (w, *parts))
+            assert torch.equal(whole, torch.cat(apart, -1))
 
 
 @pytest.mark.parametrize("rows", [8, 300])

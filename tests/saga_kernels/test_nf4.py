@@ -73,6 +73,67 @@ def test_opcheck(nested):
     torch.library.opcheck(ops.nf4_matmul.default, (torch.randn(3, 64, requires_grad=True), *w.tensors(), 24))
 
 
+def parts_of(shapes, nested, dtype=torch.float32) -> list[NF4Weight]:
+    """Weights of growing size, whose offsets differ."""
+    options = {"quant_type": "nf4", "compress_statistics": nested}
+    weights = [
+        (i + 1) * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)
+    ]
+    parameters = [bnb.nn.Params4bit(w.to(dtype), requires_grad=False, **options).to("cpu") for w in weights]
+    return [NF4Weight.from_bitsandbytes(parameter) for parameter in parameters]
+
+
+CONCATENATED = [  # nested, shapes: the last may end within a block
+    (True, [(64, 256), (128, 256), (64, 256)]),
+    (True, [(512, 96), (5, 96)]),
+    (True, [(64, 256)]),
+    (False, [(64, 256), (3, 256), (1, 256)]),
+    (False, [(2, 96), (5, 96)]),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested, shapes", CONCATENATED)
+def test_concatenated_weights_keep_their_bits(nested, shapes, dtype):
+    parts = parts_of(shapes, nested, dtype)
+    w = NF4Weight.concatenate(parts)
+    assert (w.shape, w.dtype) == ((sum(out for out, _ in shapes), shapes[0][1]), dtype)
+    assert torch.equal(nf4_dequantize(w), torch.cat([nf4_dequantize(part) for part in parts]))
+    x = torch.randn(3, w.shape[1], generator=torch.Generator().manual_seed(9)).to(dtype)
+    torch.testing.assert_close(nf4_matmul(x, w), torch.cat([nf4_matmul(x, part) for part in parts], -1))
+    if len(parts) == 3:
+        again = NF4Weight.concatenate([NF4Weight.concatenate(parts[:2]), parts[2]])
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(again.tensors(), w.tensors()))
+
+
+def test_opcheck_of_a_concatenated_weight():
+    w = NF4Weight.concatenate(parts_of([(256, 64), (3, 64)], True))
+    ops = torch.ops.saga_kernels
+    torch.library.opcheck(ops.nf4_dequantize.default, (*w.tensors(), torch.empty(w.shape)))
+    torch.library.opcheck(ops.nf4_matmul.default, (torch.randn(3, 64, requires_grad=True), *w.tensors(), 259))
+
+
+def test_weights_that_cannot_be_concatenated_are_refused():
+    (w, short), (plain, odd) = parts_of([(256, 64), (3, 64)], True), parts_of([(4, 64), (5, 6)], False)
+    with pytest.raises(ValueError, match="^weights: got none"):
+        NF4Weight.concatenate([])
+    with pytest.raises(ValueError, match=r"^weights\[0\]: got shape \(3, 64\), accepted is a multiple of 16384 elem"):
+        NF4Weight.concatenate([short, w])
+    with pytest.raises(ValueError, match=r"^weights\[0\]: got shape \(5, 6\), accepted is a multiple of 64 elements"):
+        NF4Weight.concatenate([odd, odd])
+    with pytest.raises(ValueError, match=r"^weights\[1\]: got in 6, accepted is weights\[0\]'s, 64"):
+        NF4Weight.concatenate([plain, odd])
+    with pytest.raises(ValueError, match=r"^weights\[1\]: got nesting False, accepted is weights\[0\]'s, True"):
+        NF4Weight.concatenate([w, plain])
+    with pytest.raises(ValueError, match=r"^weights\[1\]: got dtype torch.float16, accepted is weights\[0\]'s"):
+        NF4Weight.concatenate([w, dataclasses.replace(w, dtype=torch.float16)])
+    with pytest.raises(ValueError, match=r"^weights\[1\]: got a code2 of its own"):
+        NF4Weight.concatenate([w, dataclasses.replace(w, code2=w.code2 + 1)])
+    on_meta = [None if tensor is None else tensor.to("meta") for tensor in plain.tensors()]
+    with pytest.raises(ValueError, match=r"^weights\[1\]: got device meta, accepted is weights\[0\]'s, cpu"):
+        NF4Weight.concatenate([plain, NF4Weight(*on_meta, plain.shape, plain.dtype)])
+
+
 def test_weights_that_are_not_canonical_nf4_are_refused():
     with pytest.raises(TypeError, match="without quant_state"):
         NF4Weight.from_bitsandbytes(torch.nn.Parameter(torch.randn(2, 64)))
@@ -120,5 +181,7 @@ def test_a_weight_whose_parts_do_not_fit_together_is_refused():
         dataclasses.replace(w, packed=torch.empty(256, dtype=torch.uint8)[::2])
     with pytest.raises(ValueError, match="^absmax2: got device meta, accepted is packed's, cpu"):
         dataclasses.replace(w, absmax2=w.absmax2.to("meta"))
+    with pytest.raises(ValueError, match=r"^offset: got shape \(2,\), accepted is shape \(1\)"):
+        dataclasses.replace(w, offset=w.offset.expand(2).contiguous())
     with pytest.raises(TypeError, match="^absmax: got dtype uint8, accepted is float32"):
         dataclasses.replace(w, code2=None)

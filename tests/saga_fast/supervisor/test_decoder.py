@@ -6,15 +6,18 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.errors import InputError
+from saga_fast.supervisor.decoder import Projection
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, replay
 from saga_fast.tiny import SUPERVISOR
+from saga_kernels import NF4Weight, nf4_dequantize
 
 from .tiny_models import GRID, IMAGE, pair_prefix, qwen, random_model
 
@@ -59,6 +62,53 @@ def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
     dense = load_mllm(SUPERVISOR, quantize=False)
     (other,) = replay(Question(dense.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
     assert (other - ours).abs().max() > 1e-2, "the language model was not quantised at all"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+def test_merged_nf4_weights_are_one_and_the_model_keeps_views(nested, bias, storage):
+    linears = [linear_4bit(out, 256, i + 1, nested, bias, storage) for i, out in enumerate((128, 64, 64))]
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(9))
+    before = [linear(x) for linear in linears]
+    shapes = [linear.weight.shape for linear in linears]
+    matrix = torch.cat([nf4_dequantize(NF4Weight.from_bitsandbytes(linear.weight)) for linear in linears])
+    projection = Projection.of(*linears)
+    (w,) = projection.weights
+    assert isinstance(w, NF4Weight) and projection.shape == w.shape == (256, 256)
+    assert torch.equal(projection.dense(torch.empty(256, 256)), matrix)
+    torch.testing.assert_close(projection(x), torch.cat(before, -1))
+    for linear, y, shape in zip(linears, before, shapes):
+        state = linear.weight.quant_state
+        assert linear.weight.shape == shape and linear.weight.dtype == storage
+        assert torch.equal(linear(x), y)
+        views = [(linear.weight, w.packed), (state.absmax, w.absmax)]
+        views += [(state.state2.absmax, w.absmax2)] if nested else []
+        assert all(mine.untyped_storage()._cdata == ours.untyped_storage()._cdata for mine, ours in views)
+
+
+def linear_4bit(out: int, width: int, scale: float, nested=True, bias=False, storage=torch.uint8) -> Linear4bit:
+    """In training mode: an inference forward would repack the weight on some CPUs."""
+    torch.manual_seed(out)
+    options = {"compute_dtype": torch.float32, "compress_statistics": nested, "quant_storage": storage}
+    linear = Linear4bit(width, out, bias, quant_type="nf4", **options)
+    linear.weight.data *= scale  # so that offsets differ
+    return linear.to("cpu").train()
+
+
+def test_nf4_weights_that_do_not_fit_stay_apart():
+    linears = [linear_4bit(out, 192, 1) for out in (192, 96, 96)]  # 2.25 and 1.125 times 256 blocks of 64
+    storages = [linear.weight.data_ptr() for linear in linears]
+    x = torch.randn(5, 192, generator=torch.Generator().manual_seed(9))
+    projection = Projection.of(*linears)
+    assert [w.shape for w in projection.weights] == [(192, 192), (96, 192), (96, 192)]
+    assert [linear.weight.data_ptr() for linear in linears] == storages
+    torch.testing.assert_close(projection(x), torch.cat([linear(x) for linear in linears], -1))
+
+
+def test_the_tiny_supervisor_has_both():
+    layer = load_mllm(SUPERVISOR).decoder.layers[0]
+    assert [len(projection.weights) for projection in (layer.qkv, layer.gate_up)] == [3, 1]
 
 
 def test_positions_equal_transformers():

@@ -6,7 +6,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from bench.gpu.nf4 import quantise
+from bench.gpu.nf4 import LINEARS, quantise
 from saga_kernels import NF4Weight
 from saga_kernels.gpu import nf4
 from saga_kernels.gpu.nf4 import Config
@@ -16,8 +16,14 @@ drawn = settings(max_examples=6, derandomize=True, deadline=None, phases=[Phase.
 TOLERANCE = 5e-4  # half a unit in the last place of float16, relative
 
 
-def weight(out_features, in_features, nested=True, seed=0) -> NF4Weight:
-    return quantise(torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)), nested)
+def weight(out_features, in_features, nested=True, seed=0, scale=1) -> NF4Weight:
+    normal = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+    return quantise(scale * normal, nested)
+
+
+def concatenated(*out_features, in_features, nested=True) -> tuple[NF4Weight, list[NF4Weight]]:
+    parts = [weight(out, in_features, nested, i, i + 1) for i, out in enumerate(out_features)]
+    return NF4Weight.concatenate(parts), parts
 
 
 def dequantized_by_reference(w, dtype):
@@ -76,6 +82,15 @@ def test_dequantized_bits_are_bitsandbytes_own(dtype, nested):
     assert torch.equal(out, dequantize_4bit(packed, state))
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_concatenated_weights_keep_their_bits(dtype, nested):
+    w, parts = concatenated(256, 512, 5, in_features=64, nested=nested)
+    out = torch.empty(w.shape, dtype=dtype)
+    nf4.dequantize(*w.tensors(), out)
+    assert torch.equal(out, torch.cat([dequantized_by_reference(part, dtype) for part in parts]))
+
+
 def test_every_code_in_every_place():
     bytes = torch.arange(256, dtype=torch.uint8)
     packed = torch.stack((bytes, bytes.flip(0), bytes, bytes.roll(77)), 1).view(-1)
@@ -115,6 +130,16 @@ def test_matmul_against_float64(agrees, rows, out_features, blocks, nested, part
 def test_rows_at_the_chosen_blocks(agrees, rows):
     x, w = inputs(rows, 256), weight(33, 256)
     agrees(nf4.matmul(x, *w.tensors(), 33), x, w)
+
+
+@pytest.mark.parametrize("inner", [64, 128])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_concatenated_weight_gives_what_its_parts_give(inner, nested):
+    """128 columns: a group of 256 blocks is 128 rows, so that a tile of 96 lies in two of them."""
+    w, parts = concatenated(128, 256, 5, in_features=128, nested=nested)
+    x = inputs(3, 128)
+    y = multiply(x, w, out=32, inner=inner, parts=1)
+    assert torch.equal(y, torch.cat([multiply(x, part, out=32, inner=inner, parts=1) for part in parts], -1))
 
 
 def test_rows_of_a_larger_input(agrees):
@@ -163,7 +188,7 @@ def test_every_part_has_work(rows, out_features, blocks, multiprocessors):
     assert 1 <= parts <= min(nf4.MAX_SPLIT, 64 * blocks // chosen.inner)
 
 
-@pytest.mark.parametrize("out_features, in_features", [(4096, 4096), (1024, 4096), (12_288, 4096), (4096, 12_288)])
+@pytest.mark.parametrize("out_features, in_features", LINEARS.values())
 @pytest.mark.parametrize("rows", [1, 8, 16, 32, 64, 128])
 def test_an_h100_is_filled_at_the_shapes_of_8b(rows, out_features, in_features):
     blocks = nf4.config(rows, in_features, 90)
