@@ -124,6 +124,17 @@ if torch.ops.saga_kernels.has_avx2():
         return op(q, k, v, prefix_k, prefix_v, *rest)
 
 
+@_decode_attention.register_kernel("cuda")
+def _on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor, *rest: Any
+) -> Any:
+    from .gpu import decode  # Triton is needed on a GPU alone
+
+    fits = decode.accepts(q, k, prefix_k, prefix_v, own_k, own_v)
+    op = decode.forward if fits else decode_attention_reference
+    return op(q, k, v, prefix_k, prefix_v, own_k, own_v, *rest)
+
+
 @_decode_attention.register_fake
 def _(q: Tensor, *rest: Any) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
