@@ -30,7 +30,7 @@ from .shipped import SHARED_MEMORY, Cost, Shipped, launch_options
 LOG2E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("tf32x3")  # of float32 matmuls, on tensor cores to float32's accuracy; no other dtype heeds it
 SEARCH = tl.constexpr(128)  # rows looked at together when a program looks for those of its prefix
-MAX_QUERIES = 64  # of a tile; a prefix with more is read again for the rest of them
+MAX_QUERIES = 32  # of a tile; a prefix with more is read again for the rest of them
 CHUNK, MERGE_WARPS = 8, 1  # pieces that are merged together
 
 
@@ -149,65 +149,86 @@ def _attend(
     work, kv_head = tl.program_id(0), tl.program_id(1)
     before = pairs * chunks * prefix_pieces
     pieces = prefix_pieces + own_pieces
-    heads = tl.num_programs(1) * REP
-    dims, scale2 = tl.arange(0, WIDTH), scale * LOG2E
     if work < before:
-        piece, at = work % prefix_pieces, work // prefix_pieces
-        pair = at // chunks
-        query = at % chunks * QUERIES + tl.arange(0, QUERIES)
-        row = _rows_at(seat, pair * group + query // REP, query < group * REP, n, QUERIES)
-        there, head = row >= 0, kv_head * REP + query % REP
-        if tl.max(row, 0) >= 0:  # a pair may have no row left
-            mask = there[:, None] & (dims < HEAD_DIM)[None, :]
-            queries = tl.load(q + row.to(tl.int64)[:, None] * q_row + head[:, None] * q_head + dims[None, :], mask, 0.0)
-            keys_at = prefix_k + (pair.to(tl.int64) * pk_pair + kv_head.to(tl.int64) * pk_head) * VECTOR
-            keys_at += dims[:, None] * (pk_dim * VECTOR)
-            values_at = prefix_v + pair.to(tl.int64) * pv_pair + kv_head.to(tl.int64) * pv_head
-            readable = (length + VECTOR - 1) // VECTOR * VECTOR
-            top = tl.full((QUERIES,), float("-inf"), tl.float32)
-            total = tl.zeros((QUERIES,), tl.float32)
-            acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-            first = piece * prefix_tiles * KEYS
-            for start in range(first, tl.minimum(first + prefix_tiles * KEYS, length), KEYS):
-                column = start + tl.arange(0, KEYS)
-                mask = (column < readable)[None, :]
-                if HEAD_DIM < WIDTH:
-                    mask &= (dims < HEAD_DIM)[:, None]
-                keys = tl.load(keys_at + column[None, :], mask, 0.0)
-                values = _load(values_at, column, column < length, HEAD_DIM, WIDTH)
-                acc, top, total = _step(acc, top, total, queries, keys, values, column < length, scale2)
-            _leave(partial, lse, row, head, there, heads, piece, pieces, acc, top, total, HEAD_DIM, WIDTH)
+        at = work // prefix_pieces
+        pair = (at // chunks).to(tl.int64)
+        _onto_prefix(
+            q, prefix_k + (pair * pk_pair + kv_head.to(tl.int64) * pk_head) * VECTOR, pk_dim * VECTOR,
+            prefix_v + pair * pv_pair + kv_head.to(tl.int64) * pv_head, seat, partial, lse, q_row, q_head, scale * LOG2E,
+            n, pair * group, group * REP, length, at % chunks * QUERIES, work % prefix_pieces, prefix_tiles, pieces,
+            REP, HEAD_DIM, WIDTH, QUERIES, KEYS, VECTOR,
+        )  # fmt: skip
     else:
-        row, piece = (work - before) % n, (work - before) // n  # first pieces first: each row has that one
-        count = tl.load(cached + row).to(tl.int32)
-        first = piece * own_tiles * KEYS
-        if (piece == 0) | (first < count):
-            query = tl.arange(0, OWN_QUERIES)
-            there, head = query < REP, kv_head * REP + query
-            queries = _load(
-                q + row.to(tl.int64) * q_row + kv_head * REP * q_head, query, there, HEAD_DIM, WIDTH, q_head
-            )
-            keys_at = own_k + row.to(tl.int64) * ok_row + kv_head.to(tl.int64) * ok_head
-            values_at = own_v + row.to(tl.int64) * ov_row + kv_head.to(tl.int64) * ov_head
-            top = tl.full((OWN_QUERIES,), float("-inf"), tl.float32)
-            total = tl.zeros((OWN_QUERIES,), tl.float32)
-            acc = tl.zeros((OWN_QUERIES, WIDTH), tl.float32)
-            if piece == 0:
-                key = tl.load(k + row.to(tl.int64) * k_row + kv_head * k_head + dims, dims < HEAD_DIM, 0.0)
-                value = tl.load(v + row.to(tl.int64) * v_row + kv_head * v_head + dims, dims < HEAD_DIM, 0.0)
-                place = count.to(tl.int64) * HEAD_DIM + dims
-                tl.store(keys_at + place, key, dims < HEAD_DIM)
-                tl.store(values_at + place, value, dims < HEAD_DIM)
-                top = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale2
-                total += 1.0
-                acc += value.to(tl.float32)[None, :]
-            for start in range(first, tl.minimum(first + own_tiles * KEYS, count), KEYS):
-                column = start + tl.arange(0, KEYS)
-                keys = _load(keys_at, column, column < count, HEAD_DIM, WIDTH)
-                values = _load(values_at, column, column < count, HEAD_DIM, WIDTH)
-                acc, top, total = _step(acc, top, total, queries, tl.trans(keys), values, column < count, scale2)
-            piece += prefix_pieces
-            _leave(partial, lse, row, head, there, heads, piece, pieces, acc, top, total, HEAD_DIM, WIDTH)
+        row = ((work - before) % n).to(tl.int64)  # first pieces first: each row has that one
+        _onto_own(
+            q + row * q_row, k + row * k_row + kv_head * k_head, v + row * v_row + kv_head * v_head,
+            own_k + row * ok_row + kv_head.to(tl.int64) * ok_head, own_v + row * ov_row + kv_head.to(tl.int64) * ov_head,
+            partial, lse, q_head, scale * LOG2E, row, tl.load(cached + row).to(tl.int32),
+            (work - before) // n, own_tiles, prefix_pieces, pieces,
+            REP, HEAD_DIM, WIDTH, OWN_QUERIES, KEYS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _onto_prefix(
+    q, prefix_k, k_dim, prefix_v, seat, partial, lse, q_row, q_head, scale2,
+    n, first_seat, seated, length, first_query, piece, tiles, pieces,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Queries of a pair's rows, REP of each seat, onto a piece of its prefix."""
+    query = first_query + tl.arange(0, QUERIES)
+    row = _rows_at(seat, first_seat + query // REP, query < seated, n, QUERIES)
+    there, head = row >= 0, tl.program_id(1) * REP + query % REP
+    if tl.max(row, 0) >= 0:  # a pair may have no row left
+        queries = _load(q, row.to(tl.int64) * q_row + head * q_head, there, HEAD_DIM, WIDTH)
+        dims = tl.arange(0, WIDTH)
+        keys_at = prefix_k + dims[:, None] * k_dim
+        readable = (length + VECTOR - 1) // VECTOR * VECTOR
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+        first = piece * tiles * KEYS
+        for start in range(first, tl.minimum(first + tiles * KEYS, length), KEYS):
+            column = start + tl.arange(0, KEYS)
+            mask = (column < readable)[None, :]
+            if HEAD_DIM < WIDTH:
+                mask &= (dims < HEAD_DIM)[:, None]
+            keys = tl.load(keys_at + column[None, :], mask, 0.0)
+            values = _load(prefix_v, column * HEAD_DIM, column < length, HEAD_DIM, WIDTH)
+            acc, top, total = _step(acc, top, total, queries, keys, values, column < length, scale2)
+        _leave(partial, lse, row.to(tl.int64), head, there, piece, pieces, acc, top, total, REP, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def _onto_own(
+    q, k, v, own_k, own_v, partial, lse, q_head, scale2, row, count, piece, tiles, prefix_pieces, pieces,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A row's REP queries onto a piece of its own tokens, the first of which starts from the new token."""
+    first = piece * tiles * KEYS
+    if (piece == 0) | (first < count):
+        query = tl.arange(0, QUERIES)
+        there, head = query < REP, tl.program_id(1) * REP + query
+        queries = _load(q, head * q_head, there, HEAD_DIM, WIDTH)
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+        if piece == 0:
+            dims = tl.arange(0, WIDTH)
+            key, value = tl.load(k + dims, dims < HEAD_DIM, 0.0), tl.load(v + dims, dims < HEAD_DIM, 0.0)
+            tl.store(own_k + count * HEAD_DIM + dims, key, dims < HEAD_DIM)
+            tl.store(own_v + count * HEAD_DIM + dims, value, dims < HEAD_DIM)
+            top = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale2
+            total += 1.0
+            acc += value.to(tl.float32)[None, :]
+        for start in range(first, tl.minimum(first + tiles * KEYS, count), KEYS):
+            column = start + tl.arange(0, KEYS)
+            keys = _load(own_k, column * HEAD_DIM, column < count, HEAD_DIM, WIDTH)
+            values = _load(own_v, column * HEAD_DIM, column < count, HEAD_DIM, WIDTH)
+            acc, top, total = _step(acc, top, total, queries, tl.trans(keys), values, column < count, scale2)
+        piece += prefix_pieces
+        _leave(partial, lse, row, head, there, piece, pieces, acc, top, total, REP, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -223,13 +244,13 @@ def _rows_at(seat, seats, wanted, n, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, distance=HEAD_DIM):
-    """(rows, WIDTH), zeros beyond HEAD_DIM and where not `valid`: what lies there may be nan."""
+def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, WIDTH) from the offsets `rows`, zeros beyond HEAD_DIM and where not `valid`: what lies there may be nan."""
     dims = tl.arange(0, WIDTH)
     mask = valid[:, None]
     if HEAD_DIM < WIDTH:
         mask &= (dims < HEAD_DIM)[None, :]
-    return tl.load(base + rows[:, None] * distance + dims[None, :], mask, 0.0)
+    return tl.load(base + rows[:, None] + dims[None, :], mask, 0.0)
 
 
 @triton.jit
@@ -249,11 +270,12 @@ def _step(acc, top, total, queries, keys, values, seen, scale2):
 
 @triton.jit
 def _leave(
-    partial, lse, row, head, there, heads, piece, pieces, acc, top, total, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
-):
+    partial, lse, row, head, there, piece, pieces, acc, top, total,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """What a piece found, to (n, heads, pieces): values (…, HEAD_DIM), and the logarithm in base 2 of their weight."""
     dims = tl.arange(0, WIDTH)
-    at = (row.to(tl.int64) * heads + head) * pieces + piece
+    at = (row * (tl.num_programs(1) * REP) + head) * pieces + piece
     mask = there[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(partial + at[:, None] * HEAD_DIM + dims[None, :], acc / total[:, None], mask)
     tl.store(lse + at, top + tl.log2(total), there)
