@@ -72,7 +72,7 @@ def cut(n: int, pairs: int, kv_heads: int, length: int, end: int, keys: int, mul
 
 
 def accepts(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor) -> bool:
-    """Whether the kernels are for these: at most 128 numbers and 64 query heads a key head, float32 or narrower, values
+    """Whether the kernels are for these: at most 128 numbers a head and 32 query heads a key head, float32 or narrower, values
     and own keys dense in their last two axes, keys of a prefix in the last.
     """
     dim = q.shape[2]
@@ -108,7 +108,7 @@ def forward(
     if n == 0:
         return out
     arch, multiprocessors = _device(q.device)
-    tile = tile or tile_of(arch, q.dtype)
+    tile = tile or tile_of(arch, q.dtype, dim)
     pieces = pieces or cut(n, pairs, kv_heads, length, end, tile.keys, multiprocessors)
     partial = q.new_empty((n, heads, pieces.prefix + pieces.own, dim), dtype=torch.float32)
     lse = partial.new_empty(partial.shape[:3])
@@ -311,10 +311,14 @@ def _merge(
     tl.store(out + line * HEAD_DIM + dims, acc / total, dims < HEAD_DIM)
 
 
-def tile_of(arch: int, dtype: torch.dtype) -> Tile:
-    """The one table of the launcher and `shipped`: several programs' buffers fit a multiprocessor's shared memory."""
+def tile_of(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
+    """The one table of the launcher and `shipped`: buffers of several programs fit a multiprocessor's shared memory, and
+    no register is spilled.
+    """
     if dtype == torch.float32:
-        return Tile(32, 4, 2)
+        return Tile(16, 8, 2)
+    if arch < 90 and head_dim < _width(head_dim):
+        return Tile(64, 4, 2)  # with more stages the compiler stops at 128 registers a thread, and spills
     return Tile(32, 4, 3 if SHARED_MEMORY[arch] < 128 << 10 else 4)
 
 
@@ -368,18 +372,16 @@ def _constants(rep: int, head_dim: int, queries: int, tile: Tile) -> dict[str, o
 
 
 def shipped(arch: int) -> Iterator[Shipped]:
-    """Groups of eight with four query heads a key head, as at 8B, and with eight, which fill the largest tile; keys of
-    a prefix in vectors of 16 bytes, of 4, and one by one. Not listed: other ratios and groups, of smaller tiles or the
-    same, other head dims (as 64, 80 or 128), and float16 in full (as bfloat16).
+    """Groups of eight with four query heads a key head, as at 8B; keys of a prefix in vectors of 16 bytes, of 4, and one
+    by one. Not listed: other ratios and groups, of the same tiles or smaller, other head dims (as 64, 80 or 128), and
+    float16 in full (as bfloat16).
     """
-    wide, pairs = 8, 2
-    chosen = [(torch.bfloat16, dim, 4, wide) for dim in (64, 80, 128)]
-    chosen += [(torch.bfloat16, 128, 4, pairs), (torch.bfloat16, 128, 4, 1), (torch.bfloat16, 128, 8, wide)]
-    chosen += [(torch.float16, 128, 4, wide), (torch.float32, 128, 4, 4), (torch.float32, 128, 8, 1)]
-    for dtype, dim, rep, vector in chosen:
+    chosen = [(torch.bfloat16, dim, 8) for dim in (64, 80, 128)] + [(torch.bfloat16, 128, 2), (torch.bfloat16, 128, 1)]
+    chosen += [(torch.float16, 128, 8), (torch.float32, 128, 4), (torch.float32, 128, 1)]
+    for dtype, dim, vector in chosen:
         element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        tile, (queries, _) = tile_of(arch, dtype), _queries(8, rep)
-        constants = {**_constants(rep, dim, queries, tile), "VECTOR": vector}
+        tile, (queries, _) = tile_of(arch, dtype, dim), _queries(8, 4)
+        constants = {**_constants(4, dim, queries, tile), "VECTOR": vector}
         kinds = dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v", "own_k", "own_v", "out"), f"*{element}")
         kinds |= {"partial": "*fp32", "lse": "*fp32", "seat": "*i64", "cached": "*i64", "scale": "fp32"}
         signature = {name: kinds.get(name, "i32") for name in _attend.arg_names if name not in constants}
@@ -388,7 +390,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
         )
         label = f"attend {element} {dim} {queries}x{tile.keys} by {vector}"
         yield Shipped(label, _attend, signature, constants, tile.warps, tile.stages, True, aligned=aligned)
-        if rep == 4 and vector >= 4:
+        if vector >= 4:
             constants = {"HEAD_DIM": dim, "WIDTH": _width(dim), "CHUNK": CHUNK}
             signature = {name: kinds.get(name, "i32") for name in _merge.arg_names if name not in constants}
             yield Shipped(f"merge {element} {dim}", _merge, signature, constants, MERGE_WARPS)
