@@ -1,9 +1,9 @@
 """`decode_attention` at the shapes of Qwen3-VL-8B: 8, 64 and 128 rows, eight to a prefix of 850, one layer of a step.
 
 Rivals: the reference in PyTorch; and scaled_dot_product_attention over one static cache a row that holds its prefix
-again and its own tokens behind it, masked beyond them, as a careful user would write it. That one reads the prefix
-eight times as often, and its caches are as much larger; building them costs nothing here. Every call writes the same
-token to the same place, so it can be called again.
+again and its own tokens behind it, masked beyond them, as a careful user would write it: with enable_gqa, or with the
+query heads of a key head as queries. That reads the prefix eight times as often; building those caches costs nothing
+here. Every call writes the same token to the same place, so it can be called again.
 """
 
 from __future__ import annotations
@@ -61,17 +61,24 @@ def _runs(
     cached: Tensor,
 ) -> dict[str, Callable[..., Tensor]]:
     pair, row = seat // GROUP, torch.arange(len(seat), device=seat.device)
-    keys = torch.cat([prefix_k[pair].transpose(2, 3), own_k], 2)
-    values = torch.cat([prefix_v[pair], own_v], 2)
+    spare = -(PREFIX + own_k.shape[2]) % 16  # masks should be of an even length
+    keys = F.pad(torch.cat([prefix_k[pair].transpose(2, 3), own_k], 2), (0, 0, 0, spare))
+    values = F.pad(torch.cat([prefix_v[pair], own_v], 2), (0, 0, 0, spare))
     place = PREFIX + cached
     seen = (torch.arange(keys.shape[2], device=seat.device) <= place[:, None])[:, None, None]
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    def grouped(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         keys[row, :, place], values[row, :, place] = k, v
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, seen, enable_gqa=True)[:, :, 0]
+
+    def folded(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        keys[row, :, place], values[row, :, place] = k, v
+        mask = seen.expand(-1, KV_HEADS, HEADS // KV_HEADS, -1)
+        return F.scaled_dot_product_attention(q.unflatten(1, (KV_HEADS, -1)), keys, values, mask).flatten(1, 2)
 
     return {
         "ours": lambda *inputs: decode_attention(*inputs, seat, cached, GROUP),
         "PyTorch": _reference(seat, cached),
-        "SDPA, a cache a row": sdpa,
+        "SDPA, enable_gqa": grouped,
+        "SDPA, heads as queries": folded,
     }

@@ -72,8 +72,8 @@ def cut(n: int, pairs: int, kv_heads: int, length: int, end: int, keys: int, mul
 
 
 def accepts(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor) -> bool:
-    """Whether the kernels are for these: at most 128 numbers a head and 32 query heads a key head, float32 or narrower, values
-    and own keys dense in their last two axes, keys of a prefix in the last.
+    """Whether the kernels are for these: at most 128 numbers a head and 32 query heads a key head, float32 or narrower,
+    values and own keys dense in their last two axes, keys of a prefix in the last.
     """
     dim = q.shape[2]
     return (
@@ -146,23 +146,24 @@ def _attend(
     """One piece of a prefix, which come first as they take longer, or of a row's own tokens. Distances of prefix_k are
     counted in VECTOR, which tells the compiler that they are multiples of it.
     """
-    work, kv_head = tl.program_id(0), tl.program_id(1)
+    work, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     before = pairs * chunks * prefix_pieces
     pieces = prefix_pieces + own_pieces
     if work < before:
         at = work // prefix_pieces
         pair = (at // chunks).to(tl.int64)
         _onto_prefix(
-            q, prefix_k + (pair * pk_pair + kv_head.to(tl.int64) * pk_head) * VECTOR, pk_dim * VECTOR,
-            prefix_v + pair * pv_pair + kv_head.to(tl.int64) * pv_head, seat, partial, lse, q_row, q_head, scale * LOG2E,
-            n, pair * group, group * REP, length, at % chunks * QUERIES, work % prefix_pieces, prefix_tiles, pieces,
+            q, prefix_k + (pair * pk_pair + kv_head * pk_head) * VECTOR, pk_dim * VECTOR,
+            prefix_v + pair * pv_pair + kv_head * pv_head, seat, partial, lse, q_row, q_head,
+            scale * LOG2E, n, pair * group, group * REP, length, at % chunks * QUERIES,
+            work % prefix_pieces, prefix_tiles, pieces,
             REP, HEAD_DIM, WIDTH, QUERIES, KEYS, VECTOR,
         )  # fmt: skip
     else:
         row = ((work - before) % n).to(tl.int64)  # first pieces first: each row has that one
         _onto_own(
             q + row * q_row, k + row * k_row + kv_head * k_head, v + row * v_row + kv_head * v_head,
-            own_k + row * ok_row + kv_head.to(tl.int64) * ok_head, own_v + row * ov_row + kv_head.to(tl.int64) * ov_head,
+            own_k + row * ok_row + kv_head * ok_head, own_v + row * ov_row + kv_head * ov_head,
             partial, lse, q_head, scale * LOG2E, row, tl.load(cached + row).to(tl.int32),
             (work - before) // n, own_tiles, prefix_pieces, pieces,
             REP, HEAD_DIM, WIDTH, OWN_QUERIES, KEYS,
@@ -245,7 +246,7 @@ def _rows_at(seat, seats, wanted, n, QUERIES: tl.constexpr):
 
 @triton.jit
 def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) from the offsets `rows`, zeros beyond HEAD_DIM and where not `valid`: what lies there may be nan."""
+    """(rows, WIDTH) from the offsets `rows`, zeros beyond HEAD_DIM and where not `valid`, where nan may lie."""
     dims = tl.arange(0, WIDTH)
     mask = valid[:, None]
     if HEAD_DIM < WIDTH:
@@ -312,8 +313,8 @@ def _merge(
 
 
 def tile_of(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The one table of the launcher and `shipped`: buffers of several programs fit a multiprocessor's shared memory, and
-    no register is spilled.
+    """The one table of the launcher and `shipped`: buffers of several programs fit a multiprocessor's shared memory,
+    and no register is spilled.
     """
     if dtype == torch.float32:
         return Tile(16, 8, 2)
@@ -372,9 +373,9 @@ def _constants(rep: int, head_dim: int, queries: int, tile: Tile) -> dict[str, o
 
 
 def shipped(arch: int) -> Iterator[Shipped]:
-    """Groups of eight with four query heads a key head, as at 8B; keys of a prefix in vectors of 16 bytes, of 4, and one
-    by one. Not listed: other ratios and groups, of the same tiles or smaller, other head dims (as 64, 80 or 128), and
-    float16 in full (as bfloat16).
+    """Groups of eight with four query heads a key head, as at 8B; keys of a prefix in vectors of 16 bytes, of 4, and
+    one by one. Not listed: other ratios and groups, of the same tiles or smaller, other head dims (as 64, 80 or 128),
+    and float16 in full (as bfloat16).
     """
     chosen = [(torch.bfloat16, dim, 8) for dim in (64, 80, 128)] + [(torch.bfloat16, 128, 2), (torch.bfloat16, 128, 1)]
     chosen += [(torch.float16, 128, 8), (torch.float32, 128, 4), (torch.float32, 128, 1)]

@@ -23,8 +23,7 @@ def make(dtype, device="cuda", length=LENGTH, dim=DIM, each=EACH):
 
 def error(arguments, shape):
     """Of the rows that anyone reads, against float64."""
-    wide = [x.double() if x.is_floating_point() else x for x in make(torch.float64, "cpu", **shape)[:-1]]
-    wide[:7] = (x.to(arguments[0].dtype).double() for x in wide[:7])
+    wide = [x.double() if x.is_floating_point() else x for x in make(arguments[0].dtype, "cpu", **shape)[:-1]]
     right = decode_attention(*wide, GROUP)
     return (decode_attention(*arguments).double().cpu() - right)[:21].norm() / right[:21].norm()
 
