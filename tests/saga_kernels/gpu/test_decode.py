@@ -140,10 +140,12 @@ def test_any_stride():
     assert_equals_reference((q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, group))
 
 
-def test_scores_far_apart():
+@pytest.mark.parametrize("chunk", [2, 8])
+def test_scores_far_apart_and_pieces_merged_in_several_rounds(chunk, monkeypatch):
+    monkeypatch.setattr(decode, "CHUNK", chunk)
     arguments = make()
     arguments[0].mul_(60)
-    assert_equals_reference(arguments)
+    assert_equals_reference(arguments, Pieces(3, 1, 3, 1))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
