@@ -60,8 +60,9 @@ class Step(NamedTuple):
 
 @lru_cache(None)
 def decode_seconds(pairs: int, rows: int) -> float:
-    """One token for each of `rows` rollouts of `pairs` pairs: the kernels, and half-grown caches read."""
-    kernels = sum(line.calls * line.floor for line in roofline.decode(rows))
+    """One token for each of `rows` rollouts of `pairs` pairs: the kernels, and half-grown caches read, by however many
+    rows a pair has left."""
+    kernels = sum(line.calls * line.floor for line in roofline.decode(rows) if line.kernel != "decode_attention")
     cache = 2 * 2 * LAYERS * KV_HEADS * HEAD_DIM * (pairs * PREFIX + rows * LENGTH / 2)
     return kernels + cache / BANDWIDTH
 

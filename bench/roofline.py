@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from bench import write_json
 from saga_kernels.gpu import attention, logprob, nf4, norm, rope, sampling, swiglu
+from saga_kernels.gpu import decode as cached_attention
 from saga_kernels.gpu.shipped import Cost
 from saga_kernels.logprob import CHUNK_ROWS
 
@@ -58,9 +59,12 @@ class Line(NamedTuple):
 
 
 def decode(rows: int) -> Iterator[Line]:
-    """One token for each of `rows` rollouts; attention to the cache is PyTorch's, and not counted."""
+    """One token for each of `rows` rollouts, with half-grown caches."""
     phase = f"decode step, {rows} rows"
     yield from _layer(phase, rows, backward=False)
+    pairs = -(-rows // COMPLETIONS)
+    cost = cached_attention.cost(rows, pairs, PREFIX, LENGTH // 2, HEADS, KV_HEADS, HEAD_DIM)
+    yield Line(phase, "decode_attention", LAYERS, cost, matmul=True)
     for name, (out_features, in_features) in LINEARS.items():
         yield Line(phase, f"nf4_matmul {name}", LAYERS, nf4.cost(rows, out_features, in_features), matmul=True)
     yield Line(phase, "rms_norm", 1, norm.cost(rows, HIDDEN))
@@ -91,7 +95,7 @@ def matmuls(phase: str, tokens: int, passes: int) -> Line:
 
 
 def step() -> dict[str, float]:
-    """Seconds of a whole optimizer step at the floor, by phase; host, attention of the cache and update are free."""
+    """Seconds of a whole optimizer step at the floor, by phase; the host and the update are free."""
     tower = Line("tower", "cuBLAS", 3, Cost(int(2 * (IMAGES + 2 * GROUPS) * PATCHES * TOWER), 0), matmul=True)
     batches = DRAWN * COMPLETIONS / max(DECODE_ROWS)
     return {

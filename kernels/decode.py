@@ -32,7 +32,8 @@ def decode_attention(
         q: (n, heads, head_dim). k, v: (n, kv_heads, head_dim), of the new tokens.
         prefix_k: (pairs, kv_heads, head_dim, P), keys transposed for the score GEMM. prefix_v: (pairs, kv_heads, P,
             head_dim). own_k, own_v: (n, kv_heads, end, head_dim), row i's first cached[i] are there; k and v are put
-            behind them. All of one dtype; views are welcome whose last two axes are dense.
+            behind them. All of one dtype; views are welcome whose last two axes are dense. On a GPU rows of prefix_k
+            may lie further apart, and are read fastest where they begin on multiples of 16 bytes.
         seat: (n,) int64, pair · group + g, each at most once; that of a row nobody reads is pairs · group or more.
         cached: (n,) int64, less than `end`; that and seats below 0 are checked on a CPU. group: G.
 
@@ -122,6 +123,17 @@ if torch.ops.saga_kernels.has_avx2():
         compiled = dense and q.dtype == torch.float32
         op = torch.ops.saga_kernels.decode_attention_cpu if compiled else decode_attention_reference
         return op(q, k, v, prefix_k, prefix_v, *rest)
+
+
+@_decode_attention.register_kernel("cuda")
+def _on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor, *rest: Any
+) -> Any:
+    from .gpu import decode  # Triton is needed on a GPU alone
+
+    fits = decode.accepts(q, k, prefix_k, prefix_v, own_k, own_v)
+    op = decode.forward if fits else decode_attention_reference
+    return op(q, k, v, prefix_k, prefix_v, own_k, own_v, *rest)
 
 
 @_decode_attention.register_fake

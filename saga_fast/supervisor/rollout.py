@@ -93,7 +93,10 @@ class Engine:
         def blocks(*shape: int) -> list[Tensor]:
             return [torch.empty(*shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.layers]
 
-        self.prefix_k, self.prefix_v = blocks(slots, kv, dim, length), blocks(slots, kv, length, dim)
+        # GPUs load keys in vectors where their rows begin on multiples of 16 numbers; CPUs want them dense.
+        wide = -(-length // 16) * 16 if decoder.device.type == "cuda" else length
+        self.prefix_k = [block[..., :length] for block in blocks(slots, kv, dim, wide)]
+        self.prefix_v = blocks(slots, kv, length, dim)
         self.own_k, self.own_v = (blocks(places, kv, sampling.capacity, dim) for _ in range(2))
         self.pairs: list[Rollouts] = []
         self.rows: list[_Row] = []

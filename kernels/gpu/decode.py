@@ -1,0 +1,409 @@
+"""Triton for `decode_attention`: flash decoding in two launches, the keys of a prefix read once for all of its rows.
+
+Pieces. The keys of a prefix, and those of each row's own tokens, are cut into pieces, one program a piece and key
+head, so that 8 rows fill a GPU as 128 do. Both kinds go in one launch: a piece of a prefix meets the queries of all
+rows that sit there at once (32 where G is 8 and there are four query heads a key head), a piece of own tokens those of
+its row. Either leaves its sum of values, divided by its sum of weights, and that sum's logarithm; the second launch
+merges what a row has. How many tokens a row has is known on the GPU alone: programs beyond them leave at once.
+
+The new token. A row's first piece starts from it, as the caller gives it, and writes it to the cache, where nobody
+reads it in this launch: nothing depends on who comes first.
+
+Memory sets the pace, so queries are few in a tile and wasted tensor-core rows are free. Keys of a prefix lie
+transposed, P side by side: with P or the distance of rows odd, nothing wider than a number can be loaded, so loads are
+as wide as all distances allow (`_vector`). A distance that is a multiple of 16 bytes is best, and P need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .shipped import SHARED_MEMORY, Cost, Shipped, launch_options
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")  # of float32 matmuls, on tensor cores to float32's accuracy; no other dtype heeds it
+SEARCH = tl.constexpr(128)  # rows looked at together when a program looks for those of its prefix
+MAX_QUERIES = 32  # of a tile; a prefix with more is read again for the rest of them
+CHUNK, MERGE_WARPS = 8, 1  # pieces that are merged together
+
+
+class Tile(NamedTuple):
+    """Keys a step, and how they are worked on."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+class Pieces(NamedTuple):
+    """Into how many pieces keys of a prefix and own tokens are cut, and the tiles of a piece."""
+
+    prefix: int
+    prefix_tiles: int
+    own: int
+    own_tiles: int
+
+
+def cut(n: int, pairs: int, kv_heads: int, length: int, end: int, keys: int, multiprocessors: int) -> Pieces:
+    """Pieces of 256 keys where that makes work for all multiprocessors several times over, else shorter ones.
+
+    What a piece leaves is 3% of what it reads at 256 keys of four query heads, so longer ones would gain little, and
+    lose at the end of the launch, when the last ones run alone.
+    """
+
+    def pieces(span: int) -> Pieces:
+        counts = [triton.cdiv(size, span) for size in (length, end)]
+        tiles = [triton.cdiv(triton.cdiv(size, count), keys) for size, count in zip((length, end), counts)]
+        counts = [triton.cdiv(size, keys * some) for size, some in zip((length, end), tiles)]
+        return Pieces(counts[0], tiles[0], counts[1], tiles[1])
+
+    for span, enough in ((256, 4.0), (128, 1.5)):
+        chosen = pieces(span)
+        if kv_heads * (pairs * chosen.prefix + n * chosen.own) >= enough * multiprocessors:
+            return chosen
+    return pieces(64)
+
+
+def accepts(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor) -> bool:
+    """Whether the kernels are for these: at most 128 numbers a head and 32 query heads a key head, float32 or narrower,
+    values and own keys dense in their last two axes, keys of a prefix in the last.
+    """
+    dim = q.shape[2]
+    return (
+        q.dtype != torch.float64
+        and dim <= 128
+        and q.shape[1] // k.shape[1] <= MAX_QUERIES
+        and prefix_k.stride(3) == 1
+        and all(x.stride()[-2:] == (dim, 1) for x in (prefix_v, own_k, own_v))
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    seat: Tensor,
+    cached: Tensor,
+    group: int,
+    tile: Tile | None = None,
+    pieces: Pieces | None = None,
+) -> Tensor:
+    """(n, heads, head_dim), contiguous, of arguments that `accepts` says yes to. A row nobody reads attends to its own
+    tokens alone. The shape chooses `tile` and `pieces`.
+    """
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    (n, heads, dim), (pairs, kv_heads, _, length), end = q.shape, prefix_k.shape, own_k.shape[2]
+    rep, out = heads // kv_heads, q.new_empty(q.shape)
+    if n == 0:
+        return out
+    arch, multiprocessors = _device(q.device)
+    tile = tile or tile_of(arch, q.dtype, dim)
+    pieces = pieces or cut(n, pairs, kv_heads, length, end, tile.keys, multiprocessors)
+    partial = q.new_empty((n, heads, pieces.prefix + pieces.own, dim), dtype=torch.float32)
+    lse = partial.new_empty(partial.shape[:3])
+    vector, (queries, chunks) = _vector(prefix_k), _queries(group, rep)
+    _attend[pairs * chunks * pieces.prefix + n * pieces.own, kv_heads](
+        q, k, v, prefix_k, prefix_v, own_k, own_v, seat.contiguous(), cached.contiguous(), partial, lse,
+        *(stride for x in (q, k, v) for stride in x.stride()[:2]),
+        *(stride // vector for stride in prefix_k.stride()[:3]),
+        *(stride for x in (prefix_v, own_k, own_v) for stride in x.stride()[:2]),
+        dim**-0.5, n, pairs, group, length, chunks, *pieces,
+        VECTOR=vector, **_constants(rep, dim, queries, tile), **launch_options(tile.warps, tile.stages),
+    )  # fmt: skip
+    _merge[heads, n](
+        partial, lse, seat.contiguous(), cached.contiguous(), out, pairs * group, pieces.prefix, pieces.own,
+        pieces.own_tiles * tile.keys,
+        HEAD_DIM=dim, WIDTH=_width(dim), CHUNK=CHUNK, **launch_options(MERGE_WARPS),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(
+    do_not_specialize=(
+        *("pk_pair", "pk_head", "pk_dim", "n", "pairs", "group", "length", "chunks"),
+        *("prefix_pieces", "prefix_tiles", "own_pieces", "own_tiles"),
+    )
+)
+def _attend(
+    q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, partial, lse,
+    q_row, q_head, k_row, k_head, v_row, v_head, pk_pair, pk_head, pk_dim, pv_pair, pv_head,
+    ok_row, ok_head, ov_row, ov_head, scale, n, pairs, group, length, chunks,
+    prefix_pieces, prefix_tiles, own_pieces, own_tiles,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, OWN_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One piece of a prefix, which come first as they take longer, or of a row's own tokens. Distances of prefix_k are
+    counted in VECTOR, which tells the compiler that they are multiples of it.
+    """
+    work, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    before = pairs * chunks * prefix_pieces
+    pieces = prefix_pieces + own_pieces
+    if work < before:
+        at = work // prefix_pieces
+        pair = (at // chunks).to(tl.int64)
+        _onto_prefix(
+            q, prefix_k + (pair * pk_pair + kv_head * pk_head) * VECTOR, pk_dim * VECTOR,
+            prefix_v + pair * pv_pair + kv_head * pv_head, seat, partial, lse, q_row, q_head,
+            scale * LOG2E, n, pair * group, group * REP, length, at % chunks * QUERIES,
+            work % prefix_pieces, prefix_tiles, pieces,
+            REP, HEAD_DIM, WIDTH, QUERIES, KEYS, VECTOR,
+        )  # fmt: skip
+    else:
+        row = ((work - before) % n).to(tl.int64)  # first pieces first: each row has that one
+        _onto_own(
+            q + row * q_row, k + row * k_row + kv_head * k_head, v + row * v_row + kv_head * v_head,
+            own_k + row * ok_row + kv_head * ok_head, own_v + row * ov_row + kv_head * ov_head,
+            partial, lse, q_head, scale * LOG2E, row, tl.load(cached + row).to(tl.int32),
+            (work - before) // n, own_tiles, prefix_pieces, pieces,
+            REP, HEAD_DIM, WIDTH, OWN_QUERIES, KEYS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _onto_prefix(
+    q, prefix_k, k_dim, prefix_v, seat, partial, lse, q_row, q_head, scale2,
+    n, first_seat, seated, length, first_query, piece, tiles, pieces,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Queries of a pair's rows, REP of each seat, onto a piece of its prefix."""
+    query = first_query + tl.arange(0, QUERIES)
+    row = _rows_at(seat, first_seat + query // REP, query < seated, n, QUERIES)
+    there, head = row >= 0, tl.program_id(1) * REP + query % REP
+    if tl.max(row, 0) >= 0:  # a pair may have no row left
+        queries = _load(q, row.to(tl.int64) * q_row + head * q_head, there, HEAD_DIM, WIDTH)
+        dims = tl.arange(0, WIDTH)
+        keys_at = prefix_k + dims[:, None] * k_dim
+        readable = (length + VECTOR - 1) // VECTOR * VECTOR
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+        first = piece * tiles * KEYS
+        for start in range(first, tl.minimum(first + tiles * KEYS, length), KEYS):
+            column = start + tl.arange(0, KEYS)
+            mask = (column < readable)[None, :]
+            if HEAD_DIM < WIDTH:
+                mask &= (dims < HEAD_DIM)[:, None]
+            keys = tl.load(keys_at + column[None, :], mask, 0.0)
+            values = _load(prefix_v, column * HEAD_DIM, column < length, HEAD_DIM, WIDTH)
+            acc, top, total = _step(acc, top, total, queries, keys, values, column < length, scale2)
+        _leave(partial, lse, row.to(tl.int64), head, there, piece, pieces, acc, top, total, REP, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def _onto_own(
+    q, k, v, own_k, own_v, partial, lse, q_head, scale2, row, count, piece, tiles, prefix_pieces, pieces,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A row's REP queries onto a piece of its own tokens, the first of which starts from the new token."""
+    first = piece * tiles * KEYS
+    if (piece == 0) | (first < count):
+        query = tl.arange(0, QUERIES)
+        there, head = query < REP, tl.program_id(1) * REP + query
+        queries = _load(q, head * q_head, there, HEAD_DIM, WIDTH)
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+        if piece == 0:
+            dims = tl.arange(0, WIDTH)
+            key, value = tl.load(k + dims, dims < HEAD_DIM, 0.0), tl.load(v + dims, dims < HEAD_DIM, 0.0)
+            tl.store(own_k + count * HEAD_DIM + dims, key, dims < HEAD_DIM)
+            tl.store(own_v + count * HEAD_DIM + dims, value, dims < HEAD_DIM)
+            top = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale2
+            total += 1.0
+            acc += value.to(tl.float32)[None, :]
+        for start in range(first, tl.minimum(first + tiles * KEYS, count), KEYS):
+            column = start + tl.arange(0, KEYS)
+            keys = _load(own_k, column * HEAD_DIM, column < count, HEAD_DIM, WIDTH)
+            values = _load(own_v, column * HEAD_DIM, column < count, HEAD_DIM, WIDTH)
+            acc, top, total = _step(acc, top, total, queries, tl.trans(keys), values, column < count, scale2)
+        piece += prefix_pieces
+        _leave(partial, lse, row, head, there, piece, pieces, acc, top, total, REP, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def _rows_at(seat, seats, wanted, n, QUERIES: tl.constexpr):
+    """(QUERIES,) the row that sits at each of `seats`, -1 where nobody does or it is not `wanted`."""
+    found = tl.full((QUERIES,), -1, tl.int32)
+    for first in range(0, n, SEARCH):
+        row = first + tl.arange(0, SEARCH)
+        taken = tl.load(seat + row, row < n, -1)
+        here = (taken[None, :] == seats[:, None]) & wanted[:, None]
+        found = tl.maximum(found, tl.max(tl.where(here, row[None, :], -1), 1))
+    return found
+
+
+@triton.jit
+def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, WIDTH) from the offsets `rows`, zeros beyond HEAD_DIM and where not `valid`, where nan may lie."""
+    dims = tl.arange(0, WIDTH)
+    mask = valid[:, None]
+    if HEAD_DIM < WIDTH:
+        mask &= (dims < HEAD_DIM)[None, :]
+    return tl.load(base + rows[:, None] + dims[None, :], mask, 0.0)
+
+
+@triton.jit
+def _step(acc, top, total, queries, keys, values, seen, scale2):
+    """Online softmax in base 2 over keys (WIDTH, KEYS) and values (KEYS, WIDTH), one or more of them seen. A score that
+    is nan is passed over by the maximum, not by the sums.
+    """
+    scores = tl.dot(queries, keys, input_precision=PRECISION)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
+    p = tl.exp2(scores * scale2 - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def _leave(
+    partial, lse, row, head, there, piece, pieces, acc, top, total,
+    REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What a piece found, to (n, heads, pieces): values (…, HEAD_DIM), and the logarithm in base 2 of their weight."""
+    dims = tl.arange(0, WIDTH)
+    at = (row * (tl.num_programs(1) * REP) + head) * pieces + piece
+    mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(partial + at[:, None] * HEAD_DIM + dims[None, :], acc / total[:, None], mask)
+    tl.store(lse + at, top + tl.log2(total), there)
+
+
+@triton.jit(do_not_specialize=("seats", "prefix_pieces", "own_pieces", "span"))
+def _merge(
+    partial, lse, seat, cached, out, seats, prefix_pieces, own_pieces, span,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A head of a row from its pieces, of its prefix if it has one, and of own tokens as far as there are any."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    dims = tl.arange(0, WIDTH)
+    start = tl.where(tl.load(seat + row) < seats, 0, prefix_pieces)
+    count = tl.load(cached + row).to(tl.int32)
+    stop = prefix_pieces + tl.maximum(tl.cdiv(count, span), 1)
+    line = row.to(tl.int64) * tl.num_programs(0) + head
+    at = line * (prefix_pieces + own_pieces)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((WIDTH,), tl.float32)
+    for first in range(start, stop, CHUNK):
+        piece = first + tl.arange(0, CHUNK)
+        weight = tl.load(lse + at + piece, piece < stop, float("-inf"))
+        mask = (piece < stop)[:, None] & (dims < HEAD_DIM)[None, :]
+        part = tl.load(partial + (at + piece)[:, None] * HEAD_DIM + dims[None, :], mask, 0.0)
+        new_top = tl.maximum(top, tl.max(weight, 0))
+        weight = tl.exp2(weight - new_top)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
+        top = new_top
+    tl.store(out + line * HEAD_DIM + dims, acc / total, dims < HEAD_DIM)
+
+
+def tile_of(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
+    """The one table of the launcher and `shipped`: buffers of several programs fit a multiprocessor's shared memory,
+    and no register is spilled.
+    """
+    if dtype == torch.float32:
+        return Tile(16, 8, 2)
+    if arch < 90 and head_dim < _width(head_dim):
+        return Tile(64, 4, 2)  # with more stages the compiler stops at 128 registers a thread, and spills
+    return Tile(32, 4, 3 if SHARED_MEMORY[arch] < 128 << 10 else 4)
+
+
+def _vector(prefix_k: Tensor) -> int:
+    """How many numbers can be loaded at once, 16, 4 or fewer bytes of them, from wherever a row of keys begins. The
+    last ones may be beyond P if the distance to the next row leaves room, and the memory ends no sooner.
+    """
+    *strides, _ = prefix_k.stride()
+    sizes, size = prefix_k.shape, prefix_k.element_size()
+    length = sizes[-1]
+    room = prefix_k.untyped_storage().nbytes() // size - prefix_k.storage_offset()
+    room -= sum((many - 1) * stride for many, stride in zip(sizes, prefix_k.stride())) + 1
+    for bytes_at_once in (16, 4):
+        vector = bytes_at_once // size
+        aligned = all(stride % vector == 0 for stride in strides) and prefix_k.data_ptr() % bytes_at_once == 0
+        if aligned and -length % vector <= room:
+            return vector
+    return 1
+
+
+def _queries(group: int, rep: int) -> tuple[int, int]:
+    """Queries of a prefix in a tile, and how many tiles they take."""
+    queries = max(16, min(MAX_QUERIES, triton.next_power_of_2(group * rep)))
+    return queries, triton.cdiv(group * rep, queries)
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """The chip of the table that this one is like, of its family or the one that asks least, and its multiprocessors;
+    those of an H100 for the interpreter."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    arch = 10 * properties.major + min(properties.minor, 6 if properties.major == 8 else 0)
+    return arch if arch in SHARED_MEMORY else 86, properties.multi_processor_count
+
+
+def _width(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128
+
+
+def _constants(rep: int, head_dim: int, queries: int, tile: Tile) -> dict[str, object]:
+    return {
+        "REP": rep,
+        "HEAD_DIM": head_dim,
+        "WIDTH": _width(head_dim),
+        "QUERIES": queries,
+        "OWN_QUERIES": max(16, triton.next_power_of_2(rep)),
+        "KEYS": tile.keys,
+    }
+
+
+def shipped(arch: int) -> Iterator[Shipped]:
+    """Groups of eight with four query heads a key head, as at 8B; keys of a prefix in vectors of 16 bytes, of 4, and
+    one by one. Not listed: other ratios and groups, of the same tiles or smaller, other head dims (as 64, 80 or 128),
+    and float16 in full (as bfloat16).
+    """
+    chosen = [(torch.bfloat16, dim, 8) for dim in (64, 80, 128)] + [(torch.bfloat16, 128, 2), (torch.bfloat16, 128, 1)]
+    chosen += [(torch.float16, 128, 8), (torch.float32, 128, 4), (torch.float32, 128, 1)]
+    for dtype, dim, vector in chosen:
+        element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        tile, (queries, _) = tile_of(arch, dtype, dim), _queries(8, 4)
+        constants = {**_constants(4, dim, queries, tile), "VECTOR": vector}
+        kinds = dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v", "own_k", "own_v", "out"), f"*{element}")
+        kinds |= {"partial": "*fp32", "lse": "*fp32", "seat": "*i64", "cached": "*i64", "scale": "fp32"}
+        signature = {name: kinds.get(name, "i32") for name in _attend.arg_names if name not in constants}
+        aligned = tuple(
+            name for name in signature if name.endswith(("_row", "_head", "_pair")) and not name.startswith("pk_")
+        )
+        label = f"attend {element} {dim} {queries}x{tile.keys} by {vector}"
+        yield Shipped(label, _attend, signature, constants, tile.warps, tile.stages, True, aligned=aligned)
+        if vector >= 4:
+            constants = {"HEAD_DIM": dim, "WIDTH": _width(dim), "CHUNK": CHUNK}
+            signature = {name: kinds.get(name, "i32") for name in _merge.arg_names if name not in constants}
+            yield Shipped(f"merge {element} {dim}", _merge, signature, constants, MERGE_WARPS)
+
+
+def cost(
+    n: int, pairs: int, prefix: int, own: int, heads: int, kv_heads: int, head_dim: int, itemsize: int = 2
+) -> Cost:
+    """n rows that have `own` tokens each, the new one apart, in a call. Bytes: keys and values of a prefix once a pair
+    and those of own tokens once a row; q, k, v and the result; and k, v put into the cache. What pieces leave for the
+    merge stays in the L2.
+    """
+    flops = 4 * n * (prefix + own + 1) * heads * head_dim
+    tokens = 2 * kv_heads * (pairs * prefix + n * own + 2 * n)
+    return Cost(flops, (tokens + 2 * n * heads) * head_dim * itemsize)
