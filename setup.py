@@ -10,7 +10,8 @@ sources = [f"csrc/{name}.cpp" for name in ("advantage", "decode", "pointwise", "
 # Without OpenMP at::parallel_for is a loop on one core; the runtime is the one PyTorch has loaded.
 flags = {"cxx": ["-O3", "-std=c++20", "-fopenmp"]}
 if cuda is not None and CUDA_HOME is not None and os.environ.get("SAGA_CUDA") != "0":
-    extension, sources, flags = CUDAExtension, [*sources, "csrc/advantage_cuda.cu"], {**flags, "nvcc": ["-O3"]}
+    extension, flags = CUDAExtension, {**flags, "nvcc": ["-O3"]}
+    sources += ["csrc/advantage_cuda.cu", "csrc/nf4_cuda.cu"]
 else:
     extension = CppExtension
 

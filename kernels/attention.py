@@ -345,6 +345,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, *offsets, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, *offsets)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the LSE
 
 
 def _backward(ctx: Any, do: Tensor, _: Any) -> Any:

@@ -387,7 +387,7 @@ def replay_share(
     result = fits.run("replay", min(packed, supervisor.plan.token_budget), replay_within, least=prefix)
     if weight.lm > 0:
         # An image may be in several pairs: it goes through the tower once, with the gradient of all.
-        pixels, image = torch.unique(torch.cat([pair.pixels for pair in buffer]), dim=0, return_inverse=True)
+        pixels, image = distinct(torch.cat([pair.pixels for pair in buffer]))
         asked = [
             leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_put_((image,), weight.lm * leaf.grad, accumulate=True)
             for leaf in leaves.levels
@@ -408,6 +408,18 @@ def replay_share(
     loss_kl = alignment_kl(targets, beta).sum() / rewarded
     (weight.kl * loss_kl).backward()
     return result.loss.item(), loss_kl.item()
+
+
+def distinct(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The different ones among uint8 images (n, 3, S, S), in the order of their bytes, and which of them each is (n,).
+
+    On the host: for a GPU, whose threads would compare whole images one by one, `torch.unique` takes seconds.
+    """
+    contents = [image.numpy().tobytes() for image in images.cpu()]
+    order = {content: i for i, content in enumerate(sorted(set(contents)))}
+    image = torch.tensor([order[content] for content in contents])
+    first = torch.tensor([contents.index(content) for content in order])
+    return images[first.to(images.device)], image.to(images.device)
 
 
 def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dml: list[Tensor]) -> dict[str, float]:

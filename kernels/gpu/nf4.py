@@ -4,6 +4,8 @@ A block of 64 weights has only 16 distinct values, code[i] * absmax rounded to t
 once a block and looked up. A byte permutation takes four bytes at once out of eight by four 3-bit indices: with the 16
 values split into planes of low and high bytes, four weights cost eight permutations, where selecting by the bits of
 the index would cost 15 selections a weight. Values are rounded exactly as bitsandbytes rounds them, in both ops.
+
+csrc/nf4_cuda.cu has a faster `nf4_matmul` for few rows, whose products are nearer to NF4's own values.
 """
 
 from __future__ import annotations
@@ -115,9 +117,14 @@ def matmul(
 ) -> Tensor:
     """x (rows, in) @ W.T: fused for 1 to 128 rows of bfloat16 or float16, if in is a multiple of 64.
 
-    Else W is dequantised once and multiplied densely. The shape chooses `blocks` and `parts` (of the inner dimension).
+    Else W is dequantised once and multiplied densely. Of the fused ways the compiled one is the faster, where it is
+    there and fits; in Triton's the shape chooses `blocks` and `parts` (of the inner dimension), if they are not given.
     """
     rows, in_features = x.shape
+    if blocks is None and parts is None and _compiled_fits(x, packed, absmax, code2, out_features):
+        return torch.ops.saga_kernels.nf4_matmul_few(
+            x.contiguous(), packed, absmax, code2, absmax2, offset, out_features
+        )
     if x.dtype == torch.float32 or not 0 < rows <= MAX_ROWS or in_features % 64 or not out_features:
         w = x.new_empty(out_features, in_features)
         dequantize(packed, absmax, code2, absmax2, offset, w)
@@ -148,6 +155,22 @@ def matmul(
         grid = (triton.cdiv(y.numel(), REDUCE_BLOCK),)
         _reduce[grid](target, y, y.numel(), PARTS=parts, BLOCK=REDUCE_BLOCK, **launch_options(REDUCE_WARPS))
     return y
+
+
+def _compiled_fits(x: Tensor, packed: Tensor, absmax: Tensor, code2: Tensor | None, out_features: int) -> bool:
+    """Whether csrc/nf4_cuda.cu takes it: nested, whole chunks of 4 blocks, everything where vectors can be loaded."""
+    rows, in_features = x.shape
+    return (
+        x.is_cuda
+        and hasattr(torch.ops.saga_kernels, "nf4_matmul_few")  # the extension was built with CUDA
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and code2 is not None
+        and 0 < rows <= MAX_ROWS
+        and in_features % 256 == 0
+        and out_features % 4 == 0
+        and 0 < out_features * in_features < 1 << 32  # packed bytes are counted in 31 bits
+        and x.data_ptr() % 16 == packed.data_ptr() % 16 == absmax.data_ptr() % 4 == 0
+    )
 
 
 def _scales_or_any(

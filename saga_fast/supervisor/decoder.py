@@ -160,11 +160,17 @@ class FrozenDecoder:
         deepstack: per level a tensor (visual tokens, D), added after layers 0, 1, … at the rows `visual` (int64).
         """
         rotation = self.rotate(positions, h.dtype)
-        for i, layer in enumerate(self.layers):
-            h = self._layer(i, layer, h, rotation, attend)
+        norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        x = rms_norm(h, self.layers[0].input_norm, self.eps)
+        for i, (layer, norm) in enumerate(zip(self.layers, norms)):
+            h, x = add_rms_norm(h, self._attention(i, layer, x, rotation, attend), layer.mlp_norm, self.eps)
+            out = layer.down(swiglu(layer.gate_up(x)))
             if i < len(deepstack):
-                h = h.index_add(0, visual, deepstack[i])
-        return rms_norm(h, self.norm, self.eps)
+                h = (h + out).index_add(0, visual, deepstack[i])
+                x = rms_norm(h, norm, self.eps)
+            else:
+                h, x = add_rms_norm(h, out, norm, self.eps)
+        return x
 
     def rotate(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (tokens, head_dim) of positions (3, tokens)."""
@@ -172,12 +178,13 @@ class FrozenDecoder:
         cos, sin = self.rotary(like, positions[:, None] if self.mrope else positions[:1])
         return cos[0], sin[0]
 
-    def _layer(self, i: int, layer: DecoderLayer, h: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        qkv = layer.qkv(rms_norm(h, layer.input_norm, self.eps)).unflatten(-1, (-1, self.head_dim))
+    def _attention(
+        self, i: int, layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
+        qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), -2)
         q, k = rope(q, *rotation, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
-        h, x = add_rms_norm(h, layer.o(attend(i, q, k, v).flatten(-2)), layer.mlp_norm, self.eps)
-        return h + layer.down(swiglu(layer.gate_up(x)))
+        return layer.o(attend(i, q, k, v).flatten(-2))
 
     def fingerprint(self) -> str:
         """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA."""

@@ -39,7 +39,7 @@ def test_small_equals_float64(dtype, vocabulary):
     h, head, targets, coeff = make(70, 64, vocabulary, dtype)
     got = token_logprob(h, head, targets, coeff, 1.3, 32)
     if vocabulary == 1:
-        assert not got[0].any() and not got[1].any()
+        assert max(x.abs().max() for x in got) < 1e-6  # zero, but for a product that is rounded once or not at all
         return
     expected = token_logprob_reference(h.double(), head.double(), targets, coeff.double(), 1.3, 32)
     assert_agree(got, expected, TOLERANCE[dtype])

@@ -11,7 +11,7 @@ from saga_kernels.nf4 import nf4_dequantize_reference
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit in the last place, relative
-SHAPES = [*LINEARS.values(), (37, 192), (130, 320), (3, 64)]
+SHAPES = [*LINEARS.values(), (1000, 512), (37, 192), (130, 320), (3, 64)]
 
 
 def normal(*shape, dtype=torch.bfloat16, seed=0):
@@ -55,12 +55,23 @@ def test_dequantized_bits_are_bitsandbytes_own(dtype, nested):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 33, 64, 100, 128, 129])
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 33, 64, 80, 100, 128, 129])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matmul_equals_float64(shape, rows, dtype):
     w, x = quantise(normal(*shape, dtype=dtype)), normal(rows, shape[1], dtype=dtype, seed=1)
     oracle = x.double() @ dequantized_by_reference(w, dtype).double().T
     assert_agrees(nf4_matmul(x, w), oracle, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 9, 24, 40, 56, 88, 120])
+def test_small_products_are_within_bounds_and_those_of_the_values_nf4_stands_for(rows, dtype):
+    """More exact than dequantised weights could make them: in float32, only the product is rounded to `dtype`."""
+    w, x = quantise(normal(76, 768, dtype=dtype)), normal(rows, 768, dtype=dtype, seed=1)
+    oracle = x.double() @ dequantized_by_reference(w, torch.float64).T
+    y = nf4_matmul(x, w)
+    assert_agrees(y, oracle, 2.2e-3 if dtype == torch.bfloat16 else 4e-4)
+    assert not torch.equal(y, x @ nf4_dequantize(w).T), "this was not the compiled kernel"
 
 
 def test_float32_is_multiplied_in_float32():
