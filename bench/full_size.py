@@ -340,7 +340,11 @@ def step(rig: Rig) -> dict[str, Any]:
     rig.peak()
     cold, warm = (rig.timed(work) for _ in range(2))
     assert not fits.limits, f"a phase did not fit: {fits.limits}"
-    return {"seconds": warm[0], "phases": warm[1], "cold_seconds": cold[0], "peak_bytes": rig.peak()}
+    return {
+        "seconds": warm[0], "phases": warm[1], "cold_seconds": cold[0], "cold_phases": cold[1],
+        "peak_bytes": rig.peak(), "allocator_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+    }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Rig], dict[str, Any]]] = {

@@ -115,96 +115,116 @@ __device__ uint32_t look_up(const uint8_t* table, uint32_t word, uint32_t at, in
   return *reinterpret_cast<const uint32_t*>(table + __byte_perm(word, at, 0x5504 | i << 4));
 }
 
-// tiles: of 8 rows of x. along_out: warps that lie along W's rows; the others share the inner dimension.
-// A program has `along_out` strips of W, and of the inner dimension part blockIdx.y of gridDim.y. y is (rows, out), or
-// where there are parts (parts, rows, out) in float32.
-template <class T, int tiles, int along_out, int chunk>
-__global__ void __launch_bounds__(threads, tiles <= 2 ? 2 : 1)
-    few_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
-  constexpr int along_in = warps / along_out, height = along_out * strip;
-  extern __shared__ __align__(16) uint8_t shared[];
-  float* code2 = reinterpret_cast<float*>(shared + table_bytes);
-  const int lane = threadIdx.x % warp, g = lane / 4, t = lane % 4;
-  const int warp_out = threadIdx.x / warp % along_out, warp_in = threadIdx.x / warp / along_out;
-  const int first_row = blockIdx.x * height + warp_out * strip;
-  const int chunks = w.in / (block * chunk);
-  const int end = static_cast<int>(static_cast<int64_t>(chunks) * (blockIdx.y + 1) / gridDim.y);
-  int at = static_cast<int>(static_cast<int64_t>(chunks) * blockIdx.y / gridDim.y) + warp_in;
+// A block's weights of a lane, looked up: of two tiles the factor of each step, and the scale of four rows.
+struct Decoded {
+  uint32_t a[2][4][4];
+  float scale[4];
 
-  int row[4];  // rows past the end are the last one again, computed and not stored
+  template <class T, int chunk>
+  __device__ static Decoded of(const Ahead<chunk>& now, int j, const uint8_t* table, const float* code2, int lane) {
+    Decoded found;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) row[r] = min(first_row + 8 * r + g, w.out - 1);
-  Ahead<chunk> next;
-  if (at < end) next.load(w, row, at, t);
+    for (int r = 0; r < 4; ++r) {
+      found.scale[r] =
+          code2[now.codes[r] >> (8 * j) & 255] * now.absmax2[r] + now.offset[r] * (1.f / Number<T>::stretch);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const uint32_t word = s < 2 ? now.bytes[r][j].x : now.bytes[r][j].y;
+        found.a[r / 2][s][r % 2] = look_up(table, word, 4 * lane, s % 2 * 2);
+        found.a[r / 2][s][r % 2 + 2] = look_up(table, word, 4 * lane, s % 2 * 2 + 1);
+      }
+    }
+    return found;
+  }
 
-  // Each thread has one packed byte's pair of codes, 32 times: once a lane.
-  const uint32_t both = Number<T>::pair(quantiles[threadIdx.x / 16] * Number<T>::stretch,
-                                        quantiles[threadIdx.x % 16] * Number<T>::stretch);
+  // sums += scale * (a @ b), of 16 numbers of a row of x.
+  template <class T>
+  __device__ void multiply(float (&sums)[4], int m, const uint4& left, const uint4& right) const {
+    float d[4] = {};
+    Number<T>::multiply(d, a[m][0], left.x, left.y);
+    Number<T>::multiply(d, a[m][1], left.z, left.w);
+    Number<T>::multiply(d, a[m][2], right.x, right.y);
+    Number<T>::multiply(d, a[m][3], right.z, right.w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += scale[2 * m + i / 2] * d[i];
+  }
+};
+
+// The table, a packed byte a thread, which stands there once for each lane; and code2.
+template <class T>
+__device__ void fill(uint8_t* table, float* code2, const Weight& w) {
+  const int byte = threadIdx.x;
+  const uint32_t both = Number<T>::pair(quantiles[byte / 16] * Number<T>::stretch,
+                                        quantiles[byte % 16] * Number<T>::stretch);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    reinterpret_cast<uint4*>(shared + threadIdx.x * table_row)[(i + threadIdx.x) % 8] =
-        make_uint4(both, both, both, both);
-  code2[threadIdx.x] = w.code2[threadIdx.x] * (1.f / Number<T>::stretch);
+    reinterpret_cast<uint4*>(table + byte * table_row)[(i + byte) % 8] = make_uint4(both, both, both, both);
+  code2[byte] = w.code2[byte] * (1.f / Number<T>::stretch);
+}
+
+// The part of `chunks` that blockIdx.y has of gridDim.y: where it begins, or the next begins.
+__device__ int part(int chunks, int y) { return static_cast<int>(static_cast<int64_t>(chunks) * y / gridDim.y); }
+
+// Where there are parts they are float32, to be added up; else y is written.
+template <class T>
+__device__ void store(T* y, float* parts, int rows, int out, int row_of_x, int row_of_w, float value) {
+  if (row_of_x >= rows || row_of_w >= out) return;
+  const int64_t to = static_cast<int64_t>(row_of_x) * out + row_of_w;
+  if (gridDim.y > 1)
+    parts[static_cast<int64_t>(blockIdx.y) * rows * out + to] = value;
+  else
+    y[to] = Number<T>::of(value);
+}
+
+// Up to 16 rows: bound by memory, so the warps of a program share the inner dimension of one run of W's rows, and go on
+// to the next run with its first bytes on their way. tiles: of 8 rows of x. along_out: warps along W's rows.
+template <class T, int tiles, int along_out, int chunk>
+__global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1)
+    few_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
+  constexpr int along_in = warps / along_out, height = along_out * strip;
+  constexpr int pitch = height + 4;  // four more, and the lanes of a warp meet 32 banks
+  extern __shared__ __align__(16) uint8_t shared[];
+  float* code2 = reinterpret_cast<float*>(shared + table_bytes);
+  float* laid = code2 + 256;
+  const int lane = threadIdx.x % warp, g = lane / 4, t = lane % 4;
+  const int warp_out = threadIdx.x / warp % along_out, warp_in = threadIdx.x / warp / along_out;
+  const int chunks = w.in / (block * chunk), runs = (w.out + height - 1) / height;
+  const int begin = part(chunks, blockIdx.y) + warp_in, end = part(chunks, blockIdx.y + 1);
+
+  int row[4];  // rows past the end are the last one again, computed and not stored
+  Ahead<chunk> next;
+  const auto start = [&](int run) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) row[r] = min(run * height + warp_out * strip + 8 * r + g, w.out - 1);
+    next.load(w, row, begin, t);
+  };
+  if (begin < end) start(blockIdx.x);
+  fill<T>(shared, code2, w);
   __syncthreads();
 
-  float sums[2][tiles][4] = {};
-  for (; at < end; at += along_in) {
-    const Ahead<chunk> now = next;
-    if (at + along_in < end) next.load(w, row, at + along_in, t);
+  for (int run = blockIdx.x; run < runs; run += gridDim.x) {
+    float sums[2][tiles][4] = {};
+    for (int at = begin; at < end; at += along_in) {
+      const Ahead<chunk> now = next;
+      if (at + along_in < end)
+        next.load(w, row, at + along_in, t);
+      else if (run + gridDim.x < runs)
+        start(run + gridDim.x);
 #pragma unroll
-    for (int j = 0; j < chunk; ++j) {
-      uint32_t a[2][4][4];
-      float scale[4];
+      for (int j = 0; j < chunk; ++j) {
+        const Decoded weights = Decoded::of<T, chunk>(now, j, shared, code2, lane);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        scale[r] = code2[now.codes[r] >> (8 * j) & 255] * now.absmax2[r] + now.offset[r] * (1.f / Number<T>::stretch);
+        for (int n = 0; n < tiles; ++n) {
+          const T* from = x + min(8 * n + g, rows - 1) * w.in + (at * chunk + j) * block + 16 * t;
+          const uint4 left = __ldg(reinterpret_cast<const uint4*>(from));
+          const uint4 right = __ldg(reinterpret_cast<const uint4*>(from) + 1);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const uint32_t word = s < 2 ? now.bytes[r][j].x : now.bytes[r][j].y;
-          a[r / 2][s][r % 2] = look_up(shared, word, 4 * lane, s % 2 * 2);
-          a[r / 2][s][r % 2 + 2] = look_up(shared, word, 4 * lane, s % 2 * 2 + 1);
-        }
-      }
-      const int column = (at * chunk + j) * block + 16 * t;
-#pragma unroll
-      for (int n = 0; n < tiles; ++n) {
-        const uint4* from = reinterpret_cast<const uint4*>(x + min(8 * n + g, rows - 1) * w.in + column);
-        const uint4 left = __ldg(from), right = __ldg(from + 1);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          float d[4] = {};
-          Number<T>::multiply(d, a[m][0], left.x, left.y);
-          Number<T>::multiply(d, a[m][1], left.z, left.w);
-          Number<T>::multiply(d, a[m][2], right.x, right.y);
-          Number<T>::multiply(d, a[m][3], right.z, right.w);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[m][n][i] += scale[2 * m + i / 2] * d[i];
+          for (int m = 0; m < 2; ++m) weights.template multiply<T>(sums[m][n], m, left, right);
         }
       }
     }
-  }
 
-  parts += static_cast<int64_t>(blockIdx.y) * rows * w.out;
-  const auto store = [&](int row_of_x, int row_of_w, float value) {
-    if (row_of_x >= rows || row_of_w >= w.out) return;
-    const int64_t to = static_cast<int64_t>(row_of_x) * w.out + row_of_w;
-    if (gridDim.y > 1)
-      parts[to] = value;
-    else
-      y[to] = Number<T>::of(value);
-  };
-  if constexpr (along_in == 1) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < tiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          store(8 * n + 2 * t + i % 2, first_row + 16 * m + i / 2 * 8 + g, sums[m][n][i]);
-  } else {
-    // The warps along the inner dimension lay their sums side by side, where the table was, and all add them up.
-    constexpr int pitch = height + 4;  // four more, and the lanes of a warp meet 32 banks
-    float* laid = reinterpret_cast<float*>(shared);
+    // The warps along the inner dimension lay their sums side by side, and all add them up.
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -219,9 +239,80 @@ __global__ void __launch_bounds__(threads, tiles <= 2 ? 2 : 1)
       float sum = 0.f;
 #pragma unroll
       for (int k = 0; k < along_in; ++k) sum += laid[(k * tiles * 8 + i / height) * pitch + i % height];
-      store(i / height, blockIdx.x * height + i % height, sum);
+      store(y, parts, rows, w.out, i / height, run * height + i % height, sum);
     }
   }
+}
+
+// More rows: bound by tensor cores, so each warp has rows of W of its own, and x comes through shared memory, where all
+// of them read it. While a chunk is worked on the next one is copied.
+template <class T, int tiles, int chunk>
+__global__ void __launch_bounds__(threads)
+    more_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
+  constexpr int row_bytes = block * 2, tile_bytes = tiles * 8 * row_bytes;
+  extern __shared__ __align__(16) uint8_t shared[];
+  float* code2 = reinterpret_cast<float*>(shared + table_bytes);
+  uint8_t* copies = shared + table_bytes + 256 * 4;
+  const int lane = threadIdx.x % warp, g = lane / 4, t = lane % 4;
+  const int first_row = (blockIdx.x * warps + threadIdx.x / warp) * strip;
+  const int chunks = w.in / (block * chunk), begin = part(chunks, blockIdx.y), end = part(chunks, blockIdx.y + 1);
+
+  int row[4];  // rows past the end are the last one again, computed and not stored
+#pragma unroll
+  for (int r = 0; r < 4; ++r) row[r] = min(first_row + 8 * r + g, w.out - 1);
+
+  // Sixteen bytes stand where their place in the row, combined with the row, says, so that eight lanes meet 32 banks.
+  const auto copy = [&](int at) {
+#pragma unroll
+    for (int i = 0; i < chunk * tiles * 8 * 8; i += threads) {
+      const int piece = (i + threadIdx.x) % 8, line = (i + threadIdx.x) / 8 % (tiles * 8);
+      const int j = (i + threadIdx.x) / 8 / (tiles * 8);
+      if (tiles * 8 * 8 * chunk % threads && i + threadIdx.x >= tiles * 8 * 8 * chunk) break;
+      const T* from = x + min(line, rows - 1) * w.in + (at * chunk + j) * block + 8 * piece;
+      const uint8_t* to = copies + (at % 2 * chunk + j) * tile_bytes + line * row_bytes + ((piece ^ line % 8) * 16);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                       static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                   "l"(from));
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+
+  Ahead<chunk> next;
+  if (begin < end) {
+    copy(begin);
+    next.load(w, row, begin, t);
+  }
+  fill<T>(shared, code2, w);
+
+  float sums[2][tiles][4] = {};
+  for (int at = begin; at < end; ++at) {
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();  // what this thread and the others copied is there, and the other half is done with
+    const Ahead<chunk> now = next;
+    if (at + 1 < end) {
+      copy(at + 1);
+      next.load(w, row, at + 1, t);
+    }
+#pragma unroll
+    for (int j = 0; j < chunk; ++j) {
+      const Decoded weights = Decoded::of<T, chunk>(now, j, shared, code2, lane);
+      const uint8_t* tile = copies + (at % 2 * chunk + j) * tile_bytes + g * row_bytes;
+#pragma unroll
+      for (int n = 0; n < tiles; ++n) {
+        const uint4 left = *reinterpret_cast<const uint4*>(tile + n * 8 * row_bytes + ((2 * t ^ g) * 16));
+        const uint4 right = *reinterpret_cast<const uint4*>(tile + n * 8 * row_bytes + ((2 * t + 1 ^ g) * 16));
+#pragma unroll
+        for (int m = 0; m < 2; ++m) weights.template multiply<T>(sums[m][n], m, left, right);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < tiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store(y, parts, rows, w.out, 8 * n + 2 * t + i % 2, first_row + 16 * m + i / 2 * 8 + g, sums[m][n][i]);
 }
 
 // y = the sum over parts, first to last; four numbers a thread.
@@ -250,17 +341,15 @@ int parts_of(int programs, int bytes, int chunks, double rate, int multiprocesso
   return best;
 }
 
-template <class T, int tiles, int along_out, int chunk>
-void launch(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
-  constexpr int height = along_out * strip, along_in = warps / along_out;
-  constexpr int laid = along_in == 1 ? 0 : along_in * tiles * 8 * (height + 4) * 4;
-  constexpr int bytes = std::max(table_bytes + 256 * 4, laid);
-  const auto kernel = few_rows<T, tiles, along_out, chunk>;
-  static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  C10_CUDA_CHECK(allowed);
-  const int programs = (w.out + height - 1) / height, chunks = w.in / (block * chunk), rows = static_cast<int>(x.size(0));
+// height: rows of W a program has. at_once: programs a multiprocessor has room for, which go on to further runs.
+template <class T>
+void launch(void (*kernel)(const T*, Weight, T*, float*, int), const at::Tensor& x, const Weight& w, at::Tensor& y,
+            int height, int chunk, int bytes, double rate, int at_once) {
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const int runs = (w.out + height - 1) / height, chunks = w.in / (block * chunk), rows = static_cast<int>(x.size(0));
   const int multiprocessors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-  const int count = parts_of(programs, height * w.in / 2, chunks, rate, multiprocessors);
+  const int count = parts_of(runs, height * w.in / 2, chunks, rate, multiprocessors);
+  const int programs = at_once ? std::min(runs, std::max(1, at_once * multiprocessors / count)) : runs;
   const at::Tensor parts =
       count == 1 ? at::Tensor() : at::empty({count, rows, w.out}, x.options().dtype(at::kFloat));
   const auto stream = at::cuda::getCurrentCUDAStream();
@@ -276,17 +365,31 @@ void launch(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// The more rows, the more rows of W a program has, for all of x is read again for each.
+constexpr int fixed_bytes = table_bytes + 256 * 4;
+
+template <class T, int tiles, int along_out, int chunk>
+void few(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
+  constexpr int height = along_out * strip, laid = warps / along_out * tiles * 8 * (height + 4) * 4;
+  launch<T>(few_rows<T, tiles, along_out, chunk>, x, w, y, height, chunk, fixed_bytes + laid, rate, tiles == 1 ? 2 : 1);
+}
+
+template <class T, int tiles, int chunk>
+void more(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
+  constexpr int copies = 2 * chunk * tiles * 8 * block * 2;
+  launch<T>(more_rows<T, tiles, chunk>, x, w, y, warps * strip, chunk, fixed_bytes + copies, rate, 0);
+}
+
+// The rates are bytes of W that a multiprocessor works through in a nanosecond.
 template <class T>
 void dispatch(const at::Tensor& x, const Weight& w, at::Tensor& y) {
   const int64_t rows = x.size(0);
-  if (rows <= 8) return launch<T, 1, 1, 4>(x, w, y, 30);
-  if (rows <= 16) return launch<T, 2, 2, 2>(x, w, y, 28);
-  if (rows <= 32) return launch<T, 4, 4, 2>(x, w, y, 22);
-  if (rows <= 48) return launch<T, 6, 4, 2>(x, w, y, 18);
-  if (rows <= 64) return launch<T, 8, 4, 2>(x, w, y, 15);
-  if (rows <= 96) return launch<T, 12, 8, 1>(x, w, y, 11);
-  return launch<T, 16, 8, 1>(x, w, y, 9);
+  if (rows <= 8) return few<T, 1, 1, 2>(x, w, y, 30);
+  if (rows <= 16) return few<T, 2, 2, 4>(x, w, y, 25);
+  if (rows <= 32) return more<T, 4, 2>(x, w, y, 18);
+  if (rows <= 48) return more<T, 6, 2>(x, w, y, 15);
+  if (rows <= 64) return more<T, 8, 2>(x, w, y, 12);
+  if (rows <= 96) return more<T, 12, 1>(x, w, y, 9);
+  return more<T, 16, 1>(x, w, y, 7);
 }
 
 at::Tensor nf4_matmul_few(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,

@@ -5,7 +5,8 @@ are gone before the next one's are made. A rival that does not import is left ou
 something else is reported and not timed. Every result is held against the case's reference first.
 
 Times are the GPU's own (events), each call from a cold L2, the implementations in turn, so that a card that slows
-down slows them all. The cache is flushed just before, which also hides the cost of launching behind it.
+down slows them all. The cache is flushed just before, which also hides the cost of launching behind it; where that is
+more than the work itself, as in a decode step, calls are CUDA graphs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Case:
     the op returns. reference: the result in float32 or float64, likewise, called once. work: what the op must do, for
     the shares of bandwidth and arithmetic reached. tolerance: the largest relative error accepted of any
     implementation, in each output (`error`); 0 asks for equal bits. error: another measure of two results than
-    `relative_error`, if that fits badly.
+    `relative_error`, if that fits badly. graph: each implementation is timed as a CUDA graph, where it can be captured.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     tolerance: float
     inputs: tuple[Tensor, ...] = ()
     error: Callable[[Result, Result], float] | None = None
+    graph: bool = False
 
 
 def importable(name: str) -> ModuleType | None:
@@ -112,6 +114,8 @@ def measure(case: Case, ceiling: Cost) -> dict[str, Any]:
     right = {name: partial(run, *case.inputs) for name, run in case.run.items() if "wrong" not in figures[name]}
     for name, run in right.items():
         figures[name]["peak_bytes"] = _peak(run)
+    if case.graph:
+        right = {name: _captured(run) for name, run in right.items()}
     for name, milliseconds in _interleaved(right).items():
         median = statistics.median(milliseconds)
         rates = Cost(int(case.work.flops / median * 1e3), int(case.work.bytes / median * 1e3))
@@ -147,6 +151,17 @@ def _interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, list[float]
         if spent > ROUNDS_SECONDS:
             break
     return times
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as one launch; itself where it waits for the device, or does else what no graph can hold."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        return run
+    return graph.replay
 
 
 def _peak(run: Callable[[], object]) -> int:

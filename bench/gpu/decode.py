@@ -42,7 +42,7 @@ def cases() -> Iterator[Case]:
             work = cost(rows, pairs, PREFIX, own, HEADS, KV_HEADS, DIM)
             name = f"{rows} rows, {own} tokens each"
             runs, reference = _runs(*inputs, seat, cached), widened(_reference(seat, cached))
-            yield Case(name, runs, reference, work, TOLERANCE, inputs)
+            yield Case(name, runs, reference, work, TOLERANCE, inputs, graph=True)
 
 
 def _reference(seat: Tensor, cached: Tensor) -> Callable[..., Tensor]:

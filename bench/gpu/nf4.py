@@ -55,14 +55,14 @@ def cases() -> Iterator[Case]:
             x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)
             work = cost(rows, out_features, in_features)
             reference = lambda x, dense=dense: x.float() @ dense.float().T  # noqa: E731
-            yield Case(f"nf4_matmul {name}, {rows} rows", runs, reference, work, TOLERANCE, (x,))
+            yield Case(f"nf4_matmul {name}, {rows} rows", runs, reference, work, TOLERANCE, (x,), graph=True)
         buffer = torch.empty_like(dense)
         runs = {"ours": lambda w=w, buffer=buffer: nf4_dequantize(w, out=buffer)}
         if functional := importable("bitsandbytes.functional"):
             runs["bitsandbytes"] = _bitsandbytes_dequantize(functional, parts, torch.empty_like(dense))
         reference = lambda wide=wide: wide.to(torch.bfloat16)  # noqa: E731
         work = dequantize_cost(out_features, in_features)
-        yield Case(f"nf4_dequantize {name}", runs, reference, work, tolerance=0.0)
+        yield Case(f"nf4_dequantize {name}", runs, reference, work, tolerance=0.0, graph=True)
 
 
 def _state(functional: ModuleType, w: NF4Weight) -> object:

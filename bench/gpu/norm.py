@@ -22,9 +22,9 @@ def cases() -> Iterator[Case]:
         x, residual, dsum, dy = torch.randn(4, rows, WIDTH, device="cuda", dtype=torch.bfloat16)
         weight = torch.rand(WIDTH, device="cuda", dtype=torch.bfloat16) + 0.5
         name, work, reference = f"rms_norm of {rows} rows", cost(rows, WIDTH), widened(norms["torch, eager"])
-        yield Case(name, norms, reference, work, TOLERANCE, (x, weight))
+        yield Case(name, norms, reference, work, TOLERANCE, (x, weight), graph=True)
         name, work, reference = f"add_{name}", cost(rows, WIDTH, add=True), widened(add_norms["torch, eager"])
-        yield Case(name, add_norms, reference, work, TOLERANCE, (x, residual, weight))
+        yield Case(name, add_norms, reference, work, TOLERANCE, (x, residual, weight), graph=True)
     inputs = x, residual, weight
     backwards = {rival: backward_of(run, inputs, 2, (dsum, dy)) for rival, run in add_norms.items()}
     wide, gradients = [t.double() for t in inputs], (dsum.double(), dy.double())

@@ -23,9 +23,9 @@ def cases() -> Iterator[Case]:
         angles = (torch.rand(tokens, DIM // 2, device="cuda") * 6).repeat(1, 2)
         inputs = x, angles.cos().bfloat16(), angles.sin().bfloat16(), weight
         name, work, reference = f"rope of {tokens} tokens", cost(tokens, HEADS, DIM), widened(plain["torch, eager"])
-        yield Case(name, plain, reference, work, TOLERANCE, inputs[:3])
+        yield Case(name, plain, reference, work, TOLERANCE, inputs[:3], graph=True)
         name, reference = f"norm and {name}", widened(normed["torch, eager"])
-        yield Case(name, normed, reference, cost(tokens, HEADS, DIM, norm=True), TOLERANCE, inputs)
+        yield Case(name, normed, reference, cost(tokens, HEADS, DIM, norm=True), TOLERANCE, inputs, graph=True)
     backwards = {rival: backward_of(run, inputs, 1, dy) for rival, run in normed.items()}
     reference = backward_of(normed["torch, eager"], [t.double() for t in inputs], 1, dy.double())
     yield Case(f"{name}, backward", backwards, reference, cost(tokens, HEADS, DIM, norm=True, backward=True), TOLERANCE)

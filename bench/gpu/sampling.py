@@ -34,7 +34,8 @@ def cases() -> Iterator[Case]:
             lambda: nucleus_reference((logits.double() / TEMPERATURE).softmax(-1), TOP_P),  # noqa: B023
             Cost(0, logits.nbytes),
             TOLERANCE,
-            _outside,
+            error=_outside,
+            graph=True,
         )
 
 

@@ -22,7 +22,7 @@ def cases() -> Iterator[Case]:
         dy = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
         gate_up = torch.randn(rows, 2 * WIDTH, device="cuda", dtype=torch.bfloat16)
         name, reference = f"swiglu of {rows} rows", widened(eager, torch.float32)  # float64 would fill the card
-        yield Case(name, runs, reference, cost(dy.numel()), TOLERANCE, (gate_up,))
+        yield Case(name, runs, reference, cost(dy.numel()), TOLERANCE, (gate_up,), graph=True)
     backwards = {rival: backward_of(run, (gate_up,), 1, dy) for rival, run in runs.items()}
     reference = backward_of(eager, (gate_up.float(),), 1, dy.float())
     yield Case(f"{name}, backward", backwards, reference, cost(dy.numel(), backward=True), TOLERANCE)
