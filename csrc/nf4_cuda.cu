@@ -1,9 +1,9 @@
 // Few rows times NF4 weights, decoded on their way into tensor cores: y = x @ W.T in bitsandbytes' own layout.
 //
-// A decode step reads every weight for a handful of rows, so a weight may cost little more than its half byte. What
-// bounds it is the integer pipe (byte permutations run at half rate), not memory: so a packed byte is looked up as the
-// two codes it stands for, in a table that every lane has its own bank of, at one permutation and one load a byte. The
-// absmax of a block of 64 does not touch the weights: it scales the block's sums, which are fewer.
+// A decode step reads every weight for a handful of rows, so a weight may cost little more than its half byte. Weights
+// come through shared memory, copied ahead of use. A packed byte is looked up there as the two codes it stands for, in
+// a table that every lane has its own bank of: selecting them by permutations takes three times as many instructions.
+// The absmax of a block of 64 does not touch the weights: it scales the block's sums, which are fewer.
 //
 // Codes are rounded once, to bfloat16 or float16, after a scaling that makes the error least, and absmax stays float32.
 // So the products are nearer to NF4's own values (0.06 % in bfloat16) than those of weights dequantised to bfloat16
@@ -31,9 +31,14 @@ constexpr int warp = 32, warps = 8, threads = warp * warps;
 constexpr int block = 64;      // weights that share an absmax
 constexpr int nested = 256;    // blocks that share an absmax of their own
 constexpr int strip = 32;      // rows of W a warp takes: two tiles of 16, so that x is read once for both
-constexpr int table_row = 256; // bytes between two packed bytes' pairs of codes; half of it holds a copy a lane
-constexpr int table_bytes = 256 * table_row;
+constexpr int chunk = 2;       // blocks of a strip that are copied together
 constexpr int max_rows = 128, max_parts = 16;
+
+// Shared memory: the table, for each packed byte a pair of codes a lane; code2; each warp's scales of two chunks; and
+// each warp's copies of chunks, as many as the kernel says.
+constexpr int table_row = warp * 4, table_bytes = 256 * table_row, code2_bytes = 256 * 4;
+constexpr int scales_bytes = 2 * chunk * strip * 4, row_bytes = chunk * block / 2, chunk_bytes = strip * row_bytes;
+constexpr int fixed_bytes = table_bytes + code2_bytes + warps * scales_bytes;
 
 __constant__ float quantiles[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
@@ -82,54 +87,85 @@ struct Weight {
   int offset_step, out, in;
 };
 
-// `chunk` blocks of a lane's four rows of W on their way: eight bytes of each, the codes of absmax, and their scale.
-template <int chunk>
-struct Ahead {
-  uint2 bytes[4][chunk];
-  uint32_t codes[4];
-  float absmax2[4], offset[4];
+__device__ void copy_16(const void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
 
-  __device__ void load(const Weight& w, const int (&row)[4], int first, int t) {
-    const int blocks = w.in / block;
+__device__ void commit() { asm volatile("cp.async.commit_group;"); }
+
+// Until no more than the last `pending` groups of copies of this thread are under way.
+template <int pending>
+__device__ void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// A warp's way through W: its chunks into shared memory, and for each row, a lane's, what becomes the scales of its
+// blocks. Rows past the end are the last one again, computed and not stored.
+struct Stream {
+  const Weight& w;
+  uint8_t* copies;
+  float* scales;
+  const float* code2;
+  int lane;
+  uint32_t codes;
+  float absmax2, offset;
+
+  // A row of a chunk is two runs of 32 bytes, which change places every other two rows: so lanes meet 32 banks twice.
+  __device__ static int place(int row, int j) { return row * row_bytes + ((j ^ row / 2 % 2) * (block / 2)); }
+
+  __device__ void copy(int first_row, int at, int slot) const {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int at = row[r] * blocks + first * chunk;
-      const uint8_t* packed = w.packed + static_cast<int64_t>(at) * (block / 2) + 8 * t;
-#pragma unroll
-      for (int j = 0; j < chunk; ++j)  // each byte is read once: it need not stay in a cache
-        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-                     : "=r"(bytes[r][j].x), "=r"(bytes[r][j].y)
-                     : "l"(packed + j * (block / 2)));
-      codes[r] = chunk == 4   ? __ldg(reinterpret_cast<const uint32_t*>(w.absmax + at))
-                 : chunk == 2 ? __ldg(reinterpret_cast<const uint16_t*>(w.absmax + at))
-                              : __ldg(w.absmax + at);
-      const int group = at / nested;
-      absmax2[r] = __ldg(w.absmax2 + group);
-      offset[r] = __ldg(w.offset + group * w.offset_step);
+    for (int i = 0; i < chunk_bytes / 16; i += warp) {
+      const int row = (i + lane) / 4, piece = (i + lane) % 4;
+      const int64_t from = static_cast<int64_t>(min(first_row + row, w.out - 1)) * (w.in / 2) + at * row_bytes;
+      copy_16(copies + slot * chunk_bytes + place(row, piece / 2) + piece % 2 * 16, w.packed + from + piece * 16);
     }
+  }
+
+  __device__ void ask(int first_row, int at) {
+    const int first = min(first_row + lane, w.out - 1) * (w.in / block) + at * chunk, group = first / nested;
+    codes = __ldg(reinterpret_cast<const uint16_t*>(w.absmax + first));
+    absmax2 = __ldg(w.absmax2 + group);
+    offset = __ldg(w.offset + group * w.offset_step);
+  }
+
+  // What was asked for, as the scales of half `half`: of a block those of rows g, g + 8, g + 16 and g + 24 together.
+  template <class T>
+  __device__ void settle(int half) const {
+#pragma unroll
+    for (int j = 0; j < chunk; ++j)
+      scales[(half * chunk + j) * strip + lane % 8 * 4 + lane / 8] =
+          code2[codes >> (8 * j) & 255] * absmax2 + offset * (1.f / Number<T>::stretch);
   }
 };
 
 // The two codes of byte i of `word`, the first weight in the low half. at: four times the lane.
 __device__ uint32_t look_up(const uint8_t* table, uint32_t word, uint32_t at, int i) {
-  return *reinterpret_cast<const uint32_t*>(table + __byte_perm(word, at, 0x5504 | i << 4));
+  const uint32_t row = i == 0 ? word << 7 : word >> (8 * i - 7);
+  uint32_t place;  // row & 255 * table_row | at, in the one instruction that it takes
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(place) : "r"(row), "n"(255 * table_row), "r"(at));
+  return *reinterpret_cast<const uint32_t*>(table + place);
 }
 
 // A block's weights of a lane, looked up: of two tiles the factor of each step, and the scale of four rows.
 struct Decoded {
   uint32_t a[2][4][4];
-  float scale[4];
+  alignas(16) float scale[4];
 
-  template <class T, int chunk>
-  __device__ static Decoded of(const Ahead<chunk>& now, int j, const uint8_t* table, const float* code2, int lane) {
+  __device__ static Decoded of(const Stream& stream, int slot, int half, int j, const uint8_t* table) {
+    const int lane = stream.lane, g = lane / 4, t = lane % 4;
     Decoded found;
+    *reinterpret_cast<float4*>(found.scale) =
+        *reinterpret_cast<const float4*>(stream.scales + (half * chunk + j) * strip + g * 4);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      found.scale[r] =
-          code2[now.codes[r] >> (8 * j) & 255] * now.absmax2[r] + now.offset[r] * (1.f / Number<T>::stretch);
+      const uint2 bytes = *reinterpret_cast<const uint2*>(stream.copies + slot * chunk_bytes +
+                                                          Stream::place(8 * r + g, j) + 8 * t);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const uint32_t word = s < 2 ? now.bytes[r][j].x : now.bytes[r][j].y;
+        const uint32_t word = s < 2 ? bytes.x : bytes.y;
         found.a[r / 2][s][r % 2] = look_up(table, word, 4 * lane, s % 2 * 2);
         found.a[r / 2][s][r % 2 + 2] = look_up(table, word, 4 * lane, s % 2 * 2 + 1);
       }
@@ -152,17 +188,17 @@ struct Decoded {
 
 // The table, a packed byte a thread, which stands there once for each lane; and code2.
 template <class T>
-__device__ void fill(uint8_t* table, float* code2, const Weight& w) {
+__device__ void fill(uint8_t* shared, const Weight& w) {
   const int byte = threadIdx.x;
   const uint32_t both = Number<T>::pair(quantiles[byte / 16] * Number<T>::stretch,
                                         quantiles[byte % 16] * Number<T>::stretch);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    reinterpret_cast<uint4*>(table + byte * table_row)[(i + byte) % 8] = make_uint4(both, both, both, both);
-  code2[byte] = w.code2[byte] * (1.f / Number<T>::stretch);
+    reinterpret_cast<uint4*>(shared + byte * table_row)[(i + byte) % 8] = make_uint4(both, both, both, both);
+  reinterpret_cast<float*>(shared + table_bytes)[byte] = w.code2[byte] * (1.f / Number<T>::stretch);
 }
 
-// The part of `chunks` that blockIdx.y has of gridDim.y: where it begins, or the next begins.
+// Where the part y of gridDim.y of the chunks begins.
 __device__ int part(int chunks, int y) { return static_cast<int>(static_cast<int64_t>(chunks) * y / gridDim.y); }
 
 // Where there are parts they are float32, to be added up; else y is written.
@@ -176,43 +212,66 @@ __device__ void store(T* y, float* parts, int rows, int out, int row_of_x, int r
     y[to] = Number<T>::of(value);
 }
 
+// A warp's stream, its memory behind `shared`'s table and code2, `slots` copies of chunks at a time.
+template <int slots>
+__device__ Stream stream_of(const Weight& w, uint8_t* shared) {
+  const int index = threadIdx.x / warp;
+  const float* code2 = reinterpret_cast<const float*>(shared + table_bytes);
+  float* scales = reinterpret_cast<float*>(shared + table_bytes + code2_bytes + index * scales_bytes);
+  return {w, shared + fixed_bytes + index * slots * chunk_bytes, scales, code2, static_cast<int>(threadIdx.x % warp)};
+}
+
 // Up to 16 rows: bound by memory, so the warps of a program share the inner dimension of one run of W's rows, and go on
-// to the next run with its first bytes on their way. tiles: of 8 rows of x. along_out: warps along W's rows.
-template <class T, int tiles, int along_out, int chunk>
-__global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1)
+// to the next run with its first chunks on their way. tiles: of 8 rows of x. along_out: warps along W's rows.
+template <class T, int tiles, int along_out, int slots>
+__global__ void __launch_bounds__(threads, 2)
     few_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
   constexpr int along_in = warps / along_out, height = along_out * strip;
   constexpr int pitch = height + 4;  // four more, and the lanes of a warp meet 32 banks
   extern __shared__ __align__(16) uint8_t shared[];
-  float* code2 = reinterpret_cast<float*>(shared + table_bytes);
-  float* laid = code2 + 256;
-  const int lane = threadIdx.x % warp, g = lane / 4, t = lane % 4;
+  float* laid = reinterpret_cast<float*>(shared + fixed_bytes + warps * slots * chunk_bytes);
+  Stream stream = stream_of<slots>(w, shared);
+  const int lane = stream.lane, g = lane / 4, t = lane % 4;
   const int warp_out = threadIdx.x / warp % along_out, warp_in = threadIdx.x / warp / along_out;
   const int chunks = w.in / (block * chunk), runs = (w.out + height - 1) / height;
   const int begin = part(chunks, blockIdx.y) + warp_in, end = part(chunks, blockIdx.y + 1);
 
-  int row[4];  // rows past the end are the last one again, computed and not stored
-  Ahead<chunk> next;
-  const auto start = [&](int run) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) row[r] = min(run * height + warp_out * strip + 8 * r + g, w.out - 1);
-    next.load(w, row, begin, t);
+  // Where a run and a chunk of it stand, and where this warp goes from there.
+  struct Place {
+    int run, at;
   };
-  if (begin < end) start(blockIdx.x);
-  fill<T>(shared, code2, w);
+  const auto after = [&](const Place& place) {
+    return place.at + along_in < end ? Place{place.run, place.at + along_in}
+                                     : Place{place.run + static_cast<int>(gridDim.x), begin};
+  };
+  const auto first_row = [&](const Place& place) { return place.run * height + warp_out * strip; };
+  Place ahead{begin < end ? static_cast<int>(blockIdx.x) : runs, begin};
+  const auto copy_next = [&](int slot) {
+    if (ahead.run < runs) {
+      stream.copy(first_row(ahead), ahead.at, slot);
+      ahead = after(ahead);
+    }
+    commit();
+  };
+  if (ahead.run < runs) stream.ask(first_row(ahead), ahead.at);
+#pragma unroll
+  for (int slot = 0; slot < slots - 1; ++slot) copy_next(slot);
+  fill<T>(shared, w);
   __syncthreads();
 
+  int slot = 0, half = 0;
   for (int run = blockIdx.x; run < runs; run += gridDim.x) {
     float sums[2][tiles][4] = {};
     for (int at = begin; at < end; at += along_in) {
-      const Ahead<chunk> now = next;
-      if (at + along_in < end)
-        next.load(w, row, at + along_in, t);
-      else if (run + gridDim.x < runs)
-        start(run + gridDim.x);
+      wait<slots - 2>();
+      __syncwarp();  // what all lanes copied is there, and the chunk before is done with
+      stream.settle<T>(half);
+      if (const Place next = after({run, at}); next.run < runs) stream.ask(first_row(next), next.at);
+      copy_next(slot == 0 ? slots - 1 : slot - 1);
+      __syncwarp();
 #pragma unroll
       for (int j = 0; j < chunk; ++j) {
-        const Decoded weights = Decoded::of<T, chunk>(now, j, shared, code2, lane);
+        const Decoded weights = Decoded::of(stream, slot, half, j, shared);
 #pragma unroll
         for (int n = 0; n < tiles; ++n) {
           const T* from = x + min(8 * n + g, rows - 1) * w.in + (at * chunk + j) * block + 16 * t;
@@ -222,6 +281,8 @@ __global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1)
           for (int m = 0; m < 2; ++m) weights.template multiply<T>(sums[m][n], m, left, right);
         }
       }
+      slot = slot == slots - 1 ? 0 : slot + 1;
+      half ^= 1;
     }
 
     // The warps along the inner dimension lay their sums side by side, and all add them up.
@@ -245,66 +306,69 @@ __global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1)
 }
 
 // More rows: bound by tensor cores, so each warp has rows of W of its own, and x comes through shared memory, where all
-// of them read it. While a chunk is worked on the next one is copied.
-template <class T, int tiles, int chunk>
-__global__ void __launch_bounds__(threads)
+// of them read it. While a block is worked on the next one's columns of x are copied, and the next chunk of W.
+template <class T, int tiles>
+__global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
     more_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
-  constexpr int row_bytes = block * 2, tile_bytes = tiles * 8 * row_bytes;
+  constexpr int line_bytes = block * 2, tile_bytes = tiles * 8 * line_bytes;
   extern __shared__ __align__(16) uint8_t shared[];
-  float* code2 = reinterpret_cast<float*>(shared + table_bytes);
-  uint8_t* copies = shared + table_bytes + 256 * 4;
-  const int lane = threadIdx.x % warp, g = lane / 4, t = lane % 4;
+  uint8_t* columns = shared + fixed_bytes + warps * 2 * chunk_bytes;
+  Stream stream = stream_of<2>(w, shared);
+  const int lane = stream.lane, g = lane / 4, t = lane % 4;
   const int first_row = (blockIdx.x * warps + threadIdx.x / warp) * strip;
   const int chunks = w.in / (block * chunk), begin = part(chunks, blockIdx.y), end = part(chunks, blockIdx.y + 1);
 
-  int row[4];  // rows past the end are the last one again, computed and not stored
+  // Sixteen bytes stand where their place in the line, combined with the line, says, so that eight lanes meet 32 banks.
+  const auto copy_columns = [&](int at, int j) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) row[r] = min(first_row + 8 * r + g, w.out - 1);
-
-  // Sixteen bytes stand where their place in the row, combined with the row, says, so that eight lanes meet 32 banks.
-  const auto copy = [&](int at) {
-#pragma unroll
-    for (int i = 0; i < chunk * tiles * 8 * 8; i += threads) {
-      const int piece = (i + threadIdx.x) % 8, line = (i + threadIdx.x) / 8 % (tiles * 8);
-      const int j = (i + threadIdx.x) / 8 / (tiles * 8);
-      if (tiles * 8 * 8 * chunk % threads && i + threadIdx.x >= tiles * 8 * 8 * chunk) break;
-      const T* from = x + min(line, rows - 1) * w.in + (at * chunk + j) * block + 8 * piece;
-      const uint8_t* to = copies + (at % 2 * chunk + j) * tile_bytes + line * row_bytes + ((piece ^ line % 8) * 16);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                       static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                   "l"(from));
+    for (int i = 0; i < tiles * 8 * 8; i += threads) {
+      const int piece = (i + threadIdx.x) % 8, line = (i + threadIdx.x) / 8;
+      if (tiles * 8 * 8 % threads && line >= tiles * 8) break;
+      copy_16(columns + j * tile_bytes + line * line_bytes + (piece ^ line % 8) * 16,
+              x + min(line, rows - 1) * w.in + (at * chunk + j) * block + 8 * piece);
     }
-    asm volatile("cp.async.commit_group;");
   };
 
-  Ahead<chunk> next;
-  if (begin < end) {
-    copy(begin);
-    next.load(w, row, begin, t);
-  }
-  fill<T>(shared, code2, w);
-
   float sums[2][tiles][4] = {};
-  for (int at = begin; at < end; ++at) {
-    asm volatile("cp.async.wait_group 0;");
-    __syncthreads();  // what this thread and the others copied is there, and the other half is done with
-    const Ahead<chunk> now = next;
+  const auto multiply = [&](int slot, int half, int j) {
+    const Decoded weights = Decoded::of(stream, slot, half, j, shared);
+    const uint8_t* tile = columns + j * tile_bytes + g * line_bytes;
+#pragma unroll
+    for (int n = 0; n < tiles; ++n) {
+      const uint4 left = *reinterpret_cast<const uint4*>(tile + n * 8 * line_bytes + (2 * t ^ g) * 16);
+      const uint4 right = *reinterpret_cast<const uint4*>(tile + n * 8 * line_bytes + (2 * t + 1 ^ g) * 16);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) weights.template multiply<T>(sums[m][n], m, left, right);
+    }
+  };
+
+  if (begin < end) {
+    copy_columns(begin, 0);
+    stream.copy(first_row, begin, 0);
+    stream.ask(first_row, begin);
+  }
+  commit();
+  fill<T>(shared, w);
+
+  for (int at = begin, half = 0; at < end; ++at, half ^= 1) {
+    wait<0>();
+    __syncthreads();  // what this thread and the others copied is there, and what will be copied over is done with
+    stream.settle<T>(half);
+    copy_columns(at, 1);
+    commit();
     if (at + 1 < end) {
-      copy(at + 1);
-      next.load(w, row, at + 1, t);
+      stream.copy(first_row, at + 1, half ^ 1);
+      stream.ask(first_row, at + 1);
     }
-#pragma unroll
-    for (int j = 0; j < chunk; ++j) {
-      const Decoded weights = Decoded::of<T, chunk>(now, j, shared, code2, lane);
-      const uint8_t* tile = copies + (at % 2 * chunk + j) * tile_bytes + g * row_bytes;
-#pragma unroll
-      for (int n = 0; n < tiles; ++n) {
-        const uint4 left = *reinterpret_cast<const uint4*>(tile + n * 8 * row_bytes + ((2 * t ^ g) * 16));
-        const uint4 right = *reinterpret_cast<const uint4*>(tile + n * 8 * row_bytes + ((2 * t + 1 ^ g) * 16));
-#pragma unroll
-        for (int m = 0; m < 2; ++m) weights.template multiply<T>(sums[m][n], m, left, right);
-      }
-    }
+    commit();
+    __syncwarp();
+    multiply(half, half, 0);
+
+    wait<1>();  // W's next chunk may still be on its way
+    __syncthreads();
+    if (at + 1 < end) copy_columns(at + 1, 0);
+    commit();
+    multiply(half, half, 1);
   }
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -344,7 +408,7 @@ int parts_of(int programs, int bytes, int chunks, double rate, int multiprocesso
 // height: rows of W a program has. at_once: programs a multiprocessor has room for, which go on to further runs.
 template <class T>
 void launch(void (*kernel)(const T*, Weight, T*, float*, int), const at::Tensor& x, const Weight& w, at::Tensor& y,
-            int height, int chunk, int bytes, double rate, int at_once) {
+            int height, int bytes, double rate, int at_once) {
   C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int runs = (w.out + height - 1) / height, chunks = w.in / (block * chunk), rows = static_cast<int>(x.size(0));
   const int multiprocessors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
@@ -365,31 +429,30 @@ void launch(void (*kernel)(const T*, Weight, T*, float*, int), const at::Tensor&
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-constexpr int fixed_bytes = table_bytes + 256 * 4;
-
-template <class T, int tiles, int along_out, int chunk>
+template <class T, int tiles, int along_out>
 void few(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
-  constexpr int height = along_out * strip, laid = warps / along_out * tiles * 8 * (height + 4) * 4;
-  launch<T>(few_rows<T, tiles, along_out, chunk>, x, w, y, height, chunk, fixed_bytes + laid, rate, tiles == 1 ? 2 : 1);
+  constexpr int slots = tiles == 1 ? 3 : 2, height = along_out * strip, laid = warps / along_out * tiles * 8 * (height + 4) * 4;
+  const int bytes = fixed_bytes + warps * slots * chunk_bytes + laid;
+  launch<T>(few_rows<T, tiles, along_out, slots>, x, w, y, height, bytes, rate, 2);
 }
 
-template <class T, int tiles, int chunk>
+template <class T, int tiles>
 void more(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
-  constexpr int copies = 2 * chunk * tiles * 8 * block * 2;
-  launch<T>(more_rows<T, tiles, chunk>, x, w, y, warps * strip, chunk, fixed_bytes + copies, rate, 0);
+  constexpr int bytes = fixed_bytes + warps * 2 * chunk_bytes + 2 * tiles * 8 * block * 2;
+  launch<T>(more_rows<T, tiles>, x, w, y, warps * strip, bytes, rate, 0);
 }
 
 // The rates are bytes of W that a multiprocessor works through in a nanosecond.
 template <class T>
 void dispatch(const at::Tensor& x, const Weight& w, at::Tensor& y) {
   const int64_t rows = x.size(0);
-  if (rows <= 8) return few<T, 1, 1, 2>(x, w, y, 30);
-  if (rows <= 16) return few<T, 2, 2, 4>(x, w, y, 25);
-  if (rows <= 32) return more<T, 4, 2>(x, w, y, 18);
-  if (rows <= 48) return more<T, 6, 2>(x, w, y, 15);
-  if (rows <= 64) return more<T, 8, 2>(x, w, y, 12);
-  if (rows <= 96) return more<T, 12, 1>(x, w, y, 9);
-  return more<T, 16, 1>(x, w, y, 7);
+  if (rows <= 8) return few<T, 1, 1>(x, w, y, 30);
+  if (rows <= 16) return few<T, 2, 2>(x, w, y, 25);
+  if (rows <= 32) return more<T, 4>(x, w, y, 22);
+  if (rows <= 48) return more<T, 6>(x, w, y, 19);
+  if (rows <= 64) return more<T, 8>(x, w, y, 16);
+  if (rows <= 96) return more<T, 12>(x, w, y, 12);
+  return more<T, 16>(x, w, y, 9);
 }
 
 at::Tensor nf4_matmul_few(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
@@ -397,9 +460,9 @@ at::Tensor nf4_matmul_few(const at::Tensor& x, const at::Tensor& packed, const a
                           int64_t out_features) {
   const int64_t rows = x.size(0), in_features = x.size(1);
   TORCH_CHECK_VALUE(rows > 0 && rows <= max_rows, "x: got ", rows, " rows, accepted are 1 to ", max_rows);
-  TORCH_CHECK_VALUE(in_features % (4 * block) == 0 && out_features % 4 == 0,
+  TORCH_CHECK_VALUE(in_features % (chunk * block) == 0 && out_features % 4 == 0,
                     "packed: got (out, in) of ", out_features, ", ", in_features,
-                    ", accepted are multiples of 4 and ", 4 * block);
+                    ", accepted are multiples of 4 and ", chunk * block);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor contiguous = x.contiguous();
   const Weight w{packed.const_data_ptr<uint8_t>(), absmax.const_data_ptr<uint8_t>(), code2.const_data_ptr<float>(),

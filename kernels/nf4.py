@@ -165,7 +165,7 @@ def nf4_matmul(x: Tensor, w: NF4Weight) -> Tensor:
 
     On a GPU, 1 to 128 rows of bfloat16 or float16 meet weights decoded in registers, if in is a multiple of 64; all
     else, and the gradient, dequantises W into a buffer first, whose bits are bitsandbytes'. Decoded weights are those
-    too, or, in the compiled kernel (nested, in a multiple of 256), nearer to NF4's own values: a code is rounded once
+    too, or, in the compiled kernel (nested, in a multiple of 128), nearer to NF4's own values: a code is rounded once
     and absmax is not.
     """
     _expect_weight(w)
