@@ -61,7 +61,7 @@ class Line(NamedTuple):
 def decode(rows: int) -> Iterator[Line]:
     """One token for each of `rows` rollouts, with half-grown caches."""
     phase = f"decode step, {rows} rows"
-    yield from _layer(phase, rows, backward=False)
+    yield from _layer(phase, rows, backward=False, adds=2)
     pairs = -(-rows // COMPLETIONS)
     cost = cached_attention.cost(rows, pairs, PREFIX, LENGTH // 2, HEADS, KV_HEADS, HEAD_DIM)
     yield Line(phase, "decode_attention", LAYERS, cost, matmul=True)
@@ -106,10 +106,12 @@ def step() -> dict[str, float]:
     }
 
 
-def _layer(phase: str, tokens: int, backward: bool) -> Iterator[Line]:
+def _layer(phase: str, tokens: int, backward: bool, adds: int = 1) -> Iterator[Line]:
+    """adds: of a layer's two norms, how many take the sum before them along."""
     way = " backward" * backward
-    yield Line(phase, f"rms_norm{way}", LAYERS, norm.cost(tokens, HIDDEN, backward=backward))
-    yield Line(phase, f"add_rms_norm{way}", LAYERS, norm.cost(tokens, HIDDEN, add=True, backward=backward))
+    if adds < 2:
+        yield Line(phase, f"rms_norm{way}", LAYERS, norm.cost(tokens, HIDDEN, backward=backward))
+    yield Line(phase, f"add_rms_norm{way}", adds * LAYERS, norm.cost(tokens, HIDDEN, add=True, backward=backward))
     for name, heads in (("q", HEADS), ("k", KV_HEADS)):
         cost = rope.cost(tokens, heads, HEAD_DIM, norm=True, backward=backward)
         yield Line(phase, f"{name}-norm and rope{way}", LAYERS, cost)

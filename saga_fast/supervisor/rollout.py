@@ -93,9 +93,7 @@ class Engine:
         def blocks(*shape: int) -> list[Tensor]:
             return [torch.empty(*shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.layers]
 
-        # GPUs load keys in vectors where their rows begin on multiples of 16 numbers; CPUs want them dense.
-        wide = -(-length // 16) * 16 if decoder.device.type == "cuda" else length
-        self.prefix_k = [block[..., :length] for block in blocks(slots, kv, dim, wide)]
+        self.prefix_k = [block[..., :length] for block in blocks(slots, kv, dim, _pitch(decoder, length))]
         self.prefix_v = blocks(slots, kv, length, dim)
         self.own_k, self.own_v = (blocks(places, kv, sampling.capacity, dim) for _ in range(2))
         self.pairs: list[Rollouts] = []
@@ -112,8 +110,8 @@ class Engine:
     @staticmethod
     def slot_bytes(decoder: FrozenDecoder, prefix: int, sampling: Sampling) -> int:
         """What a slot takes: keys and values of a prefix and of G rollouts, in all layers."""
-        tokens = prefix + sampling.group_size * sampling.capacity
-        return 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * tokens * decoder.dtype.itemsize
+        tokens = _pitch(decoder, prefix) + prefix + 2 * sampling.group_size * sampling.capacity
+        return decoder.depth * decoder.kv_heads * decoder.head_dim * tokens * decoder.dtype.itemsize
 
     @property
     def free(self) -> int:
@@ -290,6 +288,12 @@ class Engine:
     def _sample(self, logits: Tensor, row_id: Tensor, step: Tensor) -> Tensor:
         sampling = self.sampling
         return sample_top_p(logits, sampling.temperature, sampling.top_p, sampling.seed, row_id, step)
+
+
+def _pitch(decoder: FrozenDecoder, length: int) -> int:
+    """Numbers from a row of `length` transposed keys to the next: a GPU loads them in vectors where rows begin on
+    multiples of 16; a CPU wants them dense."""
+    return -(-length // 16) * 16 if decoder.device.type == "cuda" else length
 
 
 def _bucket(size: int, most: int) -> int:
