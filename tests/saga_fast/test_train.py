@@ -233,6 +233,13 @@ def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c
     assert seen == [3, 4]
 
 
+def test_images_are_told_apart_as_torch_tells_them():
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)[[3, 1, 3, 0, 4, 1]]
+    different, which = torch.unique(images, dim=0, return_inverse=True)
+    found = trainer.distinct(images)
+    assert torch.equal(found[0], different) and torch.equal(found[1], which)
+
+
 def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch):
     class Broken(torch.nn.Module):
         def forward(self, embeddings, labels):
