@@ -11,61 +11,17 @@
 #include <utility>
 #include <vector>
 
+#include "multiply.h"
 #include "vector.h"
 
 #ifdef SAGA_AVX2
 
 namespace {
 
+using saga::fetch, saga::Left, saga::multiply, saga::Right;
+
 constexpr int64_t kBlock = 64;       // keys a block: their scores, keys and values stay in the first cache
 constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
-
-// Keys and values come from memory once a step, in strides that no prefetcher follows.
-inline void fetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
-
-// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `left` and `right` hold what is
-// there. Spelled out over I, as sums that a loop indexes would be written back to memory at each step.
-template <bool add, class Lanes, int... I>
-SAGA_TARGET void tile(std::integer_sequence<int, I...>, const Lanes& left, const Lanes& right, const float* a,
-                      int64_t a_stride, const float* b, int64_t b_stride, int64_t ahead, float* out,
-                      int64_t out_stride, int64_t depth) {
-  __m256 x[] = {(add ? left.load(out + I * out_stride) : _mm256_setzero_ps())...};
-  __m256 y[] = {(add ? right.load(out + I * out_stride + 8) : _mm256_setzero_ps())...};
-  for (int64_t d = 0; d < depth; ++d, b += b_stride) {
-    fetch(b + ahead);
-    const __m256 u = left.load(b), v = right.load(b + 8);
-    ((x[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + I * a_stride + d), u, x[I]),
-      y[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + I * a_stride + d), v, y[I])),
-     ...);
-  }
-  ((left.store(out + I * out_stride, x[I]), right.store(out + I * out_stride + 8, y[I])), ...);
-}
-
-// out (rows, columns) = or += a (rows, depth) @ b (depth, columns), in tiles of six rows: twelve of sixteen registers.
-template <bool add>
-SAGA_TARGET void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t ahead,
-                          float* out, int64_t out_stride, int64_t rows, int64_t depth, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += 16) {
-    const auto column = [&](const auto& left, const auto& right) SAGA_TARGET {
-      for (int64_t i = 0; i < rows; i += 6) {
-        const auto run = [&](auto which) SAGA_TARGET {
-          tile<add>(which, left, right, a + i * a_stride, a_stride, b + j, b_stride, ahead, out + i * out_stride + j,
-                    out_stride, depth);
-        };
-        switch (rows - i) {
-          case 1: run(std::make_integer_sequence<int, 1>()); break;
-          case 2: run(std::make_integer_sequence<int, 2>()); break;
-          case 3: run(std::make_integer_sequence<int, 3>()); break;
-          case 4: run(std::make_integer_sequence<int, 4>()); break;
-          case 5: run(std::make_integer_sequence<int, 5>()); break;
-          default: run(std::make_integer_sequence<int, 6>());
-        }
-      }
-    };
-    const int64_t there = columns - j;
-    there >= 16 ? column(saga::Eight(), saga::Eight()) : column(saga::Tail(there), saga::Tail(there - 8));
-  }
-}
 
 // Queries of one key head, and what they have seen so far: Σ e^(s - top) v, Σ e^(s - top) and top = max s.
 struct Queries {
@@ -105,7 +61,7 @@ SAGA_TARGET void join(const Queries& rows, float* scores, const float* v, int64_
       for (int64_t d = 0; d < rows.dim; ++d) rows.o[i * rows.dim + d] *= shrink;
     }
   }
-  multiply<true>(scores, kBlock, v, rows.dim, ahead, rows.o, rows.dim, rows.count, keys, rows.dim);
+  multiply<true>(Left{scores, kBlock}, Right{v, rows.dim, 16, ahead}, rows.o, rows.dim, rows.count, keys, rows.dim);
 }
 
 // All float32; what a row, a head or a slot holds is contiguous. See kernels/decode.py.
@@ -152,7 +108,8 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
 
       for (int64_t first = 0; first < length; first += kBlock) {
         const int64_t keys = std::min(kBlock, length - first);
-        multiply<false>(all.q, dim, of(prefix_k, pair, head) + first, length, kBlock, scores, kBlock, count, dim, keys);
+        const Right block{of(prefix_k, pair, head) + first, length, 16, kBlock};
+        multiply<false>(Left{all.q, dim}, block, scores, kBlock, count, dim, keys);
         join(all, scores, of(prefix_v, pair, head) + first * dim, kBlock * dim, keys);
       }
       for (size_t r = 0; r < rows.size(); ++r) {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_cpu
+from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers the compiled kernels
 from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tensor
 from .layout import GroupLayout
 
@@ -310,17 +310,19 @@ def _(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, scale: f
     return lse.new_empty((rows.shape[0], columns.shape[0]))
 
 
-@_group_attention.register_kernel("cpu")
-def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return (attention_cpu.forward if q.dtype == torch.float32 else group_attention_reference)(q, k, v, *rest)
+if torch.ops.saga_kernels.has_avx2():
 
+    @_group_attention.register_kernel("cpu")
+    def _(q: Tensor, *rest: Any) -> Any:
+        compiled = q.dtype == torch.float32
+        return (torch.ops.saga_kernels.group_attention_cpu if compiled else group_attention_reference)(q, *rest)
 
-@_group_attention_backward.register_kernel("cpu")
-def _(do, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
-    where, onto = rest[:4], rest[4:]
-    if q.dtype == torch.float32 and not any(buffer is not None for buffer in onto):
-        return attention_cpu.backward(do, q, k, v, o, lse, *where)
-    return group_attention_backward_reference(do, q, k, v, o, lse, *rest)
+    @_group_attention_backward.register_kernel("cpu")
+    def _(do: Tensor, *rest: Any) -> Any:
+        *inputs, slots, _, _ = rest
+        if do.dtype == torch.float32 and slots is None:
+            return torch.ops.saga_kernels.group_attention_backward_cpu(do, *inputs)
+        return group_attention_backward_reference(do, *rest)
 
 
 @_group_attention.register_kernel("cuda")

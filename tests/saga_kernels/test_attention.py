@@ -11,6 +11,8 @@ SHAPES = {  # prefix lengths, completion lengths, queries of each prefix, heads,
     "ragged": ([5, 1, 4], [[3, 1, 4], [], [2, 7]], None, 6, 3, 8),
     "blocks": ([BLOCK_ROWS + 3], [[2 * BLOCK_ROWS + 1, BLOCK_ROWS, 5]], None, 4, 1, 8),
     "fewer": ([5, 1, 4, 3], [[3, 1, 4], [2], [2, 7], [1]], [2, 0, 4, 0], 6, 3, 8),
+    "wide": ([200], [[197, 390, 33]], [150], 6, 2, 40),
+    "many": ([7, 50], [[3], [60]], [4, 50], 97, 1, 20),  # query heads of a key head
     "slices": ([BLOCK_ROWS + 3, 9], [[BLOCK_ROWS + 1, 5], [7]], [BLOCK_ROWS + 1, 0], 4, 1, 8),
 }
 

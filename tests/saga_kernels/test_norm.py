@@ -58,7 +58,7 @@ def test_compiled(check_compiled, rows, width):
         check_compiled("add_rms_norm", add_rms_norm_reference, x, residual, weight, 1e-3)
         for more in (None, dsum):
             inputs = dy, more, x, weight, 1e-3
-            check_compiled("rms_norm_backward", rms_norm_backward_reference, *inputs, atol=1e-5)
+            check_compiled("rms_norm_backward", rms_norm_backward_reference, *inputs, atol=1e-4)  # times 1 / sqrt(eps)
 
 
 def test_compiled_of_a_gradient_that_is_one_number(check_compiled):

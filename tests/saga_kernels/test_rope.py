@@ -51,7 +51,7 @@ def test_compiled(check_compiled, tokens, dim):
             kept = None if weight is None else x
             check_compiled("rope", rope_reference, x, cos, sin, weight, 1e-3)
             inputs = dy, kept, cos, sin, weight, 1e-3
-            check_compiled("rope_backward", rope_backward_reference, *inputs, atol=1e-5)
+            check_compiled("rope_backward", rope_backward_reference, *inputs, atol=1e-4)  # times 1 / sqrt(eps)
 
 
 def test_angles_in_float64_are_not_narrowed():
