@@ -6,7 +6,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 from torch.version import cuda
 
-sources = [f"csrc/{name}.cpp" for name in ("advantage", "attention", "decode", "pointwise", "sampling")]
+sources = [f"csrc/{name}.cpp" for name in ("advantage", "attention", "decode", "linear", "pointwise", "sampling")]
 # Without OpenMP at::parallel_for is a loop on one core; the runtime is the one PyTorch has loaded.
 flags = {"cxx": ["-O3", "-std=c++20", "-fopenmp"]}
 if cuda is not None and CUDA_HOME is not None and os.environ.get("SAGA_CUDA") != "0":

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "vector.h"
@@ -29,45 +29,56 @@ struct Right {
 };
 
 // One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `left` and `right` hold those
-// there are. Spelled out over I, as sums that a loop indexes would be written back to memory at each step.
-template <bool add, class Lanes, int... I>
-SAGA_TARGET void tile(std::integer_sequence<int, I...>, const Lanes& left, const Lanes& right, Left a, Right b,
-                      float* out, int64_t out_row, int64_t depth) {
-  __m256 x[] = {(add ? left.load(out + I * out_row) : _mm256_setzero_ps())...};
-  __m256 y[] = {(add ? right.load(out + I * out_row + 8) : _mm256_setzero_ps())...};
+// there are; 8 of them if `right` is Nothing. Spelled out over I, as sums that a loop indexes would be written back to
+// memory at each step.
+struct Nothing {};
+template <bool add, class L, class R, int... I>
+SAGA_TARGET void tile(std::integer_sequence<int, I...>, const L& left, const R& right, Left a, Right b, float* out,
+                      int64_t out_row, int64_t depth) {
+  constexpr bool wide = !std::is_same_v<R, Nothing>;
+  const auto sum = [&](const auto& lanes, float* at) SAGA_INLINE {
+    if constexpr (std::is_same_v<decltype(lanes), const Nothing&>) return _mm256_setzero_ps();
+    else return add ? lanes.load(at) : _mm256_setzero_ps();
+  };
+  __m256 x[] = {sum(left, out + I * out_row)...};
+  __m256 y[] = {sum(right, out + I * out_row + 8)...};
   for (int64_t d = 0; d < depth; ++d, a.at += a.step, b.at += b.row) {
     if (b.ahead != 0) fetch(b.at + b.ahead);
-    const __m256 u = left.load(b.at), v = right.load(b.at + 8);
-    ((x[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a.at + I * a.row), u, x[I]),
-      y[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a.at + I * a.row), v, y[I])),
-     ...);
+    const __m256 u = left.load(b.at);
+    if constexpr (wide) {
+      const __m256 v = right.load(b.at + 8);
+      ((x[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a.at + I * a.row), u, x[I]),
+        y[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a.at + I * a.row), v, y[I])),
+       ...);
+    } else {
+      ((x[I] = _mm256_fmadd_ps(_mm256_broadcast_ss(a.at + I * a.row), u, x[I])), ...);
+    }
   }
-  ((left.store(out + I * out_row, x[I]), right.store(out + I * out_row + 8, y[I])), ...);
+  (left.store(out + I * out_row, x[I]), ...);
+  if constexpr (wide) (right.store(out + I * out_row + 8, y[I]), ...);
+}
+
+// The same for any number of rows, in tiles of up to `most`.
+template <bool add, int most, class L, class R>
+SAGA_TARGET void tiles(const L& left, const R& right, Left a, Right b, float* out, int64_t out_row, int64_t rows,
+                       int64_t depth) {
+  for (; rows >= most; rows -= most, a.at += most * a.row, out += most * out_row) {
+    tile<add>(std::make_integer_sequence<int, most>(), left, right, a, b, out, out_row, depth);
+  }
+  if constexpr (most > 1) {
+    if (rows > 0) tiles<add, (most + 1) / 2>(left, right, a, b, out, out_row, rows, depth);
+  }
 }
 
 // out (rows, columns), its rows `out_row` apart, = or += a (rows, depth) @ b (depth, columns).
 template <bool add>
 SAGA_TARGET void multiply(Left a, Right b, float* out, int64_t out_row, int64_t rows, int64_t depth, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += 16, b.at += b.panel) {
-    const auto column = [&](const auto& left, const auto& right) SAGA_TARGET {
-      for (int64_t i = 0; i < rows; i += 6) {
-        const auto run = [&](auto which) SAGA_TARGET {
-          const Left from{a.at + i * a.row, a.row, a.step};
-          tile<add>(which, left, right, from, b, out + i * out_row + j, out_row, depth);
-        };
-        switch (rows - i) {
-          case 1: run(std::make_integer_sequence<int, 1>()); break;
-          case 2: run(std::make_integer_sequence<int, 2>()); break;
-          case 3: run(std::make_integer_sequence<int, 3>()); break;
-          case 4: run(std::make_integer_sequence<int, 4>()); break;
-          case 5: run(std::make_integer_sequence<int, 5>()); break;
-          default: run(std::make_integer_sequence<int, 6>());
-        }
-      }
-    };
-    const int64_t there = columns - j;
-    there >= 16 ? column(Eight(), Eight()) : column(Tail(there), Tail(there - 8));
+  for (; columns >= 16; columns -= 16, b.at += b.panel, out += 16) {
+    tiles<add, 6>(Eight(), Eight(), a, b, out, out_row, rows, depth);
   }
+  if (columns > 8) tiles<add, 6>(Eight(), Tail(columns - 8), a, b, out, out_row, rows, depth);
+  if (columns == 8) tiles<add, 12>(Eight(), Nothing(), a, b, out, out_row, rows, depth);
+  if (0 < columns && columns < 8) tiles<add, 12>(Tail(columns), Nothing(), a, b, out, out_row, rows, depth);
 }
 
 }  // namespace saga

@@ -7,6 +7,7 @@ if __name__ == "saga_kernels":
     from .attention import AttentionOnto, attention_onto, group_attention
     from .decode import decode_attention
     from .layout import GroupLayout
+    from .linear import linear
     from .logprob import token_logprob
     from .nf4 import NF4Weight, nf4_dequantize, nf4_matmul
     from .norm import add_rms_norm, rms_norm
@@ -23,6 +24,7 @@ if __name__ == "saga_kernels":
         "decode_attention",
         "group_advantage",
         "group_attention",
+        "linear",
         "nf4_dequantize",
         "nf4_matmul",
         "rms_norm",

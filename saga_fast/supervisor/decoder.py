@@ -17,10 +17,8 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
-from saga_kernels import NF4Weight, add_rms_norm, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
+from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
 from saga_kernels.nf4 import BLOCK
-
-FEW_ROWS, LARGE = 256, 1 << 19  # rows of x, and numbers of the matrix, in `_linear`
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -62,8 +60,8 @@ class Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_dense:
-            return _linear(x, self.weights[0], self.bias)
-        parts = [_linear(x, w) if isinstance(w, Tensor) else nf4_matmul(x, w) for w in self.weights]
+            return linear(x, self.weights[0], self.bias)
+        parts = [linear(x, w) if isinstance(w, Tensor) else nf4_matmul(x, w) for w in self.weights]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if self.bias is None else y + self.bias
 
@@ -141,7 +139,7 @@ class FrozenDecoder:
 
     def logits(self, h: Tensor) -> Tensor:
         """(tokens, D) → (tokens, V)."""
-        return _linear(h, self.head) if isinstance(self.head, Tensor) else nf4_matmul(h, self.head)
+        return linear(h, self.head) if isinstance(self.head, Tensor) else nf4_matmul(h, self.head)
 
     def dense_head(self) -> Tensor:
         """(V, D) in `dtype`: the head itself, or a copy of it out of NF4 that is the caller's to drop."""
@@ -206,15 +204,6 @@ class FrozenDecoder:
 
         for value in (self.embedding, *self.layers, self.norm, self.head):
             yield from tensors(value)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`; for few rows on a CPU by oneDNN, which reads a large matrix where it lies. MKL, PyTorch's choice for
-    float32, packs it anew each time, which is up to half of its time."""
-    few = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= FEW_ROWS and weight.numel() >= LARGE
-    if few and torch.backends.mkldnn.is_available() and not x.requires_grad:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
-OPS = "advantage", "attention", "decode", "norm", "rope", "sampling", "swiglu"
+OPS = "advantage", "attention", "decode", "linear", "norm", "rope", "sampling", "swiglu"
 TESTS = [ROOT / f"tests/saga_kernels/test_{op}.py" for op in OPS]
 
 # Loaded before the package, the instrumented library is what registers the ops.
@@ -23,7 +23,7 @@ sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 import saga_kernels
 loaded = pathlib.Path("/proc/self/maps").read_text()
 assert sys.argv[1] in loaded and "kernels/_C." not in loaded
-chosen = "(advantage or attention or decode or compiled) and not opcheck"
+chosen = "(advantage or attention or decode or linear or compiled) and not opcheck"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 
