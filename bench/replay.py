@@ -34,8 +34,7 @@ TEMPERATURE, CHUNK = 0.7, 256
 # Ours, as (token budget, recompute, of the prefix): a budget of 1 sends completions through one at a time.
 OURS = {
     "ours, whole": (1 << 16, "none", "none"),
-    "ours, slices of 1,200": (1200, "none", "none"),
-    "ours, slices of 1,200, lean prefix": (1200, "none", "full"),
+    "ours, slices of 1,000": (1000, "none", "none"),
     "ours, slices of one": (1, "none", "none"),
     "ours, lean slices of one": (1, "mlp", "full"),
 }
