@@ -152,18 +152,23 @@ class FrozenDecoder:
         attend: Attend,
         deepstack: Sequence[Tensor] = (),
         visual: Tensor | None = None,
+        asking: Tensor | None = None,
     ) -> Tensor:
         """Hidden states h (tokens, D) at rotary `positions` (3, tokens) → final normed hidden states (tokens, D).
 
         deepstack: per level a tensor (visual tokens, D), added after layers 0, 1, … at the rows `visual` (int64).
+        asking: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
+        with their q alone. All by default.
         """
         rotation = self.rotate(positions, h.dtype)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         x = rms_norm(h, self.layers[0].input_norm, self.eps)
         for i, (layer, norm) in enumerate(zip(self.layers, norms)):
-            h, x = add_rms_norm(h, self._attention(i, layer, x, rotation, attend), layer.mlp_norm, self.eps)
+            rows = asking if i == self.depth - 1 else None
+            o = self._attention(i, layer, x, rotation, attend, rows)
+            h, x = add_rms_norm(h if rows is None else h[rows], o, layer.mlp_norm, self.eps)
             out = layer.down(swiglu(layer.gate_up(x)))
-            if i < len(deepstack):
+            if i < len(deepstack) and rows is None:
                 h = (h + out).index_add(0, visual, deepstack[i])
                 x = rms_norm(h, norm, self.eps)
             else:
@@ -177,11 +182,20 @@ class FrozenDecoder:
         return cos[0], sin[0]
 
     def _attention(
-        self, i: int, layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
+        self,
+        i: int,
+        layer: DecoderLayer,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attend: Attend,
+        asking: Tensor | None,
     ) -> Tensor:
         qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), -2)
-        q, k = rope(q, *rotation, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
+        if asking is not None:
+            q = q[asking]
+        angles = rotation if asking is None else [angle[asking] for angle in rotation]
+        q, k = rope(q, *angles, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
         return layer.o(attend(i, q, k, v).flatten(-2))
 
     def fingerprint(self) -> str:

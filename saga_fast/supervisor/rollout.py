@@ -152,7 +152,10 @@ class Engine:
         decoder, prefix = self.question.decoder, self.question.prefix
         pairs, start = slots.stop - slots.start, prefix.preamble
         length = len(prefix) - start
-        layout = GroupLayout([len(prefix)] * pairs, [[] for _ in range(pairs)], [length] * pairs, device=decoder.device)
+        layout, last = (
+            GroupLayout([len(prefix)] * pairs, [[] for _ in range(pairs)], [rows] * pairs, device=decoder.device)
+            for rows in (length, 1)
+        )
         visual = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
         h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), visual, features.tokens)
 
@@ -160,11 +163,11 @@ class Engine:
             k, v = self.question.with_preamble(layer, k, v, pairs)
             self.prefix_k[layer][slots] = k.unflatten(0, (pairs, -1)).permute(0, 2, 3, 1)
             self.prefix_v[layer][slots] = v.unflatten(0, (pairs, -1)).transpose(1, 2)
-            return group_attention(q, k, v, layout)[0]
+            return group_attention(q, k, v, last if layer == decoder.depth - 1 else layout)[0]
 
         deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
-        h = decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, visual)
-        return h.unflatten(0, (pairs, length))[:, -1]
+        asking = torch.arange(1, pairs + 1, device=decoder.device) * length - 1
+        return decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, visual, asking)
 
     @torch.no_grad()
     def advance(self) -> list[Rollouts]:
