@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import copy
+import multiprocessing
 import os
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -164,6 +166,14 @@ def _stay(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal: workers leave it, and SIGTERM, to the one they decode for."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    """Ends this worker with its process. PyTorch's own watch misses one that is gone before the watch begins."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def cores() -> int:

@@ -106,26 +106,35 @@ def test_a_worker_that_is_killed_is_said_so():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("end", ["killed", "by itself"])
+@pytest.mark.parametrize("end", ["killed", "killed while a worker starts", "by itself"])
 def test_workers_do_not_outlive_the_process(root, end):
     script = f"""
         import time
+        import torch.utils.data._utils.worker as theirs
+
+        class Late(theirs.ManagerWatchdog):
+            def __init__(self):
+                if theirs.get_worker_info().id == 1:
+                    time.sleep({5 if "starts" in end else 0})
+                super().__init__()
+
+        theirs.ManagerWatchdog = Late
         from saga_fast.data import ImageFolder, PixelLoader
         loader = PixelLoader(ImageFolder({str(root)!r}), 8, 2, memory_limit=0)
         stream = loader.stream([i % 20] for i in range(10**9))
         next(stream)
         print("streaming", flush=True)
-        {"time.sleep(600)" if end == "killed" else "raise SystemExit(3)"}
+        {"time.sleep(600)" if "killed" in end else "raise SystemExit(3)"}
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout.readline() == b"streaming\n"
     group = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _group(p) == process.pid}
-    if end == "killed":
+    if "killed" in end:
         assert len(group) == 3
         process.kill()
-    assert process.wait() == (-signal.SIGKILL if end == "killed" else 3)
+    assert process.wait() == (-signal.SIGKILL if "killed" in end else 3)
     assert gone(group, 30)
 
 
