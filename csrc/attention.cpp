@@ -22,12 +22,11 @@
 
 namespace {
 
-using saga::Left, saga::multiply, saga::Right;
+using saga::kAlone, saga::Left, saga::multiply, saga::Right;
 
 // Rows and keys a block: whole tiles, and what a block of each needs stays in the second cache. Strides of 16 more than
 // a multiple of 32 spread the lines of a column over all sets of the first.
 constexpr int64_t kRows = 96, kKeys = 192, kPad = 16, kScores = kKeys + kPad;
-constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
 int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }

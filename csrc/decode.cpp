@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "multiply.h"
@@ -18,10 +17,9 @@
 
 namespace {
 
-using saga::fetch, saga::Left, saga::multiply, saga::Right;
+using saga::fetch, saga::kAlone, saga::Left, saga::multiply, saga::Right;
 
-constexpr int64_t kBlock = 64;       // keys a block: their scores, keys and values stay in the first cache
-constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
+constexpr int64_t kBlock = 64;  // keys a block: their scores, keys and values stay in the first cache
 
 // Queries of one key head, and what they have seen so far: Σ e^(s - top) v, Σ e^(s - top) and top = max s.
 struct Queries {

@@ -15,10 +15,9 @@
 
 namespace {
 
-using saga::Left, saga::multiply, saga::Right;
+using saga::kAlone, saga::Left, saga::multiply, saga::Right;
 
 constexpr int64_t kOut = 12, kDepth = 768;  // rows of the matrix that meet all of x at a time, and numbers of each
-constexpr int64_t kAlone = 1 << 22;         // multiplications a thread, at least: a tenth of a millisecond
 
 // y (rows, out) = x (rows, in) @ weight (out, in)^T, both contiguous. A number is a sum in one order, whatever else is
 // asked for: it does not change with the other rows or the threads.

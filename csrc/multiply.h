@@ -12,6 +12,8 @@
 
 namespace saga {
 
+constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
+
 // Memory that is read once comes in strides that no prefetcher follows.
 inline void fetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
 
