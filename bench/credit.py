@@ -69,7 +69,7 @@ def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted:
         pixels = torch.stack([to_pixels(birds[i][0], encoder.image_size) for pair in pairs for i in pair])
         with torch.no_grad():
             features = encoder.tower(pixels)
-            beta = encoder.pooler.attention(features.tokens) if encoder.pooler.kind == "attention" else None
+            beta = encoder.pooler.attention(features.tokens).mean(1) if encoder.pooler.kind == "attention" else None
         completions = supervisor.roll_out(features, drawn + torch.arange(WAVE))
         rewards, _ = supervisor.judge(completions, [False] * WAVE)
         advantages, contributes, _ = group_advantage(rewards)

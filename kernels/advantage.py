@@ -15,27 +15,31 @@ def group_advantage(rewards: Tensor, eps: float = 1e-4, population: bool = False
     """A = (r - mean r) / (std r + eps) in each group; a group whose rewards are all equal contributes nothing.
 
     Args:
-        rewards: (pairs, G) float32, finite (checked on CPU; a GPU is not waited for, and gives that group nan).
+        rewards: (..., G) float32, finite (checked on CPU; a GPU is not waited for, and gives that group nan); (pairs, G)
+            of verdicts, or (pairs, 1 + C, G) of verdicts and C further rewards that are normalised in the same launch.
         eps: added to the standard deviation. population: divide by G instead of G - 1.
 
     Returns:
-        advantages: (pairs, G) float32, zeros in groups that do not contribute. contributes: (pairs,) bool, min != max.
-        count: () int64, how many contribute.
+        advantages: (..., G) float32, zeros in groups that do not contribute. contributes: (...) bool, min != max.
+        count: () int64, how many groups contribute.
     """
-    expect_tensor("rewards", rewards, (None, None), (torch.float32,))
-    expect(rewards.shape[1] > 0, "rewards", f"shape {tuple(rewards.shape)}", "one reward a group or more")
-    return torch.ops.saga_kernels.group_advantage(rewards.detach(), eps, population)
+    expect(rewards.ndim >= 2, "rewards", f"shape {tuple(rewards.shape)}", "two dimensions or more")
+    groups = rewards.detach().flatten(0, -2)
+    expect_tensor("rewards", groups, (None, None), (torch.float32,))
+    expect(groups.shape[1] > 0, "rewards", f"shape {tuple(rewards.shape)}", "one reward a group or more")
+    advantages, contributes, count = torch.ops.saga_kernels.group_advantage(groups, eps, population)
+    return advantages.view(rewards.shape), contributes.view(rewards.shape[:-1]), count
 
 
 def group_advantage_reference(
     rewards: Tensor, eps: float = 1e-4, population: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`group_advantage` in plain PyTorch, in the dtype given."""
-    contributes = rewards.amin(1) != rewards.amax(1)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    degrees = max(1, rewards.shape[1] - (not population))
-    std = (centred.square().sum(1, keepdim=True) / degrees).sqrt()
-    return torch.where(contributes[:, None], centred / (std + eps), 0), contributes, contributes.sum()
+    contributes = rewards.amin(-1) != rewards.amax(-1)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    degrees = max(1, rewards.shape[-1] - (not population))
+    std = (centred.square().sum(-1, keepdim=True) / degrees).sqrt()
+    return torch.where(contributes[..., None], centred / (std + eps), 0), contributes, contributes.sum()
 
 
 @torch.library.register_fake("saga_kernels::group_advantage")  # type: ignore[untyped-decorator]

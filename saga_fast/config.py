@@ -55,7 +55,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    pooler: Literal["attention", "mean", "max"] = "attention"
+    pooler: Literal["attributes", "attention", "mean", "max"] = "attention"
+    """attributes: a query for each of the prompt's attributes, whose blocks make the embedding; attention: the paper's
+    one query."""
     embedding_dim: int = 4096
     """D_e, the width of the embedding."""
     checkpointing: bool = False
@@ -92,6 +94,11 @@ class RolloutConfig:
     max_new_tokens: int = 1024
     pairs_per_batch: int = 64
     """Pairs drawn from one micro-batch at most, before another is embedded."""
+    credit: Literal["verdict", "attributes"] = "verdict"
+    """What a rollout earns: verdict: the paper's, one reward; attributes: on pairs of one class one more for each
+    attribute, for saying of one image what is said of the other."""
+    credit_weight: float = 1.0
+    """Weight of the attributes' advantages beside the verdict's."""
     max_batches: int = 4
     """Micro-batches per step at most: the draw is bounded, and a step may go on with fewer than K pairs, or none."""
     slots: int | None = None
@@ -181,10 +188,10 @@ class Config:
                 f"lambda.kl: {self.lambda_.kl} with supervisor.generic, whose prompt names no attributes to attend to: "
                 "pass --lambda.kl 0"
             )
-        if self.encoder.pooler != "attention" and self.lambda_.kl > 0:
+        if self.encoder.pooler in ("mean", "max") and self.lambda_.kl > 0:
             raise InputError(
                 f"lambda.kl: {self.lambda_.kl} with encoder.pooler {self.encoder.pooler!r}, which has no attention: "
-                "pass --lambda.kl 0, or --encoder.pooler attention"
+                "pass --lambda.kl 0, or --encoder.pooler attributes"
             )
         if self.rollout.group_size < 2 and self.uses_supervisor:
             raise InputError(

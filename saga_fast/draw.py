@@ -8,6 +8,7 @@ come before can no longer be kept, and its rollouts stop at once; one that comes
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,13 +27,15 @@ from saga_kernels import group_advantage
 class Judged(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    broken: its rollouts met logits that are not finite, so it does not contribute, and earns nothing.
+    credit: advantages (2, M, G) of what is said of each attribute of both images, None without attribute credit.
+    contributes: whether any advantage is not zero. broken: its rollouts met logits that are not finite, so it does not contribute, and earns nothing.
     """
 
     completions: list[list[int]]
     rewards: Tensor
     well_formed: Tensor
     advantages: Tensor
+    credit: Tensor | None
     contributes: bool
     broken: bool
 
@@ -99,6 +102,7 @@ def draw_contributing(
     wanted: int,
     contribution_rate: float,
     fits: Fits,
+    credit: bool = False,
 ) -> Draw:
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
 
@@ -137,18 +141,33 @@ def draw_contributing(
             going.add(begun)
             begun += 1
         done = {pair.pair_id - first_id: pair for pair in fits.run("roll out", supervisor.slots, look)}
-        for found in distributed.everyone(_judge(supervisor, done, same)):
+        for found in distributed.everyone(_judge(supervisor, done, same, credit)):
             judged |= found
         going -= judged.keys()
     wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % ranks == rank)
     return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.everyone(wasted)))
 
 
-def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool]) -> dict[int, Judged]:
+def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], credit: bool) -> dict[int, Judged]:
     if not done:
         return {}
-    rewards, well_formed = supervisor.judge([pair.completions for pair in done.values()], [same[i] for i in done])
-    rewards[[pair.broken for pair in done.values()]] = 0
-    advantages, contributes, _ = group_advantage(rewards)
-    rest = zip(done.values(), rewards, well_formed, advantages, contributes.tolist())
-    return {i: Judged(pair.completions, r, w, a, c, pair.broken) for i, (pair, r, w, a, c) in zip(done, rest)}
+    completions, alike = [pair.completions for pair in done.values()], [same[i] for i in done]
+    rewards, well_formed = supervisor.judge(completions, alike)
+    stacked = rewards[:, None]
+    if credit:
+        stacked = torch.cat([stacked, supervisor.agree(completions, alike).flatten(1, 2)], 1)
+    stacked[[pair.broken for pair in done.values()]] = 0
+    advantages, differs, _ = group_advantage(stacked)
+    contributes = differs[:, 0] if os.environ.get("CONTRIBUTE") == "verdict" else differs.any(1)
+    return {
+        i: Judged(
+            pair.completions,
+            stacked[j, 0],
+            well_formed[j],
+            advantages[j, 0],
+            advantages[j, 1:].unflatten(0, (2, -1)) if credit else None,
+            bool(contributes[j]),
+            pair.broken,
+        )
+        for j, (i, pair) in enumerate(done.items())
+    }

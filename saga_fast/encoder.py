@@ -33,15 +33,15 @@ from saga_fast.files import sha256
 from saga_fast.images import open_rgb, to_pixels, to_rgb
 from saga_fast.towers import VisionTower, VisualFeatures
 
-__all__ = ["Encoder", "Pooler", "VisionTower", "VisualFeatures"]
+__all__ = ["AttributePooler", "Encoder", "Pooler", "VisionTower", "VisualFeatures", "make_pooler"]
 
-POOLERS = ("attention", "mean", "max")
+POOLERS = ("attributes", "attention", "mean", "max")
 CONFIG, WEIGHTS, MANIFEST, CARD = "config.json", "model.safetensors", "manifest.json", "README.md"
 Picture = Image.Image | str | Path | Tensor
 
 
 class Pooler(nn.Module):
-    """Pools tokens (B, N, D) into unit vectors (B, D_e), and says where it looked.
+    """Pools tokens (B, N, D) into unit vectors (B, D_e): the paper's learned query, or mean or max pooling.
 
     attention: β = softmax(q W_k Xᵀ / √D) with a learnable query q and key projection W_k, pooled = βX (the paper's);
     mean, max: its baselines. All are followed by a linear map to D_e and L2 normalisation. The query starts at zero, so
@@ -50,8 +50,6 @@ class Pooler(nn.Module):
 
     def __init__(self, width: int, embedding_dim: int, kind: str = "attention") -> None:
         super().__init__()
-        if kind not in POOLERS:
-            raise InputError(f"encoder.pooler: got {kind!r}; choose one of {', '.join(POOLERS)}")
         self.kind = kind
         if kind == "attention":
             self.query = nn.Parameter(torch.zeros(width))
@@ -60,43 +58,113 @@ class Pooler(nn.Module):
         nn.init.orthogonal_(self.project.weight)
 
     def attention(self, tokens: Tensor) -> Tensor:
-        """β (B, N): the pooler's attention over each image's tokens. Raises ValueError for mean and max pooling."""
+        """β (B, 1, N): the query's attention over each image's tokens. Raises ValueError for mean and max pooling."""
         if self.kind != "attention":
             raise ValueError(f"pooler: {self.kind} pooling has no attention; build it with kind='attention'")
         scores = tokens @ (self.query @ self.key) * tokens.shape[-1] ** -0.5
-        return scores.float().softmax(-1)
+        return scores.float().softmax(-1)[:, None]
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.kind == "attention":
-            pooled = torch.einsum("bn,bnd->bd", self.attention(tokens).to(tokens.dtype), tokens)
+            pooled = torch.einsum("bn,bnd->bd", self.attention(tokens)[:, 0].to(tokens.dtype), tokens)
         else:
             pooled = tokens.mean(1) if self.kind == "mean" else tokens.amax(1)
         return F.normalize(self.project(pooled).float(), dim=-1)
 
 
+class AttributePooler(nn.Module):
+    """Pools tokens (B, N, D) into unit vectors (B, D_e) of M blocks, one per attribute, each with a query of its own.
+
+    β_m = softmax(s q_m W_k X̂ᵀ / √D), where X̂ are the tokens after a LayerNorm without weights and s is `SHARPNESS`;
+    block m = (W_m β_m X + b_m) / |W_m β_m X + b_m|; z = the blocks side by side, over √M. So the cosine of two images
+    is the mean of the cosines of their blocks. D_e is shared out among the blocks: their sizes differ by one at most.
+    Each W_m starts orthogonal. Raises InputError where D_e < M.
+    """
+
+    kind = "attributes"
+    SHARPNESS = 4.0
+
+    def __init__(self, width: int, embedding_dim: int, attributes: Sequence[str]) -> None:
+        super().__init__()
+        count = len(attributes)
+        if not 1 <= count <= embedding_dim:
+            raise InputError(
+                f"encoder.embedding-dim: {embedding_dim} cannot be shared out among {count} attributes; "
+                f"give {max(1, count)} or more, or ask for fewer attributes"
+                if count
+                else "encoder.pooler: 'attributes' without attribute names; name one or more, or take 'attention'"
+            )
+        sizes = torch.tensor([embedding_dim // count + (m < embedding_dim % count) for m in range(count)])
+        size = int(sizes.max())
+        self.query = nn.Parameter(0.02 * torch.randn(count, width))
+        self.key = nn.Parameter(torch.eye(width))
+        # Row d of block m is left out of the embedding where block m is a number shorter than the longest.
+        self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(size, width)) for _ in sizes]))
+        self.bias = nn.Parameter(torch.zeros(count, size))
+        used = torch.arange(size) < sizes[:, None]
+        self.register_buffer("used", used, persistent=False)
+        self.register_buffer("place", used.flatten().nonzero().flatten(), persistent=False)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """β (B, M, N): each query's attention over each image's tokens."""
+        width = tokens.shape[-1]
+        keys = F.layer_norm(tokens, (width,)) @ (self.query @ self.key).T
+        return (keys * (self.SHARPNESS * width**-0.5)).float().softmax(1).transpose(1, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        pooled = self.attention(tokens).to(tokens.dtype) @ tokens  # (B, M, D)
+        blocks = torch.einsum("bmd,med->bme", pooled, self.weight) + self.bias
+        blocks = F.normalize(blocks.float() * self.used, dim=-1) * len(self.used) ** -0.5
+        return blocks.flatten(1).index_select(1, self.place)
+
+    def blocks(self, z: Tensor) -> Tensor:
+        """The unit blocks (B, M, d) of embeddings z (B, D_e); those shorter than the longest end in a zero."""
+        blocks = z.new_zeros(len(z), self.used.numel()).index_copy(1, self.place, z)
+        return blocks.unflatten(1, self.used.shape) * len(self.used) ** 0.5
+
+
+def make_pooler(kind: str, width: int, embedding_dim: int, attributes: Sequence[str] = ()) -> Pooler | AttributePooler:
+    """Raises InputError for an unknown kind, and for attributes that D_e has no room for."""
+    if kind not in POOLERS:
+        raise InputError(f"encoder.pooler: got {kind!r}; choose one of {', '.join(POOLERS)}")
+    if kind == "attributes":
+        return AttributePooler(width, embedding_dim, attributes)
+    return Pooler(width, embedding_dim, kind)
+
+
 class Encoder(nn.Module, PyTorchModelHubMixin):
     """Images in, unit vectors out: a plain module with the hub's `from_pretrained`, `save_pretrained`, `push_to_hub`.
 
-    vision_config: the tower's configuration as a dict; pooler: "attention", "mean" or "max"; embedding_dim: D_e;
-    image_size: the side S in pixels that images are resized to.
+    vision_config: the tower's configuration as a dict; pooler: "attributes", "attention", "mean" or "max";
+    embedding_dim: D_e; image_size: the side S in pixels that images are resized to; attributes: the M names of the
+    blocks of an embedding, where the pooler is "attributes".
     `card`: the text of its README.md; `sha256`: of configuration and weights, known once it is loaded from a folder.
     """
 
     def __init__(
-        self, vision_config: dict, pooler: str = "attention", embedding_dim: int = 4096, image_size: int = 224
+        self,
+        vision_config: dict,
+        pooler: str = "attention",
+        embedding_dim: int = 4096,
+        image_size: int = 224,
+        attributes: Sequence[str] = (),
     ):
         super().__init__()
         self.image_size, self.embedding_dim = image_size, embedding_dim
+        self.attributes: tuple[str, ...] = tuple(attributes) if pooler == "attributes" else ()
         self.card: str | None = None
         self.sha256: str | None = None
         self.tower = VisionTower.from_config(vision_config)
-        self.pooler = Pooler(self.tower.width, embedding_dim, pooler)
+        self.pooler = make_pooler(pooler, self.tower.width, embedding_dim, self.attributes)
         self.tower.grid(image_size, image_size)
 
     @classmethod
-    def from_tower(cls, model: PreTrainedModel, pooler: str, embedding_dim: int, image_size: int) -> Encoder:
+    def from_tower(
+        cls, model: PreTrainedModel, pooler: str, embedding_dim: int, image_size: int, attributes: Sequence[str] = ()
+    ) -> Encoder:
         """A new encoder around a copy of an MLLM's own tower, in fp32, with a fresh pooler."""
-        encoder = cls(model.config.to_diff_dict(), pooler, embedding_dim, image_size)
+        named = {"attributes": tuple(attributes)} if pooler == "attributes" else {}
+        encoder = cls(model.config.to_diff_dict(), pooler, embedding_dim, image_size, **named)
         encoder.tower.model.load_state_dict(model.state_dict())
         return encoder
 
@@ -108,7 +176,26 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
             raise InputError(
                 f"images: got {images.dtype} {tuple(images.shape)}; accepted are uint8 pixels (B, 3, S, S)"
             )
-        return self.pooler(self.tower(images.to(self.pooler.project.weight.device)).tokens)
+        return self.pooler(self.tower(images.to(self.device)).tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pooler.parameters()).device
+
+    def blocks(self, z: Tensor) -> Tensor:
+        """The embeddings z (B, D_e) attribute by attribute: unit vectors (B, M, d), d = ⌈D_e / M⌉; a block that is a
+        number shorter than the longest ends in a zero. Raises ValueError where the pooler has no attributes."""
+        return self._attribute_pooler().blocks(z)
+
+    def compare(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """Cosine (B, M) of each block of z_a with that of z_b, both (B, D_e) or one of them (1, D_e), in the order of
+        `attributes`. Their mean is the cosine of z_a and z_b. Raises ValueError where the pooler has no attributes."""
+        return (self.blocks(z_a) * self.blocks(z_b)).sum(-1)
+
+    def _attribute_pooler(self) -> AttributePooler:
+        if not isinstance(self.pooler, AttributePooler):
+            raise ValueError(f"pooler: {self.pooler.kind} pooling has no attributes; train with --encoder.pooler attributes")
+        return self.pooler
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """uint8 (B, 3, S, S) of one or several PIL images, paths, or uint8 tensors (3, H, W) of any size."""

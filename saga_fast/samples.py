@@ -47,9 +47,9 @@ def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], aut
     prompt, described = supervisor.prompt, []
     for pair in pairs[:PAIRS]:
         beta = None
-        if encoder.pooler.kind == "attention":
+        if encoder.pooler.kind in ("attributes", "attention"):
             with torch.no_grad(), autocast:
-                beta = _rounded(encoder.pooler.attention(pair.features.tokens))
+                beta = _rounded(encoder.pooler.attention(pair.features.tokens).mean(1))
         described.append({"beta": beta, **_describe_pair(supervisor, pair.features, pair)})
     return {
         "attributes": prompt.attributes,

@@ -39,8 +39,8 @@ from saga_fast.fits import Encoded, Fits, gradients_all_or_none
 from saga_fast.gallery import neighbours
 from saga_fast.health import spread
 from saga_fast.losses import metric_loss
-from saga_fast.losses.alignment import alignment_kl, attention_target
-from saga_fast.losses.policy import token_coefficients
+from saga_fast.losses.alignment import alignment_kl, attention_targets
+from saga_fast.losses.policy import add_attribute_credit, token_coefficients
 from saga_fast.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.run import SELECTS, Run
 from saga_fast.samples import describe, sampled_steps, sheet
@@ -71,6 +71,7 @@ class Pair(NamedTuple):
     completions: list[list[int]]
     rewards: Tensor
     advantages: Tensor
+    credit: Tensor | None
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -100,7 +101,11 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
     mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
     encoder = Encoder.from_tower(
-        mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
+        mllm.visual,
+        config.encoder.pooler,
+        config.encoder.embedding_dim,
+        config.data.image_size,
+        load_prompt(config.supervisor.prompt).attributes,
     ).to(device)
     supervisor = make_supervisor(config, mllm, encoder, prompt) if prompt else None
     frozen = supervisor and supervisor.decoder.fingerprint()
@@ -309,11 +314,12 @@ def roll_out(
     pairs = draw_pairs(labels, config.rollout.pairs_per_batch, (config.seed << 40) + (step << 20) + len(draw.pairs))
     same = (labels[pairs[:, 0]] == labels[pairs[:, 1]]).tolist()
     first_id = (step << 20) + len(draw.pairs)
-    found = draw_contributing(supervisor, features, pairs, same, first_id, wanted, run.contribution_rate, fits)
+    found = draw_contributing(supervisor, features, pairs, same, first_id, wanted, run.contribution_rate, fits,
+        config.rollout.credit == "attributes")
     draw.extend(found)
     run.drawn, run.contributing = run.drawn + len(found.pairs), run.contributing + found.contributing
     return [
-        Pair(pixels[images], features.select(images), pair.completions, pair.rewards, pair.advantages)
+        Pair(pixels[images], features.select(images), pair.completions, pair.rewards, pair.advantages, pair.credit)
         for images, pair in zip(pairs, found.pairs)
         if pair.contributes
     ]
@@ -342,9 +348,18 @@ def replay(
     packed = [len(supervisor.prefix) + count for count in tokens]
     shares = distributed.balance(packed, distributed.ranks())
     mine = [buffer[i] for i in shares[distributed.rank()]]
-    described = [supervisor.described(pair.completions, pair.rewards) if config.lambda_.kl > 0 else {} for pair in mine]
+    wanted = config.lambda_.kl > 0 or config.rollout.credit == "attributes"
+    written = [supervisor.written(pair.completions) if wanted else [] for pair in mine]
+    described = [
+        {
+            g: items
+            for g, items in enumerate(found)
+            if config.lambda_.kl > 0 and pair.rewards[g] and all(any(item.values()) for item in items)
+        }
+        for pair, found in zip(mine, written)
+    ]
     rewarded = sum(distributed.everyone(sum(map(len, described))))
-    losses = replay_share(config, supervisor, encoder, mine, described, sum(tokens), rewarded, autocast, fits)
+    losses = replay_share(config, supervisor, encoder, mine, written, described, sum(tokens), rewarded, autocast, fits)
     loss_lm, loss_kl = map(sum, zip(*distributed.everyone(losses)))
     loads = [sum(packed[i] for i in share) for share in shares]
     log = {"loss_lm": loss_lm, "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
@@ -356,6 +371,7 @@ def replay_share(
     supervisor: Supervisor,
     encoder: Encoder,
     buffer: list[Pair],
+    written: list[list],
     described: list[dict],
     total_tokens: int,
     rewarded: int,
@@ -372,9 +388,13 @@ def replay_share(
         leaf.requires_grad_(weight.lm > 0)
 
     groups = []
-    for pair, spans in zip(buffer, described):
+    names = supervisor.prompt.attributes
+    for pair, places, rewarded_places in zip(buffer, written, described):
         lengths = [len(completion) for completion in pair.completions]
         coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
+        if pair.credit is not None:
+            add_attribute_credit(coefficients, pair.credit, places, names, config.rollout.credit_weight / total_tokens)
+        spans = {g: tuple(sum(item.values(), []) for item in items) for g, items in rewarded_places.items()}
         groups.append(Group(pair.completions, coefficients, spans))
 
     def replay_within(token_budget: int) -> Replay:
@@ -400,9 +420,15 @@ def replay_share(
         fits.pieces("encode", len(pixels), back)
     if not result.attention:
         return result.loss.item(), 0.0
-    targets = torch.stack([attention_target(entry.weights) for entry in result.attention])
     with autocast:
         beta = encoder.pooler.attention(leaves.tokens.detach())
+    queries, targets = beta.shape[1], []
+    for entry in result.attention:
+        counts = [len(tokens) for tokens in described[entry.group][entry.rollout][entry.image].values()]
+        which = [names.index(name) for name in described[entry.group][entry.rollout][entry.image]]
+        query = torch.tensor(which, device=beta.device).repeat_interleave(torch.tensor(counts, device=beta.device))
+        targets.append(attention_targets(entry.weights, query if queries > 1 else query * 0, queries))
+    targets = torch.stack(targets)
     beta = beta[[2 * entry.group + entry.image for entry in result.attention]]
     # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
     loss_kl = alignment_kl(targets, beta).sum() / rewarded

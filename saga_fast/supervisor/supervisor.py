@@ -10,13 +10,15 @@ from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.errors import InputError
+from saga_fast.supervisor.agreement import attribute_agreement
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
-from saga_fast.supervisor.verdict import attribute_tokens, parse, reward
+from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens_by_attribute
 
+Written = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 
 
@@ -74,15 +76,20 @@ class Supervisor:
         well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
         return torch.tensor(rewards), torch.tensor(well_formed)
 
-    def described(
-        self, completions: Sequence[Sequence[int]], rewards: Tensor
-    ) -> dict[int, tuple[list[int], list[int]]]:
-        """For one pair's rewarded rollouts that describe both images: g → positions of the describing tokens."""
-        tokens = {
-            g: attribute_tokens(completions[g], self.tokenizer, self.prompt)
-            for g in rewards.nonzero().flatten().tolist()
-        }
-        return {g: spans for g, spans in tokens.items() if all(spans)}
+    def agree(self, completions: Sequence[Sequence[Sequence[int]]], same: Sequence[bool]) -> Tensor:
+        """(n, 2, M, G) fp32: rewards of what each rollout says of each attribute of both images, see `agreement.py`;
+        zeros for pairs of two classes."""
+        attributes = self.prompt.attributes
+        rewards = torch.zeros(len(completions), 2, len(attributes), self.sampling.group_size)
+        for i, (group, alike) in enumerate(zip(completions, same)):
+            if alike:
+                said = [attribute_values(self.text(completion), self.prompt) for completion in group]
+                rewards[i] = attribute_agreement(said, attributes)
+        return rewards
+
+    def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
+        """For each completion, where it writes each attribute's value."""
+        return [tokens_by_attribute(completion, self.tokenizer, self.prompt) for completion in completions]
 
     def replay(self, features: VisualFeatures, groups: Sequence[Group], token_budget: int | None = None) -> Replay:
         """token_budget: other than the plan's."""

@@ -146,6 +146,18 @@ def reward(verdict: Verdict | None, same: bool) -> float:
     return float(verdict is not None and verdict.same == same)
 
 
+def attribute_values(text: str, prompt: Prompt) -> tuple[dict[str, str], dict[str, str]]:
+    """What the completion says of each attribute of item 1 and of item 2. Attributes not described in text are left
+    out; unreadable text gives empty dicts."""
+    answer = _read(text, prompt) or {}
+
+    def values(described: object) -> dict[str, str]:
+        found = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}
+        return {name: value.value for name, value in found.items() if isinstance(value, _String)}
+
+    return tuple(values(answer.get(key)) for key in prompt.item_keys) or ({}, {})
+
+
 def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[str, Span]]:
     """Where the completion describes each attribute: for item 1 and item 2, attribute -> half-open character range of
     its value, between the quotes. Attributes not described in text are left out; unreadable text gives empty dicts."""

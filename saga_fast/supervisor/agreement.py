@@ -1,0 +1,44 @@
+"""Attribute credit: a reward for what a rollout says of one attribute, beside the verdict's, which is one bit for some
+hundred tokens.
+
+Two images of one class look alike in every attribute, so what a rollout says of one image should be what rollouts say
+of the other. No label beyond the class is used, and on pairs of two classes, which may differ in any attribute, nothing
+is rewarded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Described = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
+
+
+def agreement(a: str, b: str) -> float:
+    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if none."""
+    a_words, b_words = Counter(a.casefold().split()), Counter(b.casefold().split())
+    shared = sum((a_words & b_words).values())
+    return 2 * shared / max(1, a_words.total() + b_words.total())
+
+
+def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -> Tensor:
+    """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute, the
+    mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
+
+    All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
+    item 2 what it has written in item 1. A value that is missing agrees with nothing.
+    """
+    rewards = torch.zeros(2, len(attributes), len(group))
+    for m, name in enumerate(attributes):
+        said = [[described[item].get(name) for described in group] for item in (0, 1)]
+        known = {(a, b): agreement(a, b) for a in set(said[0]) - {None} for b in set(said[1]) - {None}}
+        table = torch.tensor([[known.get((a, b), 0.0) for b in said[1]] for a in said[0]])
+        if os.environ.get("CREDIT") == "pair":
+            rewards[:, m] = table.diagonal()
+        else:
+            rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
+    return rewards
