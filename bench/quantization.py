@@ -19,8 +19,6 @@ from torch import Tensor
 
 from bench import smollm2, write_json
 from saga_fast.encoder import VisionTower, VisualFeatures
-from saga_fast.errors import exit_on_input_error
-from saga_fast.images import to_pixels
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
@@ -29,6 +27,8 @@ from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds
+from saga_fast.utils.errors import exit_on_input_error
+from saga_fast.utils.images import to_pixels
 
 VARIANTS = ("NF4 layers", "NF4 embedding and head", "both")
 QUESTIONS = (

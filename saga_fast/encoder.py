@@ -2,7 +2,7 @@
 
     z = pooler(tower(image)),  |z| = 1                                       (SAGA, arXiv 2606.15134)
 
-The tower is the MLLM's own, see `towers.py`. Its folder:
+The tower is the MLLM's own, see `towers`. Its folder:
 
     model.safetensors   the weights
     config.json         the constructor's arguments
@@ -28,10 +28,10 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saga_fast.errors import InputError, first_line
-from saga_fast.files import sha256
-from saga_fast.images import open_rgb, to_pixels, to_rgb
 from saga_fast.towers import VisionTower, VisualFeatures
+from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.files import sha256
+from saga_fast.utils.images import open_rgb, to_pixels, to_rgb
 
 __all__ = ["Encoder", "Pooler", "VisionTower", "VisualFeatures"]
 

@@ -31,8 +31,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from saga_fast.errors import InputError, first_line
 from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.errors import InputError
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.supervisor.verdict import attribute_tokens, parse, reward
+from saga_fast.utils.errors import InputError
 
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 

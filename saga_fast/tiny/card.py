@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisionTower, VisualFeatures
-from saga_fast.metrics import retrieval_metrics
+from saga_fast.retrieval.metrics import retrieval_metrics
 from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import build_prefix

@@ -28,7 +28,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     get_vision_position_ids,
 )
 
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 try:
     from flash_attn import flash_attn_func

@@ -16,9 +16,9 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.data import split_classes
-from saga_fast.errors import InputError
-from saga_fast.images import MAX_PIXELS, open_rgb, to_pixels
 from saga_fast.towers import VisionTower
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import MAX_PIXELS, open_rgb, to_pixels
 
 
 def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
