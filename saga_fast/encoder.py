@@ -28,7 +28,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saga_fast.towers import VisionTower, VisualFeatures
+from saga_fast.towers import VisionTower, VisualFeatures, tower_from_config
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import sha256
 from saga_fast.utils.images import open_rgb, to_pixels, to_rgb
@@ -89,7 +89,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         self.image_size, self.embedding_dim = image_size, embedding_dim
         self.card: str | None = None
         self.sha256: str | None = None
-        self.tower = VisionTower.from_config(vision_config)
+        self.tower = tower_from_config(vision_config)
         self.pooler = Pooler(self.tower.width, embedding_dim, pooler)
         self.tower.grid(image_size, image_size)
 

@@ -42,7 +42,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not dep
 
 
 class Mllm(NamedTuple):
-    """visual: the vision model with its projector, see `VisionTower.of`. image_token: stands for one visual token in
+    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in
     the prompt, between `image_marks` where the model's processor puts such."""
 
     visual: PreTrainedModel

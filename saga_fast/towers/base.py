@@ -1,14 +1,9 @@
-"""Vision towers of multimodal models, run over equal-sized images as one batch.
-
-`QwenTower` runs Qwen3-VL's blocks itself: transformers' loop attends image by image outside FlashAttention, and
-resamples position embeddings anew for every image. `ProjectedTower` is every model that sends a plain ViT through a
-projector (InternVL, LLaVA): transformers runs those in batches already. Each knows the pixel statistics it was taught
-with. Attention is flash-attn's where that is installed and can run, else PyTorch's.
+"""What a vision tower is: pixels in, visual tokens out, with the pixel statistics that it was taught with. Attention is
+flash-attn's where that is installed and can run, else PyTorch's.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,17 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    Qwen3VLVisionBlock,
-    Qwen3VLVisionModel,
-    apply_rotary_pos_emb_vision,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from saga_fast.utils.errors import InputError
 
@@ -77,7 +62,7 @@ class VisualFeatures(NamedTuple):
 class VisionTower(nn.Module, ABC):
     """Pixels in, visual tokens out: `forward(pixels)`, uint8 (B, 3, H, W) → `VisualFeatures` of N tokens of width D.
 
-    model: a transformers vision model with its projector, see `VisionTower.of`. Its config may hold `image_mean` and
+    model: a transformers vision model with its projector, see `tower_of`. Its config may hold `image_mean` and
     `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if neither is known.
     """
 
@@ -95,20 +80,6 @@ class VisionTower(nn.Module, ABC):
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         self.register_buffer("scale", (255 * std).float(), persistent=False)
         self.register_buffer("shift", (mean / std).float(), persistent=False)
-
-    @staticmethod
-    def of(model: PreTrainedModel) -> VisionTower:
-        """The tower around a `Qwen3VLVisionModel`, or around a model that had its `language_model` taken out."""
-        return QwenTower(model) if isinstance(model, Qwen3VLVisionModel) else ProjectedTower(model)
-
-    @staticmethod
-    def from_config(config: dict) -> VisionTower:
-        """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
-        if config.get("model_type", "qwen3_vl_vision") == "qwen3_vl_vision":
-            return QwenTower(Qwen3VLVisionModel(Qwen3VLVisionConfig(**config)))
-        model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-        del model.language_model
-        return ProjectedTower(model)
 
     @property
     @abstractmethod
@@ -134,124 +105,6 @@ class VisionTower(nn.Module, ABC):
 
     def normalize(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return (pixels / self.scale - self.shift).to(dtype)
-
-
-class QwenTower(VisionTower):
-    """Qwen3-VL: 2-D rotary positions over a resampled learned grid, 2x2 patches merged, DeepStack levels."""
-
-    def __init__(self, model: Qwen3VLVisionModel) -> None:
-        super().__init__(model, model.config)
-        self._positions = functools.lru_cache(maxsize=8)(self._grid_positions)
-        self._checkpointing = False
-
-    @property
-    def width(self) -> int:
-        return self.model.config.out_hidden_size
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        side = self.model.config.patch_size * self.model.config.spatial_merge_size
-        return side, side
-
-    def checkpoint_blocks(self) -> None:
-        self._checkpointing = True
-
-    def forward(self, pixels: Tensor) -> VisualFeatures:
-        model = self.model
-        x = self._embed_patches(pixels)
-        batch, patches, _ = x.shape
-        indices, weights, cos, sin = self._positions(pixels.shape[-2], pixels.shape[-1], x.device)
-        x = x + (model.pos_embed(indices) * weights[..., None]).sum(1).to(x.dtype)
-        deepstack = []
-        for i, block in enumerate(model.blocks):
-            if self._checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_attend_block, block, x, cos, sin, use_reentrant=False)
-            else:
-                x = _attend_block(block, x, cos, sin)
-            if i in model.deepstack_visual_indexes:
-                merger = model.deepstack_merger_list[model.deepstack_visual_indexes.index(i)]
-                deepstack.append(merger(x.flatten(0, 1)).unflatten(0, (batch, -1)))
-        return VisualFeatures(model.merger(x.flatten(0, 1)).unflatten(0, (batch, -1)), tuple(deepstack))
-
-    def _embed_patches(self, pixels: Tensor) -> Tensor:
-        """(B, patches, hidden), patches in the order the merger wants: block by block of merge x merge."""
-        config, proj = self.model.config, self.model.patch_embed.proj
-        rows, columns = self.grid(*pixels.shape[-2:])
-        merge, patch = config.spatial_merge_size, config.patch_size
-        x = self.normalize(pixels, proj.weight.dtype)
-        x = x.unflatten(3, (columns, merge, patch)).unflatten(2, (rows, merge, patch))
-        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(pixels.shape[0], rows * columns * merge**2, -1)
-        # A still image is the same frame `temporal_patch_size` times over, so the kernel may be summed over time.
-        return F.linear(x, proj.weight.sum(2).flatten(1), proj.bias)
-
-    def _grid_positions(self, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
-        """For each patch: which entries of the learned grid to mix (n, 4), their weights, rotary cos and sin."""
-        model, config = self.model, self.model.config
-        grid = torch.tensor([[1, height // config.patch_size, width // config.patch_size]], device=device)
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=model.num_grid_per_side,
-            mode=model.interpolation_mode,
-            align_corners=model.interpolation_align_corners,
-            spatial_merge_size=config.spatial_merge_size,
-            kwargs={},
-        )
-        positions = get_vision_position_ids(grid, config.spatial_merge_size, kwargs={})
-        cos, sin = model.rotary_pos_emb(model.pos_embed.weight, positions)
-        return indices, weights, cos, sin
-
-
-class ProjectedTower(VisionTower):
-    """A ViT, a choice of its layer with or without CLS, perhaps pixel shuffle, and a projector; square images.
-
-    model: a transformers model with `vision_tower`, `multi_modal_projector` and `get_image_features`, whose
-    `language_model` is gone; of its `config.text_config` only the width is read.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, model.config.vision_config)
-        model.vision_tower.set_attn_implementation(ATTENTION)
-
-    @property
-    def width(self) -> int:
-        return self.model.config.text_config.hidden_size
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        patch, shuffle = self.model.config.vision_config.patch_size, getattr(self.model.config, "downsample_ratio", 1)
-        return tuple(round(side / shuffle) for side in ((patch, patch) if isinstance(patch, int) else patch))
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        if height != width:
-            raise InputError(f"pixels: got {height}x{width}; this tower takes square images")
-        return super().grid(height, width)
-
-    def checkpoint_blocks(self) -> None:
-        for layer in self.model.vision_tower.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-
-    def forward(self, pixels: Tensor) -> VisualFeatures:
-        rows, columns = self.grid(*pixels.shape[-2:])
-        x = self.normalize(pixels, self.model.dtype)
-        tokens = self.model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
-        tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
-        if tokens.shape[1] != rows * columns:
-            raise InputError(
-                f"supervisor.model: its tower gives {tokens.shape[1]} tokens for {pixels.shape[-2]} pixels a side, "
-                f"where patches make {rows * columns}; towers that add or drop tokens are not supported"
-            )
-        return VisualFeatures(tokens, ())
-
-
-def _attend_block(block: Qwen3VLVisionBlock, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """One transformer block of the tower on x (B, patches, hidden), every image attending to itself."""
-    attention = block.attn
-    q, k, v = attention.qkv(block.norm1(x)).unflatten(2, (3, attention.num_heads, -1)).unbind(2)
-    q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
-    x = x + attention.proj(attend(q, k, v).flatten(2))
-    return x + block.mlp(block.norm2(x))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

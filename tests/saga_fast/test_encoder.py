@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from saga_fast.config import PRESETS
 from saga_fast.encoder import Encoder, Pooler
 from saga_fast.report.model_card import model_card
-from saga_fast.towers import base
+from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
 
 
@@ -103,7 +103,7 @@ def test_a_tower_without_known_pixel_statistics_is_refused(visual):
     visual = copy.deepcopy(visual)
     visual.config.model_type = "unheard_of"
     with pytest.raises(InputError, match="of a 'unheard_of' are unknown; add the model's preprocessor_config.json"):
-        base.VisionTower.of(visual)
+        tower_of(visual)
 
 
 def test_attention_pooler_is_its_formula():
