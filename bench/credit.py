@@ -25,8 +25,6 @@ import torch
 from bench import write_json
 from saga_fast.config import TINY, Config
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError, exit_on_input_error
-from saga_fast.images import to_pixels
 from saga_fast.supervisor.credit import attention_by_attribute, gradient_by_attribute
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt_file import load_prompt
@@ -34,6 +32,8 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds, differing
+from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.images import to_pixels
 from saga_kernels import group_advantage
 
 WAVE = 16  # pairs rolled out at a time

@@ -2,7 +2,7 @@
 
     python -m bench.evaluate [--classes 743] [--images-per-class 50] [--dimension 4096] [--json FILE]
 
-Times `saga_fast.metrics` in a process of its own, on unit vectors around a mean a class that overlap.
+Times `saga_fast.retrieval.metrics` in a process of its own, on unit vectors around a mean a class that overlap.
 They are drawn in that process, so its peak memory includes them, PyTorch and faiss. Embedding is not in it.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench import write_json
 from saga_fast.data import cores
-from saga_fast.metrics import nmi, retrieve, summary
+from saga_fast.retrieval.metrics import nmi, retrieve, summary
 
 
 def embeddings(classes: int, images: int, dimension: int) -> tuple[Tensor, Tensor]:

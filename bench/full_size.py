@@ -32,8 +32,8 @@ from bench.record import EndingAt, Shape, ending_at
 from bench.rollout import TEMPERATURE, TOP_P, generate_inputs
 from saga_fast.config import Config
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.fits import Encoded, Fits
 from saga_fast.losses import metric_loss
+from saga_fast.runtime.oom import Encoded, Fits
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.prompt import build_prefix

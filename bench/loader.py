@@ -21,7 +21,7 @@ from bench import write_json
 from saga_fast.config import DataConfig
 from saga_fast.data import ClassBalancedSampler, ImageDataset, cores, load_dataset
 from saga_fast.data.loader import MEMORY_LIMIT, Decoder, ahead
-from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.utils.errors import InputError, exit_on_input_error
 
 BATCH = DataConfig.classes_per_batch * DataConfig.images_per_class
 

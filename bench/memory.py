@@ -23,14 +23,14 @@ from transformers import AutoModel, Qwen3VLConfig
 
 from bench import record, write_json
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError, exit_on_input_error
-from saga_fast.fits import gradients_all_or_none
-from saga_fast.memory import GIB, Predictor, Step, as_nf4, on_meta, prefill_bytes, replay_bytes
+from saga_fast.runtime.memory import GIB, Predictor, Step, as_nf4, on_meta, prefill_bytes, replay_bytes
+from saga_fast.runtime.oom import gradients_all_or_none
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import Prefix
 from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.utils.errors import InputError, exit_on_input_error
 
 MODELS = Path(__file__).parent / "models"
 

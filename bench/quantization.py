@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import smollm2, write_json
-from saga_fast.encoder import VisionTower, VisualFeatures
-from saga_fast.errors import exit_on_input_error
-from saga_fast.images import to_pixels
+from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
@@ -29,6 +27,9 @@ from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds
+from saga_fast.towers import tower_of
+from saga_fast.utils.errors import exit_on_input_error
+from saga_fast.utils.images import to_pixels
 
 VARIANTS = ("NF4 layers", "NF4 embedding and head", "both")
 QUESTIONS = (
@@ -54,7 +55,7 @@ def tiny() -> tuple[dict[str, FrozenDecoder], list[Asked], tuple[int, ...]]:
     pairs = [(i, i + 1 if i % 8 else i + 8) for i in range(0, 64, 4)]  # of one species and of two, in turn
     pixels = torch.stack([to_pixels(birds[i][0], 112) for pair in pairs for i in pair])
     with torch.no_grad():
-        features = VisionTower.of(mllm.visual)(pixels)
+        features = tower_of(mllm.visual)(pixels)
     return decoders, [(prefix, dict.fromkeys(decoders, features), 192)], mllm.eos_token_ids
 
 

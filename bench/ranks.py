@@ -3,7 +3,7 @@
     python -m bench.scale --ranks 1..512 [--json FILE]
 
 Nothing here is measured. Times are the floors of `bench.roofline`; what ranks wait for each other comes from simulated
-steps. Pairs are shared out in turn, begun and dropped as `saga_fast.draw` does, with all ranks at the same token, and
+steps. Pairs are shared out in turn, begun and dropped as `supervisor.draw` does, with all ranks at the same token, and
 balanced before the replay by the code that training uses. Two ways to grow: the paper's batch and K on all ranks
 together, and as much again on every rank.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from bench import roofline
 from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, LENGTH, PREFIX, TENSOR_CORES
 from saga_fast.config import Config
-from saga_fast.distributed import balance
+from saga_fast.runtime.distributed import balance
 from saga_fast.supervisor.rollout import LOOK_EVERY
 from saga_fast.supervisor.supervisor import SLOTS
 

@@ -163,8 +163,8 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def question(shape: Shape, tokenizer):
     """A `Prompt` whose prefix, images and template included, is exactly `shape.prefix` tokens."""
-    from saga_fast.errors import InputError
     from saga_fast.supervisor.prompt import Prompt, build_prefix
+    from saga_fast.utils.errors import InputError
 
     class Long(Prompt):
         padding = 0

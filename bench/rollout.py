@@ -34,8 +34,8 @@ from bench import write_json, write_plot
 from bench.bars import bars
 from bench.record import SHAPES, EndingAt, Log, Shape, child, child_within, ending_at, model, supervisor
 from saga_fast.encoder import VisualFeatures
-from saga_fast.errors import exit_on_input_error
 from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.utils.errors import exit_on_input_error
 from saga_kernels import sample_top_p, token_logprob
 
 GOAL, SHARE = 4.0, 0.1  # times the tokens a second of `generate`; sampling's part of a decode step

@@ -21,7 +21,7 @@ import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
 from bench import write_json
-from saga_fast.index import BLOCK, build
+from saga_fast.retrieval.index import BLOCK, build
 
 MEANS, GROUPS = 20_000, 500
 

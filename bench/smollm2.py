@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import Prefix
+from saga_fast.utils.errors import InputError
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = 4  # tokens that stand for one image

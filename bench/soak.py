@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from bench import write_json
-from saga_fast import samples
 from saga_fast.config import parse
-from saga_fast.run import Run
-from saga_fast.signals import Stopped
+from saga_fast.report import samples
+from saga_fast.runtime.run import Run
+from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import Verdict
 from saga_fast.train import train

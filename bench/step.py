@@ -38,10 +38,10 @@ from bench import write_json, write_plot
 from bench.bars import bars
 from bench.record import SHAPES, Log, child, child_within, ending_at, model, question, supervisor
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.supervisor.replay import Group, Plan, Replay
 from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_kernels import group_advantage
 
 GOAL = 5.0  # times as fast as TRL

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 Arguments = TypeVar("Arguments")
 

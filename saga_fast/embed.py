@@ -34,16 +34,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from saga_fast import distributed
-from saga_fast import index as indices
 from saga_fast.config import parse_flags
 from saga_fast.data import ImageFiles, cores
 from saga_fast.data.loader import Decoder, ahead
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError, exit_on_input_error, first_line
-from saga_fast.files import hidden
-from saga_fast.images import SUFFIXES
-from saga_fast.index import File
+from saga_fast.retrieval import index as indices
+from saga_fast.retrieval.index import File
+from saga_fast.runtime import distributed
+from saga_fast.utils.errors import InputError, exit_on_input_error, first_line
+from saga_fast.utils.files import hidden
+from saga_fast.utils.images import SUFFIXES
 
 BATCH = 64  # images that go through the encoder at once
 CHUNK = 1024  # images, or

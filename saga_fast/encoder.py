@@ -2,7 +2,7 @@
 
     z = pooler(tower(image)),  |z| = 1                                       (SAGA, arXiv 2606.15134)
 
-The tower is the MLLM's own, see `towers.py`. Its folder:
+The tower is the MLLM's own, see `towers`. Its folder:
 
     model.safetensors   the weights
     config.json         the constructor's arguments
@@ -28,10 +28,10 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saga_fast.errors import InputError, first_line
-from saga_fast.files import sha256
-from saga_fast.images import open_rgb, to_pixels, to_rgb
-from saga_fast.towers import VisionTower, VisualFeatures
+from saga_fast.towers import VisionTower, VisualFeatures, tower_from_config
+from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.files import sha256
+from saga_fast.utils.images import open_rgb, to_pixels, to_rgb
 
 __all__ = ["AttributePooler", "Encoder", "Pooler", "VisionTower", "VisualFeatures", "make_pooler"]
 
@@ -154,7 +154,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         self.attributes: tuple[str, ...] = tuple(attributes) if pooler == "attributes" else ()
         self.card: str | None = None
         self.sha256: str | None = None
-        self.tower = VisionTower.from_config(vision_config)
+        self.tower = tower_from_config(vision_config)
         self.pooler = make_pooler(pooler, self.tower.width, embedding_dim, self.attributes)
         self.tower.grid(image_size, image_size)
 
@@ -194,7 +194,9 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
     def _attribute_pooler(self) -> AttributePooler:
         if not isinstance(self.pooler, AttributePooler):
-            raise ValueError(f"pooler: {self.pooler.kind} pooling has no attributes; train with --encoder.pooler attributes")
+            raise ValueError(
+                f"pooler: {self.pooler.kind} pooling has no attributes; train with --encoder.pooler attributes"
+            )
         return self.pooler
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saga_fast import distributed
 from saga_fast.config import DataConfig, parse_flags
 from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError, exit_on_input_error
-from saga_fast.metrics import Scores, nmi, retrieval_metrics, retrieve, summary
+from saga_fast.retrieval.metrics import Scores, nmi, retrieval_metrics, retrieve, summary
+from saga_fast.runtime import distributed
+from saga_fast.utils.errors import InputError, exit_on_input_error
 
 COLUMNS = {
     "recall_at_1": "R@1",

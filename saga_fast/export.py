@@ -24,8 +24,8 @@ import torch
 
 from saga_fast.config import parse_flags
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError, exit_on_input_error
-from saga_fast.files import hidden
+from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.files import hidden
 
 TOLERANCE = 1e-4  # of each number of a unit vector
 OPSET = 18

@@ -22,11 +22,11 @@ import torch
 import tyro
 from PIL import Image
 
-from saga_fast import index as indices
 from saga_fast.config import parse_flags
 from saga_fast.encoder import Encoder, Picture
-from saga_fast.errors import InputError, exit_on_input_error
-from saga_fast.images import open_rgb
+from saga_fast.retrieval import index as indices
+from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.images import open_rgb
 
 THUMBNAIL = 192  # pixels, the longer side
 

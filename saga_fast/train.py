@@ -28,23 +28,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saga_fast import distributed
 from saga_fast.config import TINY, Config, parse
 from saga_fast.data import ClassBalancedSampler
-from saga_fast.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import exit_on_input_error
 from saga_fast.evaluate import embed_all, load_images, score, table
-from saga_fast.fits import Encoded, Fits, gradients_all_or_none
-from saga_fast.gallery import neighbours
-from saga_fast.health import spread
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_targets
 from saga_fast.losses.policy import add_attribute_credit, token_coefficients
-from saga_fast.memory import GIB, Predictor, Step, free_bytes
-from saga_fast.run import SELECTS, Run
-from saga_fast.samples import describe, sampled_steps, sheet
-from saga_fast.signals import Stopped
+from saga_fast.report.samples import describe, sampled_steps, sheet
+from saga_fast.retrieval.gallery import neighbours
+from saga_fast.runtime import distributed
+from saga_fast.runtime.health import spread
+from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
+from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
+from saga_fast.runtime.run import SELECTS, Run
+from saga_fast.runtime.signals import Stopped
+from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import Prompt
@@ -54,6 +53,7 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import exit_on_input_error
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -314,8 +314,17 @@ def roll_out(
     pairs = draw_pairs(labels, config.rollout.pairs_per_batch, (config.seed << 40) + (step << 20) + len(draw.pairs))
     same = (labels[pairs[:, 0]] == labels[pairs[:, 1]]).tolist()
     first_id = (step << 20) + len(draw.pairs)
-    found = draw_contributing(supervisor, features, pairs, same, first_id, wanted, run.contribution_rate, fits,
-        config.rollout.credit == "attributes")
+    found = draw_contributing(
+        supervisor,
+        features,
+        pairs,
+        same,
+        first_id,
+        wanted,
+        run.contribution_rate,
+        fits,
+        config.rollout.credit == "attributes",
+    )
     draw.extend(found)
     run.drawn, run.contributing = run.drawn + len(found.pairs), run.contributing + found.contributing
     return [

@@ -24,7 +24,7 @@ from saga_fast.data.dataset import (
 from saga_fast.data.folder import ImageFolder, class_folders, load_folder
 from saga_fast.data.loader import Batch, PixelLoader, cores
 from saga_fast.data.sampler import ClassBalancedSampler
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 __all__ = [
     "DATASETS",

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from saga_fast.data import DATASETS, PUBLISHED, cores
 from saga_fast.data.dataset import ImageFiles, Subset, check_classes
 from saga_fast.data.loader import ahead
-from saga_fast.errors import InputError, exit_on_input_error
-from saga_fast.images import SUFFIXES, open_rgb
+from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.images import SUFFIXES, open_rgb
 
 
 class _Faults(Dataset):

@@ -21,8 +21,8 @@ from scipy.io import loadmat
 
 from saga_fast.data.dataset import ImageFiles, Published
 from saga_fast.data.lists import MAX_BYTES, Listed, split_list
-from saga_fast.errors import InputError
-from saga_fast.files import read_regular
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import read_regular
 
 PUBLISHED = Published(classes=196, train_images=8_054, test_images=8_131)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from saga_fast.data.dataset import ImageFiles, Published
 from saga_fast.data.lists import Listed, read_list, split_list
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 PUBLISHED = Published(classes=200, train_images=5_864, test_images=5_924)
 

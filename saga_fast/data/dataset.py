@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from saga_fast.errors import InputError
-from saga_fast.images import SUFFIXES, open_rgb
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import SUFFIXES, open_rgb
 
 
 class ImageDataset(Protocol):

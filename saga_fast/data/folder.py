@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saga_fast.data.dataset import ImageFiles, check_classes, split_classes
-from saga_fast.errors import InputError
-from saga_fast.images import SUFFIXES
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import SUFFIXES
 
 
 class ImageFolder(ImageFiles):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saga_fast.data.dataset import Published, split_classes
 from saga_fast.data.folder import ImageFolder, class_folders
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 PUBLISHED = Published(classes=1_486, train_images=37_150, test_images=37_150, images_per_class=50)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saga_fast.data.dataset import ImageFiles, check_classes
-from saga_fast.errors import InputError
-from saga_fast.files import read_regular
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import read_regular
 
 MAX_BYTES = 2**26  # of a list; the longest released is 1 MB
 

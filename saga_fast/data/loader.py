@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_classes
-from saga_fast.errors import InputError
-from saga_fast.images import to_pixels
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import to_pixels
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept, of each half of a data set
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 
 class ClassBalancedSampler:

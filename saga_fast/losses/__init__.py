@@ -5,8 +5,8 @@ from __future__ import annotations
 from pytorch_metric_learning.losses import MultiSimilarityLoss, NTXentLoss, ProxyAnchorLoss
 from torch import nn
 
-from saga_fast.errors import InputError
 from saga_fast.losses.potential_field import PotentialField
+from saga_fast.utils.errors import InputError
 
 METRIC_LOSSES = {
     "potential-field": PotentialField,

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from saga_fast.errors import exit_on_input_error
 from saga_fast.report import write_report
+from saga_fast.utils.errors import exit_on_input_error
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m saga_fast.report", description="Write RUN/report.html.")

@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from saga_fast.errors import InputError
 from saga_fast.report.chart import Chart, chart, short
+from saga_fast.utils.errors import InputError
 
 FIGURES = {
     "recall_at_1": "Recall@1",

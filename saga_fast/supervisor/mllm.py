@@ -31,8 +31,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from saga_fast.errors import InputError, first_line
 from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
@@ -42,7 +42,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not dep
 
 
 class Mllm(NamedTuple):
-    """visual: the vision model with its projector, see `VisionTower.of`. image_token: stands for one visual token in
+    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in
     the prompt, between `image_marks` where the model's processor puts such."""
 
     visual: PreTrainedModel

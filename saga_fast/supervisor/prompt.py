@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 IMAGE_PAD = "<|image_pad|>"
 Order = Literal["images_first", "instruction_first"]

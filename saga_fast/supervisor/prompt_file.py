@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from saga_fast.errors import InputError
-from saga_fast.files import read_regular
 from saga_fast.supervisor.prompt import PROMPTS, Prompt
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import read_regular
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.errors import InputError
 from saga_fast.supervisor.agreement import attribute_agreement
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
@@ -17,6 +16,7 @@ from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens_by_attribute
+from saga_fast.utils.errors import InputError
 
 Written = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes

@@ -15,8 +15,8 @@ from itertools import accumulate
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import NamedTuple
 
-from saga_fast.errors import InputError
 from saga_fast.supervisor.prompt import Prompt
+from saga_fast.utils.errors import InputError
 
 Span = tuple[int, int]
 

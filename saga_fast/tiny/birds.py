@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from saga_fast.errors import InputError, exit_on_input_error
+from saga_fast.utils.errors import InputError, exit_on_input_error
 
 SIZE = 112  # pixels a side
 SUPERSAMPLE = 2

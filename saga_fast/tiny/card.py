@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisionTower, VisualFeatures
-from saga_fast.metrics import retrieval_metrics
+from saga_fast.retrieval.metrics import retrieval_metrics
 from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import build_prefix
@@ -20,6 +20,7 @@ from saga_fast.supervisor.verdict import attribute_spans, parse
 from saga_fast.tiny.birds import ATTRIBUTES, BENCHMARK, EASY, DrawnBirds, Nuisance, change
 from saga_fast.tiny.language import ORDERS, PROMPT, LanguageTrainer, answer, questions
 from saga_fast.tiny.tower import GRID, render, seen_attributes
+from saga_fast.towers import tower_of
 
 KINDS = {"same": 0, "sibling, 1 attribute": 1, "sibling, 2 attributes": 2, "stranger": None}
 SAMPLING = Sampling(group_size=8, temperature=0.7, top_p=0.95, max_new_tokens=220)
@@ -42,7 +43,7 @@ def ask(
     prompt = PROMPT.as_generic() if generic else PROMPT
     prefix = PairPrefix.of(build_prefix(mllm.tokenizer, prompt.instruction(), GRID**2, order), (GRID, GRID))
     question = Question(mllm.decoder, prefix)
-    features = look(VisionTower.of(mllm.visual), pixels)
+    features = look(tower_of(mllm.visual), pixels)
     texts = []
     for pairs in torch.arange(len(pixels) // 2).split(32):
         images = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
@@ -146,7 +147,7 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
     trainer.hidden(
         question,
         torch.cat([question.prefix.input_ids.expand(count, -1), ids], 1),
-        look(VisionTower.of(model.model.visual), batch.pixels),
+        look(tower_of(model.model.visual), batch.pixels),
     )
     areas = batch.areas.unflatten(0, (count, 2))
     seen = areas.sum(-1) > 0
@@ -165,7 +166,7 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
 def frozen_retrieval(mllm: Mllm) -> dict[str, float]:
     """Retrieval on the benchmark's test species by the mean of the frozen tower's tokens."""
     birds = DrawnBirds("test")
-    features = look(VisionTower.of(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
+    features = look(tower_of(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
     embeddings = torch.nn.functional.normalize(features.tokens.mean(1), dim=-1)
     return retrieval_metrics(embeddings, torch.tensor(birds.labels))
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from saga_fast.errors import InputError, exit_on_input_error
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import ATTRIBUTES
 from saga_fast.tiny.card import curves_svg, measure, write_card
 from saga_fast.tiny.language import save, train_language
 from saga_fast.tiny.tower import train_tower
+from saga_fast.utils.errors import InputError, exit_on_input_error
 
 
 def read_log(path: Path) -> list[dict]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from saga_fast.encoder import VisionTower
 from saga_fast.tiny.birds import ATTRIBUTES, EASY, SIZE, Nuisance, draw, random_attributes, species
+from saga_fast.towers import tower_of
 
 HELD_OUT_SEEDS = range(10)
 WIDTH, GRID = 192, 7  # width of a merged token; merged tokens a side
@@ -139,7 +139,7 @@ class TowerTrainer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.tower = VisionTower.of(Qwen3VLVisionModel(Qwen3VLVisionConfig(**VISION)))
+        self.tower = tower_of(Qwen3VLVisionModel(Qwen3VLVisionConfig(**VISION)))
         self.heads = nn.ModuleList(Heads() for _ in range(1 + len(VISION["deepstack_visual_indexes"])))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from bench import step
 from bench.record import SHAPES, model, supervisor
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 SHAPE = replace(SHAPES["small"], layers=3, pairs=2, group=2, short=6)
 

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from saga_fast import embed as module
-from saga_fast import index as indices
 from saga_fast.embed import embed, expand, main
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError
+from saga_fast.retrieval import index as indices
+from saga_fast.utils.errors import InputError
 
 from .small import save_encoder, save_pictures
 

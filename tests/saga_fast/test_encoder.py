@@ -16,11 +16,11 @@ from PIL import Image
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from saga_fast import towers
-from saga_fast.card import model_card
 from saga_fast.config import PRESETS
 from saga_fast.encoder import Encoder, Pooler
-from saga_fast.errors import InputError
+from saga_fast.report.model_card import model_card
+from saga_fast.towers import base, tower_of
+from saga_fast.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +92,18 @@ def test_flash_attention_where_it_runs_is_the_same_attention(monkeypatch, scale)
         return torch.einsum("bhij,bjhd->bihd", p, v)
 
     q, k, v = torch.randn(3, 2, 7, 4, 8)
-    plain = towers.attend(q, k, v, scale)
-    monkeypatch.setattr(towers, "flash_attn_func", flash)
-    assert torch.equal(towers.attend(q, k, v, scale), plain), "float32 on a CPU is not for flash-attn"
-    monkeypatch.setattr(towers, "_flash_runs", lambda q: True)
-    torch.testing.assert_close(towers.attend(q, k, v, scale), plain)
+    plain = base.attend(q, k, v, scale)
+    monkeypatch.setattr(base, "flash_attn_func", flash)
+    assert torch.equal(base.attend(q, k, v, scale), plain), "float32 on a CPU is not for flash-attn"
+    monkeypatch.setattr(base, "_flash_runs", lambda q: True)
+    torch.testing.assert_close(base.attend(q, k, v, scale), plain)
 
 
 def test_a_tower_without_known_pixel_statistics_is_refused(visual):
     visual = copy.deepcopy(visual)
     visual.config.model_type = "unheard_of"
     with pytest.raises(InputError, match="of a 'unheard_of' are unknown; add the model's preprocessor_config.json"):
-        towers.VisionTower.of(visual)
+        tower_of(visual)
 
 
 def test_attention_pooler_is_its_formula():

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError
 from saga_fast.evaluate import by_class, confusions, main
-from saga_fast.metrics import retrieve
+from saga_fast.retrieval.metrics import retrieve
+from saga_fast.utils.errors import InputError
 
 from .small import save_encoder, save_pictures
 

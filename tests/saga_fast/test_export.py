@@ -12,8 +12,8 @@ import torch
 
 from saga_fast import export as module
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError
 from saga_fast.export import Disagreement, export, main
+from saga_fast.utils.errors import InputError
 
 from .small import save_encoder, save_pictures
 

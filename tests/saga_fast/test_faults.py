@@ -27,10 +27,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saga_fast import checkpoint, run
 from saga_fast.config import parse
 from saga_fast.data import PixelLoader
-from saga_fast.signals import StopSignals
+from saga_fast.runtime import checkpoint, run
+from saga_fast.runtime.signals import StopSignals
 from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.train import train
 

@@ -30,13 +30,13 @@ from scipy.io import loadmat, savemat
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from saga_fast import checkpoint
 from saga_fast.data import aircraft, cars, cub
-from saga_fast.errors import InputError
+from saga_fast.runtime import checkpoint
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, tomllib
 from saga_fast.supervisor.verdict import attribute_spans, parse, reward, tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import InputError
 
 from .data import released
 

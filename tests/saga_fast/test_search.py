@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from saga_fast import index as indices
 from saga_fast.embed import embed
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError
+from saga_fast.retrieval import index as indices
 from saga_fast.search import main, page, search
+from saga_fast.utils.errors import InputError
 
 from .small import save_encoder, save_pictures
 

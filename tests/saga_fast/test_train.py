@@ -18,11 +18,11 @@ from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError
-from saga_fast.fits import Fits
+from saga_fast.runtime.oom import Fits
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import InputError
 
 
 def small(**sections: dict) -> Config:

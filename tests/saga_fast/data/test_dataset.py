@@ -1,8 +1,8 @@
 import pytest
 
 from saga_fast.data import first_classes
-from saga_fast.errors import InputError
 from saga_fast.tiny.birds import DrawnBirds
+from saga_fast.utils.errors import InputError
 
 
 def test_first_classes_keeps_their_images_and_no_other_class():

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, load_dataset
-from saga_fast.errors import InputError
-from saga_fast.images import open_rgb, to_pixels
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import open_rgb, to_pixels
 
 
 def fill(root: Path, classes: int = 5, images: int = 4) -> Path:

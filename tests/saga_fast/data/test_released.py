@@ -10,7 +10,7 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from saga_fast.data import PUBLISHED, load_dataset
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 from . import released
 

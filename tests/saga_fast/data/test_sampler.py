@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saga_fast.data import ClassBalancedSampler
-from saga_fast.errors import InputError
+from saga_fast.utils.errors import InputError
 
 LABELS = [label for label, size in enumerate([2, 3, 5, 7, 30, 4, 6]) for _ in range(size)]
 

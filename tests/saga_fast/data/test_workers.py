@@ -22,8 +22,8 @@ from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config, DataConfig, LambdaConfig, LogConfig
 from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, cores
 from saga_fast.data.loader import ahead
-from saga_fast.errors import InputError
 from saga_fast.evaluate import load_images
+from saga_fast.utils.errors import InputError
 
 from .released import paint
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saga_fast.errors import InputError
 from saga_fast.losses import METRIC_LOSSES, metric_loss
+from saga_fast.utils.errors import InputError
 
 
 def batch(dim: int = 6) -> tuple[torch.Tensor, torch.Tensor, list[list[float]]]:

@@ -10,13 +10,13 @@ from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.errors import InputError
 from saga_fast.supervisor.decoder import Projection
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, replay
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
 
 from .tiny_models import GRID, IMAGE, pair_prefix, qwen, random_model

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError
-from saga_fast.memory import LiveBytes
+from saga_fast.runtime.memory import LiveBytes
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, replay
 from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
 
 from . import families

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from saga_fast.errors import InputError
 from saga_fast.supervisor.prompt import PROMPTS, Prompt, build_prefix
+from saga_fast.utils.errors import InputError
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
 TEMPLATE = (

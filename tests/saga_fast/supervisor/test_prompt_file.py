@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from saga_fast.errors import InputError
 from saga_fast.supervisor.prompt import PROMPTS, Prompt
 from saga_fast.supervisor.prompt_file import MAX_BYTES, load_prompt, stored_prompt
+from saga_fast.utils.errors import InputError
 
 README = Path(__file__).parents[3] / "README.md"
 GOOD = {

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from saga_fast.errors import InputError
 from saga_fast.supervisor.prompt import PROMPTS, Prompt
 from saga_fast.supervisor.verdict import (
     Span,
@@ -23,6 +22,7 @@ from saga_fast.supervisor.verdict import (
     tokens_by_attribute,
 )
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import InputError
 
 PROMPT = Prompt(role="ornithologist", item="bird", verdict_key="same", attributes=("bill", "leg color"))
 RED, BLUE = {"bill": "long", "leg color": "red"}, {"bill": "long", "leg color": "blue"}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saga_fast.errors import InputError
 from saga_fast.tiny.birds import (
     ATTRIBUTES,
     BENCHMARK,
@@ -23,6 +22,7 @@ from saga_fast.tiny.birds import (
     random_attributes,
     species,
 )
+from saga_fast.utils.errors import InputError
 
 CLEAN = Nuisance(
     rotation=12, shift=0.04, scale=(0.85, 1.05), head=0.05, light=0, tint=0, clutter=0, occlusion=0, blur=0, noise=0

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from saga_fast.errors import InputError
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.verdict import parse
 from saga_fast.tiny import SUPERVISOR
@@ -32,6 +31,7 @@ from saga_fast.tiny.language import (
 )
 from saga_fast.tiny.recipe import main
 from saga_fast.tiny.tower import Pool, TowerTrainer, held_out, learning_rate, render, seen_attributes
+from saga_fast.utils.errors import InputError
 
 ONCE = replace(SAMPLING, group_size=1)
 

@@ -16,9 +16,9 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.data import split_classes
-from saga_fast.errors import InputError
-from saga_fast.images import MAX_PIXELS, open_rgb, to_pixels
-from saga_fast.towers import VisionTower
+from saga_fast.towers import tower_of
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import MAX_PIXELS, open_rgb, to_pixels
 
 
 def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
@@ -254,7 +254,7 @@ def test_the_paper_reads_fewer_tokens_than_the_released_processor_makes():
     assert released(image, return_tensors="np")["image_grid_thw"].prod() // 4 == 64
     config = Qwen3VLVisionConfig(depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=8,
                                  deepstack_visual_indexes=[])  # fmt: skip
-    tower = VisionTower.of(Qwen3VLVisionModel(config))
+    tower = tower_of(Qwen3VLVisionModel(config))
     assert tower.grid(224, 224) == (7, 7) and tower(to_pixels(image, 224)[None]).tokens.shape == (1, 49, 8)
 
 

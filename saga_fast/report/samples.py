@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.supervisor.credit import attention_by_attribute, gradient_at_tokens
 from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import parse, token_bytes, tokens_by_attribute
+from saga_fast.utils.errors import InputError
 
 PAIRS = 4  # of a step, at most
 

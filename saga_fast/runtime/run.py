@@ -27,21 +27,21 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from saga_fast import checkpoint, distributed
-from saga_fast.board import Board
-from saga_fast.card import model_card
 from saga_fast.config import Config
 from saga_fast.data import PixelLoader
 from saga_fast.encoder import Encoder
-from saga_fast.errors import InputError
-from saga_fast.files import hidden, replace
-from saga_fast.gallery import as_rows, gallery
-from saga_fast.health import Health
 from saga_fast.report import write_report
-from saga_fast.samples import overlays
-from saga_fast.signals import Stopped, StopSignals
+from saga_fast.report.model_card import model_card
+from saga_fast.report.samples import overlays
+from saga_fast.retrieval.gallery import as_rows, gallery
+from saga_fast.runtime import checkpoint, distributed
+from saga_fast.runtime.health import Health
+from saga_fast.runtime.signals import Stopped, StopSignals
+from saga_fast.runtime.telemetry import Telemetry
+from saga_fast.runtime.trackers import Board
 from saga_fast.supervisor.prompt import Prompt
-from saga_fast.telemetry import Telemetry
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import hidden, replace
 
 LINES = "metrics.jsonl", "telemetry.jsonl"
 SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by

@@ -22,8 +22,8 @@ import faiss
 import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
-from saga_fast.errors import InputError
-from saga_fast.files import hidden, recover, replace, sha256
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import hidden, recover, replace, sha256
 
 FORMAT = 1
 ABOUT, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saga_fast.draw import draw_contributing, draw_pairs
 from saga_fast.encoder import VisualFeatures
-from saga_fast.fits import Fits
+from saga_fast.runtime.oom import Fits
+from saga_fast.supervisor.draw import draw_contributing, draw_pairs
 from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.rollout import Engine, Rollouts, Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 
-from .supervisor.tiny_models import EOS, decoder_of, pair_prefix, random_features, random_model
+from .tiny_models import EOS, decoder_of, pair_prefix, random_features, random_model
 
 FIRST_ID = 1 << 20
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from saga_fast import checkpoint
-from saga_fast.errors import InputError
+from saga_fast.runtime import checkpoint
+from saga_fast.utils.errors import InputError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from saga_fast.encoder import Encoder
-from saga_fast.images import to_pixels
 from saga_fast.losses.alignment import attention_target
-from saga_fast.samples import describe, overlays, sheet
+from saga_fast.report.samples import describe, overlays, sheet
 from saga_fast.supervisor.credit import gradient_at_tokens, gradient_by_attribute
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
@@ -20,6 +19,7 @@ from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.train import Pair
+from saga_fast.utils.images import to_pixels
 
 SIZE = 112
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from saga_fast.health import Health, spread
+from saga_fast.runtime.health import Health, spread
 
 STEP = {"micro_batches": 2, "pairs_drawn": 8, "pairs_contributing": 0, "well_formed": 0.25, "loss_dml": 1.0}
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS
 from saga_fast.encoder import VisionTower
-from saga_fast.fits import Encoded, Fits, gradients_all_or_none
+from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
 from saga_fast.supervisor.rollout import Engine
 from saga_fast.supervisor.supervisor import Supervisor
 

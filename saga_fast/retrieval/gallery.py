@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from saga_fast import metrics
 from saga_fast.data import PixelLoader
+from saga_fast.retrieval import metrics
 
 NEIGHBOURS = 5
 ROWS = {"fixed": 8, "still_wrong": 6, "spoilt": 4}  # queries shown of each kind, at most

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from saga_fast.config import PRESETS
-from saga_fast.gallery import compare, gallery, neighbours
 from saga_fast.report import write_report
 from saga_fast.report.chart import chart
-from saga_fast.samples import sampled_steps
+from saga_fast.report.samples import sampled_steps
+from saga_fast.retrieval.gallery import compare, gallery, neighbours
 
 EVIL = '</p><script>document.title="owned"</script><img src=x onerror="document.title=1">&amp;"\''
 GRID = (2, 3)

@@ -1,6 +1,6 @@
 """Several processes by torchrun, Gloo between them: the gradients and weights of one process, also after one is killed.
 
-pytest -m faults tests/saga_fast/test_distributed.py     # 4 processes, another number on resuming, elastic restart
+pytest -m faults tests/saga_fast/runtime/test_distributed.py  # 4 processes, another number on resuming, elastic restart
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from saga_fast import distributed
 from saga_fast.config import PRESETS, parse
-from saga_fast.errors import InputError
+from saga_fast.runtime import distributed
+from saga_fast.utils.errors import InputError
 
 # Batches of 14 images and buffers of 3 pairs are shared evenly by no number of ranks here; the metric loss has proxies
 # and is weighed so that no term's gradient drowns the others'.

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saga_fast import distributed
 from saga_fast.encoder import VisualFeatures
-from saga_fast.fits import Fits
+from saga_fast.runtime import distributed
+from saga_fast.runtime.oom import Fits
 from saga_fast.supervisor.rollout import Rollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage

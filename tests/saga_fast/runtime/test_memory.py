@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError
-from saga_fast.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
+from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import InputError
 
 WHOLE = [Plan(1 << 16, policy) for policy in ("none", "mlp", "full")]
 SLICES = [Plan(1, "none", "none"), Plan(1, "mlp", "full")]

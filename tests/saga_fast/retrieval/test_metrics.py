@@ -11,8 +11,8 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import normalized_mutual_info_score
 from torch.nn.functional import normalize
 
-from saga_fast import metrics
-from saga_fast.metrics import kmeans, neighbours, retrieval_metrics
+from saga_fast.retrieval import metrics
+from saga_fast.retrieval.metrics import kmeans, neighbours, retrieval_metrics
 
 
 def clouds(sizes: list[int], dim: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

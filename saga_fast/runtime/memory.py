@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saga_fast import distributed
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.errors import InputError
+from saga_fast.runtime import distributed
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
 from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
 from saga_fast.towers import VisionTower
+from saga_fast.utils.errors import InputError
 from saga_kernels import GroupLayout, NF4Weight, group_attention
 from saga_kernels.logprob import CHUNK_LOGITS, CHUNK_ROWS
 from saga_kernels.nf4 import BLOCK, NESTED_BLOCK

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from saga_fast.board import Board
 from saga_fast.config import parse
-from saga_fast.errors import InputError
-from saga_fast.telemetry import Telemetry
+from saga_fast.runtime.telemetry import Telemetry
+from saga_fast.runtime.trackers import Board
+from saga_fast.utils.errors import InputError
 
 CPU = {"seconds_cpu", "memory_peak_rss_bytes"}
 

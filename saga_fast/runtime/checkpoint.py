@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saga_fast.errors import InputError
-from saga_fast.files import flush, read_regular, sha256
+from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import flush, read_regular, sha256
 
 FORMAT = 1
 Parts = dict[str, dict[str, Tensor]]

@@ -1,0 +1,127 @@
+"""What a vision tower is: pixels in, visual tokens out, with the pixel statistics that it was taught with. Attention is
+flash-attn's where that is installed and can run, else PyTorch's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from saga_fast.utils.errors import InputError
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# (mean, std) by the type of the ViT, for checkpoints that do not say: the published processors' own.
+STATISTICS = {
+    "qwen3_vl_vision": (HALF, HALF),
+    "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+    "siglip_vision_model": (HALF, HALF),
+}
+ATTENTION = "images"  # the name under which transformers finds `attend`
+
+
+class VisualFeatures(NamedTuple):
+    """What a language model reads of B images: `tokens` (B, N, D), and per DeepStack level a tensor (B, N, D)."""
+
+    tokens: Tensor
+    deepstack: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, levels: Sequence[Tensor]) -> VisualFeatures:
+        """tokens, then the DeepStack levels."""
+        return cls(levels[0], tuple(levels[1:]))
+
+    @property
+    def levels(self) -> tuple[Tensor, ...]:
+        return (self.tokens, *self.deepstack)
+
+    def detach(self) -> VisualFeatures:
+        return self.map(Tensor.detach)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> VisualFeatures:
+        return VisualFeatures(function(self.tokens), tuple(map(function, self.deepstack)))
+
+    def select(self, images: Tensor) -> VisualFeatures:
+        """The features of `images` (n,) int64, in that order."""
+        return self.map(lambda level: level[images])
+
+
+class VisionTower(nn.Module, ABC):
+    """Pixels in, visual tokens out: `forward(pixels)`, uint8 (B, 3, H, W) → `VisualFeatures` of N tokens of width D.
+
+    model: a transformers vision model with its projector, see `tower_of`. Its config may hold `image_mean` and
+    `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if neither is known.
+    """
+
+    def __init__(self, model: PreTrainedModel, vit: PretrainedConfig) -> None:
+        super().__init__()
+        self.model = model
+        known = STATISTICS.get(vit.model_type, (None, None))
+        mean = getattr(model.config, "image_mean", known[0])
+        std = getattr(model.config, "image_std", known[1])
+        if mean is None or std is None:
+            raise InputError(
+                f"supervisor.model: pixel mean and standard deviation of a {vit.model_type!r} are unknown; "
+                "add the model's preprocessor_config.json"
+            )
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        self.register_buffer("scale", (255 * std).float(), persistent=False)
+        self.register_buffer("shift", (mean / std).float(), persistent=False)
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, of a visual token."""
+
+    @property
+    @abstractmethod
+    def cell(self) -> tuple[int, int]:
+        """Height and width in pixels that one token stands for."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens per column and row of an image of (height, width) pixels. Raises InputError if they do not divide."""
+        rows, columns = self.cell
+        if height % rows or width % columns:
+            cell = f"{rows}" if rows == columns else f"{rows}x{columns}"
+            raise InputError(f"pixels: got {height}x{width}; both sides must be multiples of patch x merge = {cell}")
+        return height // rows, width // columns
+
+    @abstractmethod
+    def checkpoint_blocks(self) -> None:
+        """From now on keep only the blocks' inputs between forward and backward, and run each block again there."""
+
+    def normalize(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        return (pixels / self.scale - self.shift).to(dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention without a mask, of q, k, v (B, n, heads, head_dim); o alike."""
+    if flash_attn_func is not None and _flash_runs(q):
+        return flash_attn_func(q, k, v, softmax_scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _flash_runs(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+
+
+def _attend_transformers(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
+    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
+    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attend_transformers)

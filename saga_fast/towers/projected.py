@@ -1,0 +1,60 @@
+"""The tower of every model that sends a plain ViT through a projector (InternVL, LLaVA): transformers runs those in
+batches already.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from saga_fast.towers.base import ATTENTION, VisionTower, VisualFeatures
+from saga_fast.utils.errors import InputError
+
+
+class ProjectedTower(VisionTower):
+    """A ViT, a choice of its layer with or without CLS, perhaps pixel shuffle, and a projector; square images.
+
+    model: a transformers model with `vision_tower`, `multi_modal_projector` and `get_image_features`, whose
+    `language_model` is gone; of its `config.text_config` only the width is read.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model, model.config.vision_config)
+        model.vision_tower.set_attn_implementation(ATTENTION)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        patch, shuffle = self.model.config.vision_config.patch_size, getattr(self.model.config, "downsample_ratio", 1)
+        return tuple(round(side / shuffle) for side in ((patch, patch) if isinstance(patch, int) else patch))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        if height != width:
+            raise InputError(f"pixels: got {height}x{width}; this tower takes square images")
+        return super().grid(height, width)
+
+    def checkpoint_blocks(self) -> None:
+        for layer in self.model.vision_tower.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    def forward(self, pixels: Tensor) -> VisualFeatures:
+        rows, columns = self.grid(*pixels.shape[-2:])
+        x = self.normalize(pixels, self.model.dtype)
+        tokens = self.model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+        tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
+        if tokens.shape[1] != rows * columns:
+            raise InputError(
+                f"supervisor.model: its tower gives {tokens.shape[1]} tokens for {pixels.shape[-2]} pixels a side, "
+                f"where patches make {rows * columns}; towers that add or drop tokens are not supported"
+            )
+        return VisualFeatures(tokens, ())
