@@ -128,6 +128,9 @@ class LambdaConfig:
     dml: float = 1.0
     lm: float = 1.0
     kl: float = 1.0
+    adaptive: bool = False
+    """Scale the policy gradient in the tower to the norm of the metric loss's, so that lm is their quotient; and lower
+    lm and kl where the supervisor's verdicts turn out to have nothing to do with the truth."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,6 @@ class LogConfig:
     evaluate_every: int | None = None
     """Steps between two looks at Recall@1 on the last tenth of the training classes, which are then held out of
     training; best/ keeps the encoder that was best at it. The test half never selects. Default: none."""
-    gradients_every: int = 10
-    """Steps between measurements of each loss term's gradient norm and of the cosine between them."""
     samples_every: int | None = None
     """Steps between samples of rollouts for the report; default the first step, the middle one and the last."""
 
@@ -231,6 +232,16 @@ class Config:
     def uses_supervisor(self) -> bool:
         return self.lambda_.lm > 0 or self.lambda_.kl > 0
 
+    @property
+    def uses_prompt(self) -> bool:
+        """The pooler `attributes` takes their names from the prompt, whether or not anybody is asked it."""
+        return self.uses_supervisor or self.encoder.pooler == "attributes"
+
+    @property
+    def reads_attributes(self) -> bool:
+        """Whether tokens of completions are traced to the attributes that they describe."""
+        return self.lambda_.kl > 0 or self.rollout.credit == "attributes"
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as config.json holds them; the section of the λ is called `lambda`."""
         values = json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -260,7 +271,7 @@ PRESETS: dict[str, Config] = {
         # On 50 species Potential Field's gradient is a thousand times that of the other two terms.
         dml=DmlConfig(loss="multi-similarity"),
         optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=24, precision="fp32"),
-        log=LogConfig(checkpoint_every=12, gradients_every=4),
+        log=LogConfig(checkpoint_every=12),
     ),
     # The paper's configurations: what is not said is in the defaults.
     "cub": Config(data=DataConfig(name="cub")),

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from saga_fast.config import Config
 from saga_fast.data import PixelLoader
 from saga_fast.encoder import Encoder
+from saga_fast.losses.balance import Balance
 from saga_fast.report import write_report
 from saga_fast.report.model_card import model_card
 from saga_fast.report.samples import overlays
@@ -55,10 +56,20 @@ class Run:
     """
 
     def __init__(
-        self, out: Path, config: Config, encoder: Encoder, dml: nn.Module, optimizer, schedule, sampler
+        self,
+        out: Path,
+        config: Config,
+        encoder: Encoder,
+        dml: nn.Module,
+        optimizer,
+        schedule,
+        sampler,
+        balance: Balance,
+        total: int,
     ) -> None:
         self.out, self.config = out, config
         self.encoder, self.dml, self.optimizer, self.schedule, self.sampler = encoder, dml, optimizer, schedule, sampler
+        self.balance, self.total = balance, total
         self.step = self.batches = self.skipped = self.skipped_in_a_row = 0
         self.drawn = self.contributing = 0
         self.before: dict[str, float] = {}
@@ -125,6 +136,7 @@ class Run:
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]
+        self.balance.load_state_dict(state["balance"])
         self.best = state["best"]
         if distributed.rank() > 0:
             return
@@ -177,6 +189,7 @@ class Run:
             "drawn": self.drawn,
             "contributing": self.contributing,
             "best": self.best,
+            "balance": self.balance.state_dict(),
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(self.batches),
@@ -195,10 +208,19 @@ class Run:
                 warnings.warn(f"step {self.step}: {what} could not be written ({error}); the run goes on", stacklevel=3)
             self._troubles.add(what)
 
-    def record(self, step: int, batches: int, log: dict[str, float]) -> None:
+    def count(self, log: dict[str, float]) -> dict[str, int]:
+        """Takes in how many pairs a step drew and whether its update was applied; what is logged of that."""
+        self.drawn += log.get("pairs_drawn", 0)
+        self.contributing += log.get("pairs_contributing", 0)
+        applied = log.pop("applied")
+        self.skipped += not applied
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        return {"skipped": self.skipped, "skipped_now": self.skipped_in_a_row}
+
+    def record(self, step: int, log: dict[str, float]) -> None:
         """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
         best/, if it is the best."""
-        self.step, self.batches = step + 1, self.batches + batches
+        self.step, self.batches = step + 1, self.batches + log["micro_batches"]
         if distributed.rank() > 0:
             return
         self.health.look(step, log)

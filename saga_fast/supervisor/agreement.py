@@ -26,8 +26,8 @@ def agreement(a: str, b: str) -> float:
 
 
 def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -> Tensor:
-    """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute, the
-    mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
+    """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute,
+    the mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
 
     All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
     item 2 what it has written in item 1. A value that is missing agrees with nothing.

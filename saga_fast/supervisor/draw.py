@@ -28,7 +28,8 @@ class Judged(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
     credit: advantages (2, M, G) of what is said of each attribute of both images, None without attribute credit.
-    contributes: whether any advantage is not zero. broken: its rollouts met logits that are not finite, so it does not contribute, and earns nothing.
+    contributes: whether any advantage is not zero. broken: its rollouts met logits that are not finite, so it does not
+    contribute, and earns nothing.
     """
 
     completions: list[list[int]]

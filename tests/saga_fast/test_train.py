@@ -31,7 +31,7 @@ def small(**sections: dict) -> Config:
         "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2},
         "rollout": {"pairs": 2, "group_size": 4, "max_batches": 2, "pairs_per_batch": 8},
         "optim": {"steps": 4},
-        "log": {"checkpoint_every": 2, "gradients_every": 2},
+        "log": {"checkpoint_every": 2},
     }
     config = PRESETS["drawn-birds"]
     for name in changes.keys() | sections.keys():
