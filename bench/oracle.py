@@ -38,7 +38,7 @@ def right_answer(t: train.Training, birds: DrawnBirds, a: int, b: int) -> list[i
 
 def roll_out(
     t: train.Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
-) -> tuple[Draw, list[train.Pair]]:
+) -> tuple[Tensor, Draw]:
     """As `train.roll_out`, of whose pairs the first `wanted` are answered rightly and all contribute."""
     data = t.config.data
     if data.name != "drawn-birds":
@@ -46,15 +46,13 @@ def roll_out(
     birds = DrawnBirds("train", data.species, data.images_per_species, data.seed)
     rows = draw_pairs(batch.labels, t.config.rollout.pairs_per_batch, (t.config.seed << 40) + first_id)[:wanted]
     one: Tensor = torch.ones(1)
-    pairs, judged = [], []
-    for two in rows:
-        numbers = torch.tensor(batch.indices)[two]
-        completions = [right_answer(t, birds, *numbers.tolist())]
-        judged.append(Judged(completions, one, one.bool(), one, None, True, False))
-        chosen = features.select(two.to(t.device))
-        pairs.append(train.Pair(numbers, batch.pixels[two], chosen, completions, one, one))
+    judged = []
+    for a, b in rows.tolist():
+        completions = [right_answer(t, birds, batch.indices[a], batch.indices[b])]
+        said = t.supervisor.read(completions)
+        judged.append(Judged(completions, one, one.bool(), one, said, None, True, False))
     same = (batch.labels[rows[:, 0]] == batch.labels[rows[:, 1]]).tolist()
-    return Draw(judged, same), pairs
+    return rows, Draw(judged, same)
 
 
 def main() -> None:

@@ -128,6 +128,8 @@ class LambdaConfig:
     dml: float = 1.0
     lm: float = 1.0
     kl: float = 1.0
+    contrast: float = 0.0
+    """Of L_con, by which what is said of an attribute teaches the attribute's block; for the pooler `attributes`."""
     adaptive: bool = False
     """Scale the policy gradient in the tower to the norm of the metric loss's, so that lm is their quotient; and lower
     lm and kl where the supervisor's verdicts turn out to have nothing to do with the truth."""
@@ -194,6 +196,11 @@ class Config:
                 f"lambda.kl: {self.lambda_.kl} with encoder.pooler {self.encoder.pooler!r}, which has no attention: "
                 "pass --lambda.kl 0, or --encoder.pooler attributes"
             )
+        if self.encoder.pooler != "attributes" and self.lambda_.contrast > 0:
+            raise InputError(
+                f"lambda.contrast: {self.lambda_.contrast} with encoder.pooler {self.encoder.pooler!r}, which has no "
+                "blocks of attributes: pass --encoder.pooler attributes, or --lambda.contrast 0"
+            )
         if self.rollout.group_size < 2 and self.uses_supervisor:
             raise InputError(
                 f"rollout.group-size: {self.rollout.group_size}; an advantage needs at least 2 rollouts a pair"
@@ -202,6 +209,7 @@ class Config:
             ("lambda.dml", self.lambda_.dml),
             ("lambda.lm", self.lambda_.lm),
             ("lambda.kl", self.lambda_.kl),
+            ("lambda.contrast", self.lambda_.contrast),
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}: {value}; give a finite number, 0 or more")
@@ -230,7 +238,7 @@ class Config:
 
     @property
     def uses_supervisor(self) -> bool:
-        return self.lambda_.lm > 0 or self.lambda_.kl > 0
+        return self.lambda_.lm > 0 or self.lambda_.kl > 0 or self.lambda_.contrast > 0
 
     @property
     def uses_prompt(self) -> bool:

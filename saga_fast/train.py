@@ -15,6 +15,7 @@ shows, TensorBoard events.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -39,6 +40,7 @@ from saga_fast.evaluate import embed_all, load_images, score, table
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_targets
 from saga_fast.losses.balance import Balance
+from saga_fast.losses.contrast import attribute_contrast
 from saga_fast.losses.policy import add_attribute_credit, token_coefficients
 from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
@@ -48,6 +50,7 @@ from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
 from saga_fast.runtime.run import SELECTS, Run
 from saga_fast.runtime.signals import Stopped
+from saga_fast.supervisor.agreement import said_alike
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, load_mllm
@@ -126,6 +129,14 @@ class Pair(NamedTuple):
     credit: Tensor | None = None
 
 
+class Described(NamedTuple):
+    """An image of a step's draw. pixels: uint8 (3, S, S). label: its class. said: by every rollout about it."""
+
+    pixels: Tensor
+    label: int
+    said: list[dict[str, str]]
+
+
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`; returns what final.json holds. Raises InputError, Diverged."""
     t, run, (validation_images, test_images) = set_up(config, out, resume)
@@ -185,6 +196,7 @@ def optimizer_step(
     t.optimizer.zero_grad(set_to_none=True)
     buffer: list[Pair] = []
     draw, losses_dml = Draw(), []
+    described: dict[int, Described] = {}  # by an image's number in the data set
     while True:
         # ── A. Embed a micro-batch; metric loss, with its gradient ──────────────────────────────────────────────────
         batch = next(t.batches)
@@ -195,8 +207,9 @@ def optimizer_step(
 
         # ── B. Draw pairs and roll them out, without gradient, until K contribute ───────────────────────────────────
         wanted = config.rollout.pairs - len(buffer)
-        found, pairs = roll_out(t, batch, features, (step << 20) + len(draw.pairs), wanted, contribution_rate)
-        buffer += pairs
+        rows, found = roll_out(t, batch, features, (step << 20) + len(draw.pairs), wanted, contribution_rate)
+        buffer += contributing(batch, features, rows, found)
+        collect(described, batch, rows, found)
         draw.extend(found)
         if len(buffer) >= config.rollout.pairs or len(losses_dml) == config.rollout.max_batches:
             break
@@ -212,14 +225,17 @@ def optimizer_step(
         "seconds_embed_and_roll_out": (rolled_out := time.perf_counter()) - started,
     }
 
-    # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler ──────────────────────────────────────────
+    # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler; L_con into both ─────────────────────────
     if buffer:
         log |= replay(t, buffer)
     gradient_supervisor = take_gradients(t.parameters)
     sample(buffer)
+    if config.lambda_.contrast > 0 and len(described) > 1:
+        log["loss_contrast"] = contrast(t, list(described.values()))
+    gradient_contrast = take_gradients(t.parameters)
 
     # ── Add up, clip, update ────────────────────────────────────────────────────────────────────────────────────────
-    log |= combine(t, gradient_dml, gradient_supervisor)
+    log |= combine(t, gradient_dml, gradient_supervisor, gradient_contrast)
     norm = nn.utils.clip_grad_norm_(t.parameters, config.optim.clip).item()
     losses = [value for name, value in log.items() if name.startswith("loss_")]
     finite = all(map(math.isfinite, [norm, *losses]))
@@ -250,29 +266,43 @@ def embed(t: Training, batch: Batch) -> tuple[Tensor, VisualFeatures, float]:
 
 def roll_out(
     t: Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
-) -> tuple[Draw, list[Pair]]:
-    """Phase B: rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute; all that
-    decided the draw, and those that contribute. Pair i has the id first_id + i, unique in the run."""
+) -> tuple[Tensor, Draw]:
+    """Phase B: rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute. The rows
+    (n, 2) of the batch that are pairs, and of the first of them what became of them. Pair i has the id first_id + i,
+    unique in the run."""
     config = t.config
-    labels = batch.labels.to(t.device)
-    pairs = draw_pairs(labels, config.rollout.pairs_per_batch, (config.seed << 40) + first_id)
-    same = (labels[pairs[:, 0]] == labels[pairs[:, 1]]).tolist()
-    credit = config.rollout.credit == "attributes"
-    draw = draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, contribution_rate, t.oom, credit)
+    pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, (config.seed << 40) + first_id)
+    same = (batch.labels[pairs[:, 0]] == batch.labels[pairs[:, 1]]).tolist()
+    reads, credit = config.lambda_.contrast > 0, config.rollout.credit == "attributes"
+    rate = contribution_rate
+    return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, reads, credit)
+
+
+def contributing(batch: Batch, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
+    """The pairs that are kept for the replay."""
     numbers = torch.tensor(batch.indices)
-    return draw, [
+    return [
         Pair(
-            numbers[rows],
-            batch.pixels[rows],
-            features.select(rows.to(t.device)),
+            numbers[two],
+            batch.pixels[two],
+            features.select(two.to(features.tokens.device)),
             pair.completions,
             pair.rewards,
             pair.advantages,
             pair.credit,
         )
-        for rows, pair in zip(pairs.cpu(), draw.pairs)
+        for two, pair in zip(rows, draw.pairs)
         if pair.contributes
     ]
+
+
+def collect(described: dict[int, Described], batch: Batch, rows: Tensor, draw: Draw) -> None:
+    """Adds what was said of the images of all pairs that decided the draw, whether or not they contribute."""
+    for two, pair in zip(rows.tolist(), draw.pairs):
+        for item, row in enumerate(two if pair.said else []):
+            image = Described(batch.pixels[row], int(batch.labels[row]), [])
+            said = described.setdefault(batch.indices[row], image).said
+            said += [both[item] for both in pair.said]
 
 
 def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
@@ -381,6 +411,18 @@ def align(
     return loss.item()
 
 
+def contrast(t: Training, described: list[Described]) -> float:
+    """The gradient of λ_con L_con into tower and pooler. Every rank takes the loss of all images, and a share of it."""
+    alike = said_alike([d.said for d in described], [d.label for d in described], t.supervisor.prompt.attributes)
+    mine = torch.stack([described[i].pixels for i in distributed.rows(len(described))]).to(t.device)
+    embedded = Encoded(t.oom, "embed", t.embed, mine, list(t.encoder.parameters()))
+    embeddings = distributed.gather(embedded.outputs[0], len(described))
+    loss = attribute_contrast(t.encoder.blocks(embeddings), alike.to(t.device))
+    (t.config.lambda_.contrast * t.voice * loss / distributed.ranks()).backward()
+    embedded.backward()
+    return loss.item()
+
+
 def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[Tensor | None]:
     """The parameters' gradients, summed over the ranks and divided by `count`; the parameters are left with none."""
     distributed.add_up_gradients(parameters)
@@ -390,8 +432,10 @@ def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[T
     return [gradient if gradient is None or count == 1 else gradient.div_(count) for gradient in taken]
 
 
-def combine(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None]) -> dict[str, float]:
-    """Puts the sum of both terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
+def combine(
+    t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None], contrast: list[Tensor | None]
+) -> dict[str, float]:
+    """Puts the sum of the terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
     first. Returns norms, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
     log: dict[str, float] = {}
     tower = {id(parameter) for parameter in t.encoder.tower.parameters()}
@@ -408,10 +452,11 @@ def combine(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | Non
             # λ_lm and the voice are in the gradient already: they set the quotient that is left.
             weight = t.config.lambda_.lm * t.voice
             log["scale_lm"] = scale = weight * t.balance.scale(norm_dml, norm_other)
-    for parameter, a, b in zip(t.parameters, dml, supervisor):
+    for parameter, a, b, c in zip(t.parameters, dml, supervisor, contrast):
         if b is not None and id(parameter) in tower and scale != 1:
             b = b.mul_(scale)
-        parameter.grad = b if a is None else a if b is None else a.add_(b)
+        terms = [gradient for gradient in (a, b, c) if gradient is not None]
+        parameter.grad = functools.reduce(Tensor.add_, terms) if terms else None
     if t.config.lambda_.adaptive and t.balance.informedness is not None:
         log |= {"informedness": t.balance.informedness, "voice": t.voice}
     return log

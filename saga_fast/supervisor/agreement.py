@@ -42,3 +42,27 @@ def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -
         else:
             rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
     return rewards
+
+
+def said_alike(said: Sequence[Sequence[dict[str, str]]], classes: Sequence[int], attributes: Sequence[str]) -> Tensor:
+    """(M, n, n) float32, 0..1: how far n images are said to be alike in each attribute, the expected agreement of a
+    description of one and a description of the other.
+
+    said: of each image its descriptions, attribute → value. classes: of each image; images of one class look alike, so
+    all that is said of them counts for each. What is not said of an attribute agrees with nothing.
+    """
+    known = sorted(set(classes))
+    which = torch.tensor([known.index(label) for label in classes])
+    tables = []
+    for name in attributes:
+        counts: list[Counter[str]] = [Counter() for _ in known]
+        for label, described in zip(classes, said):
+            counts[known.index(label)].update(one[name] for one in described if name in one)
+        values = sorted(set().union(*counts))
+        if not values:
+            tables.append(torch.zeros(len(classes), len(classes)))
+            continue
+        share = torch.tensor([[count[value] / max(1, count.total()) for value in values] for count in counts])
+        table = torch.tensor([[agreement(a, b) for b in values] for a in values])
+        tables.append((share @ table @ share.T)[which][:, which])
+    return torch.stack(tables)

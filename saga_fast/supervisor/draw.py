@@ -19,6 +19,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.runtime.oom import Fits
+from saga_fast.supervisor.agreement import Described, attribute_agreement
 from saga_fast.supervisor.rollout import Rollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
@@ -27,7 +28,7 @@ from saga_kernels import group_advantage
 class Judged(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    credit: advantages (2, M, G) of what is said of each attribute of both images, None without attribute credit.
+    said: what each rollout says of the attributes of both images; None unless asked for. credit: advantages (2, M, G) of what is said of each attribute of both images, None without attribute credit.
     contributes: whether any advantage is not zero. broken: its rollouts met logits that are not finite, so it does not
     contribute, and earns nothing.
     """
@@ -36,6 +37,7 @@ class Judged(NamedTuple):
     rewards: Tensor
     well_formed: Tensor
     advantages: Tensor
+    said: list[Described] | None
     credit: Tensor | None
     contributes: bool
     broken: bool
@@ -103,6 +105,7 @@ def draw_contributing(
     wanted: int,
     contribution_rate: float,
     fits: Fits,
+    reads: bool = False,
     credit: bool = False,
 ) -> Draw:
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
@@ -142,21 +145,27 @@ def draw_contributing(
             going.add(begun)
             begun += 1
         done = {pair.pair_id - first_id: pair for pair in fits.run("roll out", supervisor.slots, look)}
-        for found in distributed.everyone(_judge(supervisor, done, same, credit)):
+        for found in distributed.everyone(_judge(supervisor, done, same, reads, credit)):
             judged |= found
         going -= judged.keys()
     wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % ranks == rank)
     return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.everyone(wasted)))
 
 
-def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], credit: bool) -> dict[int, Judged]:
+def _judge(
+    supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], reads: bool, credit: bool
+) -> dict[int, Judged]:
     if not done:
         return {}
     completions, alike = [pair.completions for pair in done.values()], [same[i] for i in done]
     rewards, well_formed = supervisor.judge(completions, alike)
+    said = [supervisor.read(group) for group in completions] if reads or credit else [None] * len(done)
     stacked = rewards[:, None]
     if credit:
-        stacked = torch.cat([stacked, supervisor.agree(completions, alike).flatten(1, 2)], 1)
+        agreed = torch.stack([attribute_agreement(group, supervisor.prompt.attributes) for group in said])
+        # Images of two classes may differ in any attribute, and nobody knows in which.
+        agreed = agreed * torch.tensor(alike)[:, None, None, None]
+        stacked = torch.cat([stacked, agreed.flatten(1, 2)], 1)
     stacked[[pair.broken for pair in done.values()]] = 0
     advantages, differs, _ = group_advantage(stacked)
     contributes = differs[:, 0] if os.environ.get("CONTRIBUTE") == "verdict" else differs.any(1)
@@ -166,6 +175,7 @@ def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], 
             stacked[j, 0],
             well_formed[j],
             advantages[j, 0],
+            said[j],
             advantages[j, 1:].unflatten(0, (2, -1)) if credit else None,
             bool(contributes[j]),
             pair.broken,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.agreement import attribute_agreement
+from saga_fast.supervisor.agreement import Described
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
@@ -76,16 +76,9 @@ class Supervisor:
         well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
         return torch.tensor(rewards), torch.tensor(well_formed)
 
-    def agree(self, completions: Sequence[Sequence[Sequence[int]]], same: Sequence[bool]) -> Tensor:
-        """(n, 2, M, G) fp32: rewards of what each rollout says of each attribute of both images, see `agreement.py`;
-        zeros for pairs of two classes."""
-        attributes = self.prompt.attributes
-        rewards = torch.zeros(len(completions), 2, len(attributes), self.sampling.group_size)
-        for i, (group, alike) in enumerate(zip(completions, same)):
-            if alike:
-                said = [attribute_values(self.text(completion), self.prompt) for completion in group]
-                rewards[i] = attribute_agreement(said, attributes)
-        return rewards
+    def read(self, completions: Sequence[Sequence[int]]) -> list[Described]:
+        """What each completion says of each attribute of both images."""
+        return [attribute_values(self.text(completion), self.prompt) for completion in completions]
 
     def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
         """For each completion, where it writes each attribute's value."""
