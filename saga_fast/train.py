@@ -394,7 +394,7 @@ def align(
     t: Training, tokens: Tensor, attention: list[AnchorAttention], described: list[dict[int, Written]], rewarded: int
 ) -> float:
     """The gradient of λ_kl L_KL into the pooler: each of its queries should look where the supervisor looked while it
-    described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share of it."""
+    described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share."""
     with t.autocast():
         beta = t.encoder.pooler.attention(tokens.detach())  # (images, queries, N)
     queries, names = beta.shape[1], t.supervisor.prompt.attributes

@@ -28,9 +28,9 @@ from saga_kernels import group_advantage
 class Judged(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    said: what each rollout says of the attributes of both images; None unless asked for. credit: advantages (2, M, G) of what is said of each attribute of both images, None without attribute credit.
-    contributes: whether any advantage is not zero. broken: its rollouts met logits that are not finite, so it does not
-    contribute, and earns nothing.
+    said: what each rollout says of the attributes of both images; None unless asked for. credit: its advantages
+    (2, M, G); None without attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
+    logits that are not finite, so it does not contribute, and earns nothing.
     """
 
     completions: list[list[int]]

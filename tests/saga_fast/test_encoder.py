@@ -17,10 +17,12 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.config import PRESETS
-from saga_fast.encoder import Encoder, Pooler
+from saga_fast.encoder import AttributePooler, Encoder, Pooler
 from saga_fast.report.model_card import model_card
 from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
+
+from .small import save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +111,71 @@ def test_a_tower_without_known_pixel_statistics_is_refused(visual):
 def test_attention_pooler_is_its_formula():
     torch.manual_seed(0)
     pooler, tokens = Pooler(8, 5), torch.randn(3, 6, 8)
-    torch.testing.assert_close(pooler.attention(tokens), torch.full((3, 6), 1 / 6))  # starts as mean pooling
+    torch.testing.assert_close(pooler.attention(tokens), torch.full((3, 1, 6), 1 / 6))  # starts as mean pooling
     torch.nn.init.normal_(pooler.query)
     torch.nn.init.normal_(pooler.key)
     beta = torch.softmax(torch.stack([x @ pooler.key.T @ pooler.query for x in tokens]) / 8**0.5, -1)
-    torch.testing.assert_close(pooler.attention(tokens), beta)
+    torch.testing.assert_close(pooler.attention(tokens)[:, 0], beta)
     z = torch.stack([pooler.project(b @ x) for b, x in zip(beta, tokens)])
     torch.testing.assert_close(pooler(tokens), z / z.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("dim,sizes", [(12, [4, 4, 4]), (13, [5, 4, 4]), (5, [2, 2, 1]), (3, [1, 1, 1])])
+def test_attribute_pooler_is_its_formula(dim, sizes):
+    """Against a loop over attributes, in float64."""
+    torch.manual_seed(0)
+    pooler, tokens = (
+        AttributePooler(8, dim, ("a", "b", "c")).double(),
+        3 + 2 * torch.randn(4, 6, 8, dtype=torch.float64),
+    )
+    for parameter in pooler.parameters():
+        torch.nn.init.normal_(parameter)
+    z, attention = pooler(tokens), pooler.attention(tokens)
+    for i, x in enumerate(tokens):
+        normed = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        blocks = []
+        for m, size in enumerate(sizes):
+            beta = torch.softmax(4 * normed @ pooler.key.T @ pooler.query[m] / 8**0.5, 0)
+            torch.testing.assert_close(attention[i, m].double(), beta, rtol=1e-5, atol=1e-6)
+            block = pooler.weight[m, :size] @ (beta @ x) + pooler.bias[m, :size]
+            blocks.append(block / block.norm() / 3**0.5)
+        torch.testing.assert_close(z[i].double(), torch.cat(blocks), rtol=1e-5, atol=1e-6)
+
+
+def test_the_cosine_of_two_images_is_the_mean_of_their_blocks(tmp_path):
+    names = tuple("abcde")
+    encoder = save_encoder(tmp_path, pooler="attributes", attributes=names)
+    assert encoder.attributes == names and encoder.embedding_dim == 16
+    pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        z = encoder(pixels)
+    blocks = encoder.blocks(z)
+    assert blocks.shape == (6, 5, 4)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(blocks.norm(dim=2), torch.ones(6, 5), atol=1e-6, rtol=0)
+    similarity = encoder.compare(z[:3], z[3:])
+    torch.testing.assert_close(similarity.mean(1), (z[:3] * z[3:]).sum(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.compare(z[:1], z)[0], torch.ones(5), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="attention pooling has no attributes"):
+        save_encoder(tmp_path / "paper").blocks(z)
+
+
+def test_gradients_of_the_attribute_pooler_are_numerical_ones():
+    torch.manual_seed(0)
+    pooler, tokens = AttributePooler(4, 5, ("a", "b")).double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    # Attention and norms are float32 by design: a coarse step, and a tolerance to match.
+    inputs = [*pooler.parameters()]
+    weight = torch.randn(2, 5)
+    (pooler(tokens) * weight).sum().backward()
+    for parameter in inputs:
+        at = tuple(torch.randint(side, ()) for side in parameter.shape)
+        moved = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                parameter[at] += step
+                moved.append((pooler(tokens) * weight).sum().item())
+                parameter[at] -= step
+        assert parameter.grad[at].item() == pytest.approx((moved[0] - moved[1]) / 2e-2, rel=2e-2, abs=2e-3)
 
 
 @pytest.mark.parametrize("kind,reduce", [("mean", lambda x: x.mean(1)), ("max", lambda x: x.max(1).values)])
@@ -274,7 +334,9 @@ def test_the_card_goes_to_the_hub_with_the_encoder(encoder, tmp_path, monkeypatc
 
 
 def test_clear_errors(visual):
-    with pytest.raises(InputError, match="encoder.pooler: got 'median'; choose one of attention, mean, max"):
+    with pytest.raises(
+        InputError, match="encoder.pooler: got 'median'; choose one of attributes, attention, mean, max"
+    ):
         Encoder.from_tower(visual, "median", 16, 32)
     with pytest.raises(InputError, match="got 30x30; both sides must be multiples of patch x merge = 8"):
         Encoder.from_tower(visual, "mean", 16, 30)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from bench import oracle
 from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.runtime.oom import Fits
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
 
@@ -184,10 +186,17 @@ def phase_c():
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
     advantages = torch.tensor([0.9, -0.9, 0.9, -0.9])
     buffer = [
-        trainer.Pair(pixels[two], features.select(two), completions[i], rewards, advantages)
+        trainer.Pair(two, pixels[two], features.select(two), completions[i], rewards, advantages)
         for i, two in enumerate(torch.arange(4).split(2))
     ]
     return encoder, supervisor, buffer
+
+
+def training(encoder: Encoder, supervisor: Supervisor, config: Config) -> trainer.Training:
+    """What the phases need; the optimizer is none that is asked to step."""
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
+    return trainer.Training(config, encoder, supervisor, torch.nn.Module(), optimizer, None, autocast)
 
 
 @pytest.mark.parametrize("lm,kl", [(1.0, 0.0), (0.0, 1.0), (2.0, 3.0)])
@@ -197,8 +206,7 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
 
     def gradients(**sections):
         encoder.zero_grad(set_to_none=True)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        trainer.replay(small(**sections), supervisor, encoder, buffer, autocast, Fits())
+        trainer.replay(training(encoder, supervisor, small(**sections)), buffer)
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     got, unit = gradients(**weights), gradients(lambda_={"lm": 1.0, "kl": 1.0})
@@ -211,33 +219,25 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
         )
 
 
-def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c, monkeypatch):
+def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c):
     encoder, supervisor, (first, second) = phase_c
     mixed = torch.tensor([1, 2])
     levels = [torch.cat(two)[mixed] for two in zip(first.features.levels, second.features.levels)]
     pixels = torch.cat([first.pixels, second.pixels])[mixed]
-    shared = second._replace(pixels=pixels, features=VisualFeatures.of(levels))
-    seen = []
+    shared = second._replace(images=mixed, pixels=pixels, features=VisualFeatures.of(levels))
+    pairs, seen = [first, shared], []
     hook = encoder.tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
 
     def gradients():
         encoder.zero_grad(set_to_none=True)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        trainer.replay(small(), supervisor, encoder, [first, shared], autocast, Fits())
+        trainer.replay(training(encoder, supervisor, small()), pairs)
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     once = gradients()
-    monkeypatch.setattr(trainer, "distinct", lambda pixels: (pixels, torch.arange(len(pixels))))
+    pairs[1] = shared._replace(images=torch.tensor([7, 8]))  # taken for images of their own
     torch.testing.assert_close(once, gradients(), rtol=1e-4, atol=1e-7)
     hook.remove()
     assert seen == [3, 4]
-
-
-def test_images_are_told_apart_as_torch_tells_them():
-    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)[[3, 1, 3, 0, 4, 1]]
-    different, which = torch.unique(images, dim=0, return_inverse=True)
-    found = trainer.distinct(images)
-    assert torch.equal(found[0], different) and torch.equal(found[1], which)
 
 
 def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch):
@@ -290,6 +290,12 @@ def pictures(tmp_path) -> Path:
         (["--supervisor.prompt", "brids"], "supervisor.prompt: 'brids' is unknown; use one of birds, cars"),
         (["--supervisor.prompt", "{tmp}/none.toml"], "none.toml': cannot be read (No such file or directory)"),
         (["--encoder.pooler", "mean"], "pass --lambda.kl 0"),
+        (
+            ["--encoder.pooler", "attributes", "--encoder.embedding-dim", "11"],
+            "11 cannot be shared out among 12 attributes",
+        ),
+        (["--encoder.pooler", "attention", "--lambda.contrast", "1"], "has no blocks of attributes"),
+        (["--lambda.contrast", "-1"], "lambda.contrast: -1.0"),
         (["--supervisor.anchor-layer", "9"], "supervisor.anchor-layer: 9; the model's layers are 0 to 3"),
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
         (["--lambda.lm", "nan"], "lambda.lm: nan"),
@@ -350,18 +356,57 @@ def test_a_resumed_run_keeps_its_configuration(unbroken, monkeypatch, capsys):
     assert stop.value.code == 2 and "a resumed run keeps its configuration" in capsys.readouterr().err
 
 
-def test_the_terms_norms_and_cosines_are_those_of_all_gradients_together():
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(adaptive):
     encoder = torch.nn.Module()
     encoder.tower, encoder.pooler = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3, bias=False)
-    parameters = list(encoder.parameters())
     generator = torch.Generator().manual_seed(0)
-    dml, rest = ([torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(2))
-    for parameter, a, b in zip(parameters, dml, rest):
-        parameter.grad = a + b
-    terms = trainer.gradient_terms(encoder, parameters, dml)
+    dml, rest = ([torch.randn(p.shape, generator=generator) for p in encoder.parameters()] for _ in range(2))
+    third = [torch.ones_like(gradient) for gradient in dml]
+    t = training(encoder, None, small(lambda_={"adaptive": adaptive, "lm": 2.0}))
+    a, b = [torch.cat([g.flatten() for g in gradients[:2]]).double() for gradients in (dml, rest)]
+    scale = 2 * a.norm() / b.norm() if adaptive else 1.0  # λ_lm is the quotient of the norms
+    expected = [x + y * (scale if i < 2 else 1) + z for i, (x, y, z) in enumerate(zip(dml, rest, third))]
+    terms = trainer.combine(t, [g.clone() for g in dml], [g.clone() for g in rest], [g.clone() for g in third])
     for part, other, which in (("tower", "lm", slice(0, 2)), ("pooler", "kl", slice(2, 3))):
         a, b = (torch.cat([g.flatten() for g in gradients[which]]).double() for gradients in (dml, rest))
         assert terms[f"grad_{part}_dml"] == pytest.approx(a.norm().item(), rel=1e-5)
         assert terms[f"grad_{part}_{other}"] == pytest.approx(b.norm().item(), rel=1e-5)
         cosine = torch.nn.functional.cosine_similarity(a, b, 0).item()
         assert terms[f"cosine_{part}_dml_{other}"] == pytest.approx(cosine, rel=1e-4)
+    for parameter, gradient in zip(encoder.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient.to(parameter.dtype))
+    trainer.combine(t, [None, None, None], [None, None, None], [None, *third[1:]])
+    assert encoder.tower.weight.grad is None and torch.equal(encoder.pooler.weight.grad, third[2])
+
+
+def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path):
+    """One query per attribute, attribute credit, contrast, balance: their state is in the checkpoint."""
+    config = small(
+        encoder={"pooler": "attributes", "embedding_dim": 40},
+        rollout={"credit": "attributes", "credit_weight": 5.0},
+        lambda_={"contrast": 1.0, "adaptive": True},
+        optim={"steps": 3},
+        log={"checkpoint_every": 1},
+    )
+    trainer.train(config, whole := tmp_path / "whole")
+    assert {"loss_contrast", "scale_lm", "loss_kl"} <= set().union(*map(dict.keys, lines(whole)))
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    for folder in ("checkpoint/step-000002", "checkpoint/step-000003", "encoder"):
+        shutil.rmtree(broken / folder, ignore_errors=True)
+    if not list((broken / "checkpoint").iterdir()):
+        pytest.fail("log.keep is less than this test deletes")
+    trainer.train(config, broken, resume=True)
+    assert lines(broken) == lines(whole)
+    encoders = [Encoder.from_pretrained(run / "encoder") for run in (broken, whole)]
+    assert encoders[0].sha256 == encoders[1].sha256
+    assert encoders[0].attributes == PROMPTS["drawn-birds"].attributes
+
+
+def test_a_perfect_supervisor_s_answers_are_replayed(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "roll_out", oracle.roll_out)
+    config = small(encoder={"pooler": "attributes", "embedding_dim": 40}, optim={"steps": 1})
+    trainer.train(config, tmp_path / "run")
+    (line,) = lines(tmp_path / "run")
+    assert line["reward"] == 1 and line["pairs_replayed"] == 2 and line["grad_tower_lm"] > 0
+    assert line["loss_lm"] > 0, "-log π of the right answer"
