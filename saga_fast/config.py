@@ -131,8 +131,8 @@ class LambdaConfig:
     contrast: float = 0.0
     """Of L_con, by which what is said of an attribute teaches the attribute's block; for the pooler `attributes`."""
     adaptive: bool = False
-    """Scale the policy gradient in the tower to the norm of the metric loss's, so that lm is their quotient; and lower
-    lm and kl where the supervisor's verdicts turn out to have nothing to do with the truth."""
+    """Scale the policy gradient in the tower so that its norm is 3 lm times the metric loss's; and lower lm, kl and
+    contrast where the supervisor's verdicts turn out to have nothing to do with the truth."""
 
 
 @dataclass(frozen=True)

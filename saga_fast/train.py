@@ -50,7 +50,7 @@ from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
 from saga_fast.runtime.run import SELECTS, Run
 from saga_fast.runtime.signals import Stopped
-from saga_fast.supervisor.agreement import said_alike
+from saga_fast.supervisor.agreement import said_alike, value_entropy
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, load_mllm
@@ -216,11 +216,13 @@ def optimizer_step(
     # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
     t.balance.hear(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
+    said = [image.said for image in described.values()]
     log = {
         "loss_dml": sum(losses_dml) / len(losses_dml),
         "micro_batches": len(losses_dml),
         **spread(embeddings),
         **draw.summary(),
+        **({"value_entropy": value_entropy(said, t.supervisor.prompt.attributes)} if said else {}),
         "pairs_replayed": len(buffer),
         "seconds_embed_and_roll_out": (rolled_out := time.perf_counter()) - started,
     }

@@ -8,6 +8,7 @@ is rewarded.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -66,3 +67,14 @@ def said_alike(said: Sequence[Sequence[dict[str, str]]], classes: Sequence[int],
         table = torch.tensor([[agreement(a, b) for b in values] for a in values])
         tables.append((share @ table @ share.T)[which][:, which])
     return torch.stack(tables)
+
+
+def value_entropy(said: Sequence[Sequence[dict[str, str]]], attributes: Sequence[str]) -> float:
+    """Entropy, in nats, of the values that are said of an attribute over all images, in the mean of the attributes. It
+    falls to zero where tokens come to read alike everywhere."""
+    total = 0.0
+    for name in attributes:
+        counts = Counter(one[name].casefold() for described in said for one in described if name in one)
+        shares = [count / counts.total() for count in counts.values()]
+        total -= sum(share * math.log(share) for share in shares)
+    return total / max(1, len(attributes))

@@ -20,6 +20,7 @@ from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config
 from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.losses.balance import RATIO
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.supervisor import Supervisor
@@ -365,7 +366,7 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     third = [torch.ones_like(gradient) for gradient in dml]
     t = training(encoder, None, small(lambda_={"adaptive": adaptive, "lm": 2.0}))
     a, b = [torch.cat([g.flatten() for g in gradients[:2]]).double() for gradients in (dml, rest)]
-    scale = 2 * a.norm() / b.norm() if adaptive else 1.0  # λ_lm is the quotient of the norms
+    scale = 2 * RATIO * a.norm() / b.norm() if adaptive else 1.0  # times λ_lm
     expected = [x + y * (scale if i < 2 else 1) + z for i, (x, y, z) in enumerate(zip(dml, rest, third))]
     terms = trainer.combine(t, [g.clone() for g in dml], [g.clone() for g in rest], [g.clone() for g in third])
     for part, other, which in (("tower", "lm", slice(0, 2)), ("pooler", "kl", slice(2, 3))):

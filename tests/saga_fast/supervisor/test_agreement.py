@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
 from saga_fast.losses.policy import add_attribute_credit
-from saga_fast.supervisor.agreement import agreement, attribute_agreement, said_alike
+from saga_fast.supervisor.agreement import agreement, attribute_agreement, said_alike, value_entropy
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,9 @@ def test_images_are_as_alike_as_what_is_said_of_their_classes():
                 expected = sum(agreement(a, b) for a, b in pairs) / len(pairs) if pairs else 0.0
                 assert found[m, i, j].item() == pytest.approx(expected, abs=1e-6)
     assert said_alike([[{}], [{}]], [0, 1], names).tolist() == [[[0, 0], [0, 0]]] * 2
+
+
+def test_entropy_of_what_is_said_falls_to_zero_where_all_is_said_alike():
+    said = [[{"crown": "red", "leg": "red"}, {"crown": "Red"}], [{"crown": "blue", "leg": "red"}, {"crown": "blue"}]]
+    assert value_entropy(said, ("crown", "leg")) == pytest.approx(math.log(2) / 2)
+    assert value_entropy([], ("crown",)) == 0
