@@ -86,7 +86,7 @@ SIZE = (
     *("--data.train-classes", "12", "--data.classes-per-batch", "8", "--data.images-per-class", "8"),
     *("--rollout.pairs", "4", "--encoder.embedding-dim", "768", "--lambda.contrast", "0", "--lambda.no-adaptive"),
 )
-STEPS, TUNING_STEPS = 60, 40
+STEPS, TUNING_STEPS = 60, 30
 RATES, WEIGHTS = ("1e-4", "2e-4"), ("1", "5")
 OTHER_BIRDS = ("--data.seed", "1")
 READ = 48  # pairs of test species that the supervisor reads, half of them of one

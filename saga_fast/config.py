@@ -201,6 +201,12 @@ class Config:
                 f"lambda.contrast: {self.lambda_.contrast} with encoder.pooler {self.encoder.pooler!r}, which has no "
                 "blocks of attributes: pass --encoder.pooler attributes, or --lambda.contrast 0"
             )
+        if self.supervisor.generic and (self.rollout.credit == "attributes" or self.lambda_.contrast > 0):
+            field = "rollout.credit" if self.rollout.credit == "attributes" else "lambda.contrast"
+            raise InputError(
+                f"{field}: asks for attributes with supervisor.generic, whose prompt names none: "
+                "pass --rollout.credit verdict --lambda.contrast 0"
+            )
         if self.rollout.group_size < 2 and self.uses_supervisor:
             raise InputError(
                 f"rollout.group-size: {self.rollout.group_size}; an advantage needs at least 2 rollouts a pair"
@@ -210,6 +216,7 @@ class Config:
             ("lambda.lm", self.lambda_.lm),
             ("lambda.kl", self.lambda_.kl),
             ("lambda.contrast", self.lambda_.contrast),
+            ("rollout.credit-weight", self.rollout.credit_weight),
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}: {value}; give a finite number, 0 or more")

@@ -233,7 +233,8 @@ def optimizer_step(
     gradient_supervisor = take_gradients(t.parameters)
     sample(buffer)
     if config.lambda_.contrast > 0 and len(described) > 1:
-        log["loss_contrast"] = contrast(t, list(described.values()))
+        # No more than a micro-batch, whose memory is planned.
+        log["loss_contrast"] = contrast(t, list(described.values())[: len(batch.pixels)])
     gradient_contrast = take_gradients(t.parameters)
 
     # ── Add up, clip, update ────────────────────────────────────────────────────────────────────────────────────────
@@ -584,6 +585,7 @@ def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: n
         8 if config.optim.states == "8bit" else 32,
         config.encoder.checkpointing,
         config.optim.precision == "bf16",
+        config.lambda_.dml > 0 or config.lambda_.contrast > 0,
     )
     chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
     free = free_bytes(supervisor.decoder.device)

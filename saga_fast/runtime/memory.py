@@ -96,6 +96,7 @@ class Step:
     """What a step is made of, as `train` has it. trained: modules beside the encoder that learn (proxies).
 
     states_bits: of each of AdamW's two moments. checkpointing: of the tower. pairs: K. batch: images of a micro-batch.
+    embeds: whether a loss on embeddings keeps the tower's graph; without one a micro-batch leaves its features alone.
     """
 
     encoder: Encoder
@@ -108,6 +109,7 @@ class Step:
     states_bits: int = 32
     checkpointing: bool = False
     autocast: bool = True
+    embeds: bool = True
 
 
 class Footprint(NamedTuple):
@@ -163,7 +165,8 @@ class Predictor:
         step = self.step
         # A backward's own gradients, until they are whole and join those that stand: they grow as activations go.
         added = self.resident["their gradients"]
-        phases = {"A. embed": max(self._tower(step.batch), added), "update": self.update}
+        embed = max(self._tower(step.batch), added) if step.embeds else 2 * step.batch * self.image_features
+        phases = {"A. embed": embed, "update": self.update}
         resident = dict(self.resident)
         if step.decoder is not None:
             cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)

@@ -9,7 +9,6 @@ is rewarded.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -38,10 +37,7 @@ def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -
         said = [[described[item].get(name) for described in group] for item in (0, 1)]
         known = {(a, b): agreement(a, b) for a in set(said[0]) - {None} for b in set(said[1]) - {None}}
         table = torch.tensor([[known.get((a, b), 0.0) for b in said[1]] for a in said[0]])
-        if os.environ.get("CREDIT") == "pair":
-            rewards[:, m] = table.diagonal()
-        else:
-            rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
+        rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
     return rewards
 
 

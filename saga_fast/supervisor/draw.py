@@ -8,7 +8,6 @@ come before can no longer be kept, and its rollouts stop at once; one that comes
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,6 +72,8 @@ class Draw:
         log = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
         if not self.pairs:
             return log
+        if self.pairs[0].credit is not None:  # rolled out for nothing, if verdicts alone counted
+            log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
         rewards, same = torch.stack([pair.rewards for pair in self.pairs]), torch.tensor(self.same)
         for name, chosen in (("reward", rewards), ("reward_same", rewards[same]), ("reward_different", rewards[~same])):
@@ -168,7 +169,7 @@ def _judge(
         stacked = torch.cat([stacked, agreed.flatten(1, 2)], 1)
     stacked[[pair.broken for pair in done.values()]] = 0
     advantages, differs, _ = group_advantage(stacked)
-    contributes = differs[:, 0] if os.environ.get("CONTRIBUTE") == "verdict" else differs.any(1)
+    contributes = differs.any(1)
     return {
         i: Judged(
             pair.completions,

@@ -297,6 +297,11 @@ def pictures(tmp_path) -> Path:
         ),
         (["--encoder.pooler", "attention", "--lambda.contrast", "1"], "has no blocks of attributes"),
         (["--lambda.contrast", "-1"], "lambda.contrast: -1.0"),
+        (["--rollout.credit-weight", "nan"], "rollout.credit-weight: nan"),
+        (
+            ["--supervisor.generic", "--lambda.kl", "0", "--rollout.credit", "attributes"],
+            "pass --rollout.credit verdict",
+        ),
         (["--supervisor.anchor-layer", "9"], "supervisor.anchor-layer: 9; the model's layers are 0 to 3"),
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
         (["--lambda.lm", "nan"], "lambda.lm: nan"),

@@ -93,3 +93,10 @@ def test_states_checkpointing_and_slots_count(tiny):
     more = Predictor(step(tiny, batch=64)).footprint(plan, 3)
     slot = Engine.slot_bytes(decoder, len(prefix), Sampling(4, max_new_tokens=64))
     assert sum(more.resident.values()) - sum(wide.resident.values()) == slot
+
+
+def test_without_a_loss_on_embeddings_the_tower_keeps_no_graph(tiny):
+    with_loss, without = (Predictor(step(tiny, embeds=embeds)) for embeds in (True, False))
+    phases = [predictor.footprint(Plan(), 2).phases for predictor in (with_loss, without)]
+    assert phases[1]["A. embed"] == 2 * 8 * without.image_features < phases[0]["A. embed"]
+    assert phases[1]["C. replay"] == phases[0]["C. replay"]
