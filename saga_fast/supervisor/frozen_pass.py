@@ -213,7 +213,7 @@ class FrozenPass:
         d_q, d_keys, d_values = ops.group_attention_backward(d_o, *met, *where, scale, *onto)
         if self.held_gradient:
             later = self.held_gradient.pop()
-            d_keys, d_values = d_keys + later[0], d_values + later[1]
+            d_keys, d_values = ((mine + its).to(mine.dtype) for mine, its in zip((d_keys, d_values), later))
         if self.earlier_gradient is not None:
             for total, own in zip(self.earlier_gradient[i], (d_keys, d_values)):
                 total += own[self.before]

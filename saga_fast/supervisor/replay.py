@@ -187,7 +187,9 @@ class _Run:
         hidden = before.forward(h, self._levels(images), visual, keep=self.keep)
         members = range(len(completions))
         d = self._meet_head(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
-        gradient = [tuple(map(torch.zeros_like, pair)) for pair in before.held] if self.keep else None
+        # In float32, whatever the decoder's dtype: as many sums as slices would round in bf16.
+        wide = torch.promote_types(self.decoder.dtype, torch.float32)
+        gradient = [tuple(torch.zeros_like(x, dtype=wide) for x in kv) for kv in before.held] if self.keep else None
         for part in _packs([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
