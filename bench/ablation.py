@@ -2,11 +2,11 @@
 
     python -m bench.ablation --json FILE [--out runs/ablation] [--seeds 3] [--jobs 2] [--rows "DML" …] [-- --flag …]
 
-Every row is tuned alike: each point of `GRID` (both learning rates, and λ_lm where the row has that term) is tried once
-on birds drawn with another seed, species and pictures both, for fewer steps, and the best by Recall@1 is kept. Then
-every row takes the same number of optimizer steps over the same micro-batches of the benchmark, once a seed; the seed
-draws the pooler, the batches and the rollouts. Each run is a process of its own; finished runs are kept, unfinished
-ones resumed, so the script can be stopped and started again.
+Every row is tuned alike, on birds drawn with another seed, species and pictures both, for fewer steps, by Recall@1:
+first the encoder's learning rate, then, where the row has that term, λ_lm at the better rate. Then every row takes the
+same number of optimizer steps over the same micro-batches of the benchmark, once a seed; the seed draws the pooler, the
+batches and the rollouts. Each run is a process of its own; finished runs are kept, unfinished ones resumed, so the
+script can be stopped and started again.
 
 Printed, and written to FILE: the tuning; retrieval, mean and standard deviation over seeds; differences between rows
 with the 95 % interval of a paired bootstrap over queries and seeds; what share of values the supervisor reads rightly
@@ -17,7 +17,6 @@ of every run, so that anyone can compute the tables again.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -94,15 +93,6 @@ LOGGED = (  # of metrics.jsonl: mean over the first and the last third of the st
     *("loss_dml", "loss_kl", "reward_same", "reward_different", "pairs_drawn", "pairs_contributing", "value_entropy"),
     *("grad_tower_dml", "grad_tower_lm", "cosine_tower_dml_lm", "grad_pooler_dml", "grad_pooler_kl"),
 )
-
-
-def grid(row: Row) -> dict[str, tuple[str, ...]]:
-    """What is tried for a row: name → flags."""
-    points = {}
-    for rate, weight in itertools.product(RATES, WEIGHTS if row.speaks else ("",)):
-        flags = ("--optim.encoder-lr", rate, *(("--lambda.lm", weight) if weight else ()))
-        points[f"lr {rate}" + (f", λ_lm {weight}" if weight else "")] = flags
-    return points
 
 
 def slug(text: str) -> str:
@@ -207,14 +197,32 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             return dict(zip(tasks, pool.map(one, tasks)))
 
-    points = {row: grid(ROWS[row]) for row in options.rows}
     size = ("--optim.steps", str(TUNING_STEPS), *OTHER_BIRDS)
-    tuning = runs({(row, f"tuning {name}"): (*size, *point) for row in points for name, point in points[row].items()})
-    tuned = {
-        row: {name: 100 * final(tuning[row, f"tuning {name}"])["after"]["recall_at_1"] for name in points[row]}
-        for row in points
-    }
-    best = {row: max(found, key=found.__getitem__) for row, found in tuned.items()}
+    points: dict[str, dict[str, tuple[str, ...]]] = {row: {} for row in options.rows}
+    tuned: dict[str, dict[str, float]] = {row: {} for row in options.rows}
+
+    def tune(flags: dict[tuple[str, str], tuple[str, ...]]) -> dict[str, str]:
+        """Tries further points, (row, name) → flags; the best name of each row so far."""
+        folders = runs({(row, f"tuning {name}"): (*size, *flags[row, name]) for row, name in flags})
+        for row, name in flags:
+            points[row][name] = flags[row, name]
+            tuned[row][name] = 100 * final(folders[row, f"tuning {name}"])["after"]["recall_at_1"]
+        return {row: max(values, key=values.__getitem__) for row, values in tuned.items()}
+
+    def point(row: str, rate: str, weight: str) -> tuple[str, tuple[str, ...]]:
+        speaks = ROWS[row].speaks
+        name = f"lr {rate}, λ_lm {weight}" if speaks else f"lr {rate}"
+        return name, ("--optim.encoder-lr", rate, *(("--lambda.lm", weight) if speaks else ()))
+
+    tries = [(row, *point(row, rate, WEIGHTS[0])) for row in options.rows for rate in RATES]
+    best = tune({(row, name): flags for row, name, flags in tries})
+    tries = [
+        (row, *point(row, points[row][best[row]][1], weight))
+        for row in options.rows
+        if ROWS[row].speaks
+        for weight in WEIGHTS[1:]
+    ]
+    best = tune({(row, name): flags for row, name, flags in tries})
     print("tuning, R@1 on other birds")
     for row, found in tuned.items():
         cells = "   ".join(f"{name}: {value:.2f}{'*' if name == best[row] else ''}" for name, value in found.items())
