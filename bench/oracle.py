@@ -50,7 +50,7 @@ def roll_out(
     for a, b in rows.tolist():
         completions = [right_answer(t, birds, batch.indices[a], batch.indices[b])]
         said = t.supervisor.read(completions)
-        judged.append(Judged(completions, one, one.bool(), one, said, None, True, False))
+        judged.append(Judged(completions, one, one.bool(), one, said, None, True, False, {}))
     same = (batch.labels[rows[:, 0]] == batch.labels[rows[:, 1]]).tolist()
     return rows, Draw(judged, same)
 

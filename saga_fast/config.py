@@ -128,11 +128,9 @@ class LambdaConfig:
     dml: float = 1.0
     lm: float = 1.0
     kl: float = 1.0
-    contrast: float = 0.0
-    """Of L_con, by which what is said of an attribute teaches the attribute's block; for the pooler `attributes`."""
     adaptive: bool = False
-    """Scale the policy gradient in the tower so that its norm is 3 lm times the metric loss's; and lower lm, kl and
-    contrast where the supervisor's verdicts turn out to have nothing to do with the truth."""
+    """Scale the policy gradient in the tower so that its norm is 3 lm times the metric loss's; and lower lm and kl
+    where the supervisor's verdicts turn out to have nothing to do with the truth."""
 
 
 @dataclass(frozen=True)
@@ -196,16 +194,10 @@ class Config:
                 f"lambda.kl: {self.lambda_.kl} with encoder.pooler {self.encoder.pooler!r}, which has no attention: "
                 "pass --lambda.kl 0, or --encoder.pooler attributes"
             )
-        if self.encoder.pooler != "attributes" and self.lambda_.contrast > 0:
+        if self.supervisor.generic and self.rollout.credit == "attributes":
             raise InputError(
-                f"lambda.contrast: {self.lambda_.contrast} with encoder.pooler {self.encoder.pooler!r}, which has no "
-                "blocks of attributes: pass --encoder.pooler attributes, or --lambda.contrast 0"
-            )
-        if self.supervisor.generic and (self.rollout.credit == "attributes" or self.lambda_.contrast > 0):
-            field = "rollout.credit" if self.rollout.credit == "attributes" else "lambda.contrast"
-            raise InputError(
-                f"{field}: asks for attributes with supervisor.generic, whose prompt names none: "
-                "pass --rollout.credit verdict --lambda.contrast 0"
+                "rollout.credit: attributes with supervisor.generic, whose prompt names none: "
+                "pass --rollout.credit verdict"
             )
         if self.rollout.group_size < 2 and self.uses_supervisor:
             raise InputError(
@@ -215,7 +207,6 @@ class Config:
             ("lambda.dml", self.lambda_.dml),
             ("lambda.lm", self.lambda_.lm),
             ("lambda.kl", self.lambda_.kl),
-            ("lambda.contrast", self.lambda_.contrast),
             ("rollout.credit-weight", self.rollout.credit_weight),
         ):
             if not (math.isfinite(value) and value >= 0):
@@ -245,7 +236,7 @@ class Config:
 
     @property
     def uses_supervisor(self) -> bool:
-        return self.lambda_.lm > 0 or self.lambda_.kl > 0 or self.lambda_.contrast > 0
+        return self.lambda_.lm > 0 or self.lambda_.kl > 0
 
     @property
     def uses_prompt(self) -> bool:

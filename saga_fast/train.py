@@ -15,7 +15,6 @@ shows, TensorBoard events.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import shlex
 import sys
@@ -40,7 +39,6 @@ from saga_fast.evaluate import embed_all, load_images, score, table
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_targets
 from saga_fast.losses.balance import Balance
-from saga_fast.losses.contrast import attribute_contrast
 from saga_fast.losses.policy import add_attribute_credit, token_coefficients
 from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
@@ -50,7 +48,6 @@ from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
 from saga_fast.runtime.run import SELECTS, Run
 from saga_fast.runtime.signals import Stopped
-from saga_fast.supervisor.agreement import said_alike, value_entropy
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, load_mllm
@@ -117,7 +114,8 @@ class Pair(NamedTuple):
     """A contributing pair, kept between roll-out and replay.
 
     images: (2,) int64, their numbers in the data set. pixels: uint8 (2, 3, S, S). features: of both, as they were
-    rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`.
+    rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`; log_probs: see
+    `Rollouts`.
     """
 
     images: Tensor
@@ -127,14 +125,7 @@ class Pair(NamedTuple):
     rewards: Tensor
     advantages: Tensor
     credit: Tensor | None = None
-
-
-class Described(NamedTuple):
-    """An image of a step's draw. pixels: uint8 (3, S, S). label: its class. said: by every rollout about it."""
-
-    pixels: Tensor
-    label: int
-    said: list[dict[str, str]]
+    log_probs: dict[tuple[int, int], float] = {}
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -196,7 +187,6 @@ def optimizer_step(
     t.optimizer.zero_grad(set_to_none=True)
     buffer: list[Pair] = []
     draw, losses_dml = Draw(), []
-    described: dict[int, Described] = {}  # by an image's number in the data set
     while True:
         # ── A. Embed a micro-batch; metric loss, with its gradient ──────────────────────────────────────────────────
         batch = next(t.batches)
@@ -209,36 +199,29 @@ def optimizer_step(
         wanted = config.rollout.pairs - len(buffer)
         rows, found = roll_out(t, batch, features, (step << 20) + len(draw.pairs), wanted, contribution_rate)
         buffer += contributing(batch, features, rows, found)
-        collect(described, batch, rows, found)
         draw.extend(found)
         if len(buffer) >= config.rollout.pairs or len(losses_dml) == config.rollout.max_batches:
             break
     # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
     t.balance.hear(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
-    said = [image.said for image in described.values()]
     log = {
         "loss_dml": sum(losses_dml) / len(losses_dml),
         "micro_batches": len(losses_dml),
         **spread(embeddings),
         **draw.summary(),
-        **({"value_entropy": value_entropy(said, t.supervisor.prompt.attributes)} if said else {}),
         "pairs_replayed": len(buffer),
         "seconds_embed_and_roll_out": (rolled_out := time.perf_counter()) - started,
     }
 
-    # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler; L_con into both ─────────────────────────
+    # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler ──────────────────────────────────────────
     if buffer:
         log |= replay(t, buffer)
     gradient_supervisor = take_gradients(t.parameters)
     sample(buffer)
-    if config.lambda_.contrast > 0 and len(described) > 1:
-        # No more than a micro-batch, whose memory is planned.
-        log["loss_contrast"] = contrast(t, list(described.values())[: len(batch.pixels)])
-    gradient_contrast = take_gradients(t.parameters)
 
     # ── Add up, clip, update ────────────────────────────────────────────────────────────────────────────────────────
-    log |= combine(t, gradient_dml, gradient_supervisor, gradient_contrast)
+    log |= combine(t, gradient_dml, gradient_supervisor)
     norm = nn.utils.clip_grad_norm_(t.parameters, config.optim.clip).item()
     losses = [value for name, value in log.items() if name.startswith("loss_")]
     finite = all(map(math.isfinite, [norm, *losses]))
@@ -276,9 +259,8 @@ def roll_out(
     config = t.config
     pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, (config.seed << 40) + first_id)
     same = (batch.labels[pairs[:, 0]] == batch.labels[pairs[:, 1]]).tolist()
-    reads, credit = config.lambda_.contrast > 0, config.rollout.credit == "attributes"
-    rate = contribution_rate
-    return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, reads, credit)
+    credit, rate = config.rollout.credit == "attributes", contribution_rate
+    return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, credit)
 
 
 def contributing(batch: Batch, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
@@ -293,19 +275,11 @@ def contributing(batch: Batch, features: VisualFeatures, rows: Tensor, draw: Dra
             pair.rewards,
             pair.advantages,
             pair.credit,
+            pair.log_probs,
         )
         for two, pair in zip(rows, draw.pairs)
         if pair.contributes
     ]
-
-
-def collect(described: dict[int, Described], batch: Batch, rows: Tensor, draw: Draw) -> None:
-    """Adds what was said of the images of all pairs that decided the draw, whether or not they contribute."""
-    for two, pair in zip(rows.tolist(), draw.pairs):
-        for item, row in enumerate(two if pair.said else []):
-            image = Described(batch.pixels[row], int(batch.labels[row]), [])
-            said = described.setdefault(batch.indices[row], image).said
-            said += [both[item] for both in pair.said]
 
 
 def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
@@ -325,17 +299,22 @@ def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
     )
     rewarded = sum(distributed.everyone(sum(map(len, described))))
     loss_lm = loss_kl = 0.0
+    drift: list[float] = []
     if mine:
         # The features that the pairs were rolled out with: no weight has changed since.
         leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in mine))])
         groups = [make_group(t, pair, *found, sum(tokens)) for pair, *found in zip(mine, written, described)]
         result = policy_gradient(t, mine, leaves, groups)
         loss_lm = result.loss.item()
+        for pair, found in zip(mine, result.log_probs):
+            drift += [abs(found[g][place].item() - sampled) for (g, place), sampled in pair.log_probs.items()]
         if result.attention:
             loss_kl = align(t, leaves.tokens, result.attention, described, rewarded)
-    losses_lm, losses_kl = zip(*distributed.everyone((loss_lm, loss_kl)))
+    losses_lm, losses_kl, drifts = zip(*distributed.everyone((loss_lm, loss_kl, drift)))
     loads = [sum(packed[i] for i in share) for share in shares]
     log = {"loss_lm": sum(losses_lm), "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
+    if drift := [value for each in drifts for value in each]:  # the ratio is taken for 1: here is how nearly it is
+        log["log_prob_drift"] = sum(drift) / len(drift)
     return log | ({"loss_kl": sum(losses_kl)} if rewarded else {})
 
 
@@ -414,18 +393,6 @@ def align(
     return loss.item()
 
 
-def contrast(t: Training, described: list[Described]) -> float:
-    """The gradient of λ_con L_con into tower and pooler. Every rank takes the loss of all images, and a share of it."""
-    alike = said_alike([d.said for d in described], [d.label for d in described], t.supervisor.prompt.attributes)
-    mine = torch.stack([described[i].pixels for i in distributed.rows(len(described))]).to(t.device)
-    embedded = Encoded(t.oom, "embed", t.embed, mine, list(t.encoder.parameters()))
-    embeddings = distributed.gather(embedded.outputs[0], len(described))
-    loss = attribute_contrast(t.encoder.blocks(embeddings), alike.to(t.device))
-    (t.config.lambda_.contrast * t.voice * loss / distributed.ranks()).backward()
-    embedded.backward()
-    return loss.item()
-
-
 def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[Tensor | None]:
     """The parameters' gradients, summed over the ranks and divided by `count`; the parameters are left with none."""
     distributed.add_up_gradients(parameters)
@@ -435,10 +402,8 @@ def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[T
     return [gradient if gradient is None or count == 1 else gradient.div_(count) for gradient in taken]
 
 
-def combine(
-    t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None], contrast: list[Tensor | None]
-) -> dict[str, float]:
-    """Puts the sum of the terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
+def combine(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None]) -> dict[str, float]:
+    """Puts the sum of both terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
     first. Returns norms, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
     log: dict[str, float] = {}
     tower = {id(parameter) for parameter in t.encoder.tower.parameters()}
@@ -455,11 +420,10 @@ def combine(
             # λ_lm and the voice are in the gradient already: they set the quotient that is left.
             weight = t.config.lambda_.lm * t.voice
             log["scale_lm"] = scale = weight * t.balance.scale(norm_dml, norm_other)
-    for parameter, a, b, c in zip(t.parameters, dml, supervisor, contrast):
+    for parameter, a, b in zip(t.parameters, dml, supervisor):
         if b is not None and id(parameter) in tower and scale != 1:
             b = b.mul_(scale)
-        terms = [gradient for gradient in (a, b, c) if gradient is not None]
-        parameter.grad = functools.reduce(Tensor.add_, terms) if terms else None
+        parameter.grad = b if a is None else a if b is None else a.add_(b)
     if t.config.lambda_.adaptive and t.balance.informedness is not None:
         log |= {"informedness": t.balance.informedness, "voice": t.voice}
     return log
@@ -585,7 +549,7 @@ def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: n
         8 if config.optim.states == "8bit" else 32,
         config.encoder.checkpointing,
         config.optim.precision == "bf16",
-        config.lambda_.dml > 0 or config.lambda_.contrast > 0,
+        config.lambda_.dml > 0,
     )
     chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
     free = free_bytes(supervisor.decoder.device)

@@ -41,36 +41,13 @@ def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -
     return rewards
 
 
-def said_alike(said: Sequence[Sequence[dict[str, str]]], classes: Sequence[int], attributes: Sequence[str]) -> Tensor:
-    """(M, n, n) float32, 0..1: how far n images are said to be alike in each attribute, the expected agreement of a
-    description of one and a description of the other.
-
-    said: of each image its descriptions, attribute → value. classes: of each image; images of one class look alike, so
-    all that is said of them counts for each. What is not said of an attribute agrees with nothing.
-    """
-    known = sorted(set(classes))
-    which = torch.tensor([known.index(label) for label in classes])
-    tables = []
-    for name in attributes:
-        counts: list[Counter[str]] = [Counter() for _ in known]
-        for label, described in zip(classes, said):
-            counts[known.index(label)].update(one[name] for one in described if name in one)
-        values = sorted(set().union(*counts))
-        if not values:
-            tables.append(torch.zeros(len(classes), len(classes)))
-            continue
-        share = torch.tensor([[count[value] / max(1, count.total()) for value in values] for count in counts])
-        table = torch.tensor([[agreement(a, b) for b in values] for a in values])
-        tables.append((share @ table @ share.T)[which][:, which])
-    return torch.stack(tables)
-
-
-def value_entropy(said: Sequence[Sequence[dict[str, str]]], attributes: Sequence[str]) -> float:
-    """Entropy, in nats, of the values that are said of an attribute over all images, in the mean of the attributes. It
-    falls to zero where tokens come to read alike everywhere."""
+def value_entropy(groups: Sequence[Sequence[Described]], attributes: Sequence[str]) -> float:
+    """Entropy, in nats, of the values that the rollouts of all pairs give an attribute, in the mean of the attributes.
+    It falls to zero where tokens come to read alike everywhere."""
     total = 0.0
     for name in attributes:
-        counts = Counter(one[name].casefold() for described in said for one in described if name in one)
+        values = (item[name] for group in groups for rollout in group for item in rollout if name in item)
+        counts = Counter(value.casefold() for value in values)
         shares = [count / counts.total() for count in counts.values()]
         total -= sum(share * math.log(share) for share in shares)
     return total / max(1, len(attributes))

@@ -18,7 +18,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.runtime.oom import Fits
-from saga_fast.supervisor.agreement import Described, attribute_agreement
+from saga_fast.supervisor.agreement import Described, attribute_agreement, value_entropy
 from saga_fast.supervisor.rollout import Rollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
@@ -27,9 +27,9 @@ from saga_kernels import group_advantage
 class Judged(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    said: what each rollout says of the attributes of both images; None unless asked for. credit: its advantages
-    (2, M, G); None without attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
-    logits that are not finite, so it does not contribute, and earns nothing.
+    said: what each rollout says of the attributes of both images, and credit: its advantages (2, M, G); None without
+    attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
+    logits that are not finite, so it does not contribute, and earns nothing. log_probs: see `Rollouts`.
     """
 
     completions: list[list[int]]
@@ -40,6 +40,7 @@ class Judged(NamedTuple):
     credit: Tensor | None
     contributes: bool
     broken: bool
+    log_probs: dict[tuple[int, int], float]
 
     @property
     def tokens(self) -> int:
@@ -72,7 +73,10 @@ class Draw:
         log = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
         if not self.pairs:
             return log
-        if self.pairs[0].credit is not None:  # rolled out for nothing, if verdicts alone counted
+        if self.pairs[0].said is not None:
+            names = list(dict.fromkeys(name for pair in self.pairs for said in pair.said for i in said for name in i))
+            log["value_entropy"] = value_entropy([pair.said for pair in self.pairs], names)
+            # Rolled out for nothing, if verdicts alone counted.
             log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
         rewards, same = torch.stack([pair.rewards for pair in self.pairs]), torch.tensor(self.same)
@@ -106,7 +110,6 @@ def draw_contributing(
     wanted: int,
     contribution_rate: float,
     fits: Fits,
-    reads: bool = False,
     credit: bool = False,
 ) -> Draw:
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
@@ -146,21 +149,19 @@ def draw_contributing(
             going.add(begun)
             begun += 1
         done = {pair.pair_id - first_id: pair for pair in fits.run("roll out", supervisor.slots, look)}
-        for found in distributed.everyone(_judge(supervisor, done, same, reads, credit)):
+        for found in distributed.everyone(_judge(supervisor, done, same, credit)):
             judged |= found
         going -= judged.keys()
     wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % ranks == rank)
     return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.everyone(wasted)))
 
 
-def _judge(
-    supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], reads: bool, credit: bool
-) -> dict[int, Judged]:
+def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], credit: bool) -> dict[int, Judged]:
     if not done:
         return {}
     completions, alike = [pair.completions for pair in done.values()], [same[i] for i in done]
     rewards, well_formed = supervisor.judge(completions, alike)
-    said = [supervisor.read(group) for group in completions] if reads or credit else [None] * len(done)
+    said = [supervisor.read(group) for group in completions] if credit else [None] * len(done)
     stacked = rewards[:, None]
     if credit:
         agreed = torch.stack([attribute_agreement(group, supervisor.prompt.attributes) for group in said])
@@ -180,6 +181,7 @@ def _judge(
             advantages[j, 1:].unflatten(0, (2, -1)) if credit else None,
             bool(contributes[j]),
             pair.broken,
+            pair.log_probs,
         )
         for j, (i, pair) in enumerate(done.items())
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saga_fast.losses.policy import add_attribute_credit
-from saga_fast.supervisor.agreement import agreement, attribute_agreement, said_alike, value_entropy
+from saga_fast.supervisor.agreement import agreement, attribute_agreement, value_entropy
 
 
 @pytest.mark.parametrize(
@@ -64,24 +64,10 @@ def test_credit_falls_on_the_tokens_of_the_value():
     assert coefficients[1].tolist() == pytest.approx([20, 20, 20, 20, 20.2, 20.2, 20])
 
 
-def test_images_are_as_alike_as_what_is_said_of_their_classes():
-    names, chance = ("crown", "leg"), random.Random(1)
-    classes = [3, 3, 7, 9]
-    said = [[{n: chance.choice(["red", "blue", "dark blue"]) for n in names} for _ in range(4)] for _ in classes]
-    for one in said[3]:
-        del one["leg"]
-    found = said_alike(said, classes, names)
-    pooled = [[d for label, ds in zip(classes, said) for d in ds if label == mine] for mine in classes]
-    for m, name in enumerate(names):
-        for i in range(4):
-            for j in range(4):
-                pairs = [(a[name], b[name]) for a in pooled[i] for b in pooled[j] if name in a and name in b]
-                expected = sum(agreement(a, b) for a, b in pairs) / len(pairs) if pairs else 0.0
-                assert found[m, i, j].item() == pytest.approx(expected, abs=1e-6)
-    assert said_alike([[{}], [{}]], [0, 1], names).tolist() == [[[0, 0], [0, 0]]] * 2
-
-
 def test_entropy_of_what_is_said_falls_to_zero_where_all_is_said_alike():
-    said = [[{"crown": "red", "leg": "red"}, {"crown": "Red"}], [{"crown": "blue", "leg": "red"}, {"crown": "blue"}]]
-    assert value_entropy(said, ("crown", "leg")) == pytest.approx(math.log(2) / 2)
+    groups = [
+        [({"crown": "red", "leg": "red"}, {"crown": "Red"})],
+        [({"crown": "blue", "leg": "red"}, {"crown": "blue"})],
+    ]
+    assert value_entropy(groups, ("crown", "leg")) == pytest.approx(math.log(2) / 2)
     assert value_entropy([], ("crown",)) == 0
