@@ -53,8 +53,9 @@ class Health:
             self._tell(
                 "drifted",
                 step,
-                f"log π of replayed tokens is {log['log_prob_drift']:.2f} nats from what it was when they were sampled, "
-                "in the mean; GRPO takes the policy for the same: try --optim.precision fp32 or --supervisor.no-quantize",
+                f"log π of replayed tokens is {log['log_prob_drift']:.2f} nats from what it was when they were "
+                "sampled, in the mean; GRPO takes the policy for the same: try --optim.precision fp32, or "
+                "--supervisor.no-quantize",
             )
         if log.get("voice", 1) < 1:
             self._tell(

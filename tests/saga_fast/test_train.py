@@ -397,10 +397,8 @@ def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path):
     trainer.train(config, whole := tmp_path / "whole")
     assert {"value_entropy", "pairs_by_attribute", "scale_lm", "loss_kl"} <= set().union(*map(dict.keys, lines(whole)))
     broken = shutil.copytree(whole, tmp_path / "broken")
-    for folder in ("checkpoint/step-000002", "checkpoint/step-000003", "encoder"):
-        shutil.rmtree(broken / folder, ignore_errors=True)
-    if not list((broken / "checkpoint").iterdir()):
-        pytest.fail("log.keep is less than this test deletes")
+    for folder in ("checkpoint/step-000003", "encoder"):
+        shutil.rmtree(broken / folder)
     trainer.train(config, broken, resume=True)
     assert lines(broken) == lines(whole)
     encoders = [Encoder.from_pretrained(run / "encoder") for run in (broken, whole)]
