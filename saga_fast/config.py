@@ -271,13 +271,14 @@ TINY = "tiny"
 PRESETS: dict[str, Config] = {
     "drawn-birds": Config(
         data=DataConfig(name="drawn-birds", image_size=112),
-        encoder=EncoderConfig(embedding_dim=192, license="apache-2.0"),
+        encoder=EncoderConfig(pooler="attributes", embedding_dim=768, license="apache-2.0"),
         supervisor=SupervisorConfig(model=TINY, prompt="drawn-birds"),
-        rollout=RolloutConfig(max_new_tokens=192),
+        rollout=RolloutConfig(pairs=4, max_new_tokens=192, credit="attributes", credit_weight=5.0),
+        lambda_=LambdaConfig(adaptive=True),
         # On 50 species Potential Field's gradient is a thousand times that of the other two terms.
         dml=DmlConfig(loss="multi-similarity"),
-        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=24, precision="fp32"),
-        log=LogConfig(checkpoint_every=12),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=2e-3, steps=60, precision="fp32"),
+        log=LogConfig(checkpoint_every=20),
     ),
     # The paper's configurations: what is not said is in the defaults.
     "cub": Config(data=DataConfig(name="cub")),
@@ -287,9 +288,12 @@ PRESETS: dict[str, Config] = {
     "inat-aves": Config(data=DataConfig(name="inat-aves"), dml=DmlConfig(proxies_per_class=2)),
     "folder": Config(
         data=DataConfig(image_size=112),
-        encoder=EncoderConfig(embedding_dim=192),
+        encoder=EncoderConfig(pooler="attributes", embedding_dim=768),
         supervisor=SupervisorConfig(model=TINY, prompt="drawn-birds"),
-        rollout=RolloutConfig(max_new_tokens=192, max_batches=1, pairs_per_batch=16),
+        rollout=RolloutConfig(
+            max_new_tokens=192, max_batches=1, pairs_per_batch=16, credit="attributes", credit_weight=5.0
+        ),
+        lambda_=LambdaConfig(adaptive=True),
         dml=DmlConfig(loss="multi-similarity"),
         optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, precision="fp32"),
     ),
