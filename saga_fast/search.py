@@ -22,10 +22,10 @@ import torch
 import tyro
 from PIL import Image
 
-from saga_fast.config import parse_flags
-from saga_fast.encoder import Encoder, Picture
+from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
 from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.flags import COUNT, parse_flags
 from saga_fast.utils.images import open_rgb
 
 THUMBNAIL = 192  # pixels, the longer side
@@ -96,7 +96,7 @@ class Searcher:
 
         Raises InputError for a query that cannot be read.
         """
-        vectors = self.encoder(queries).cpu().numpy()
+        vectors = expect_finite(self.encoder(queries)).cpu().numpy()
         products, rows = self.faiss.search(vectors, min(k, len(self.files)))
         return [
             [Hit(self.files[row].path, float(product)) for row, product in zip(*found) if row >= 0]
@@ -138,7 +138,7 @@ class SearchArguments:
     """Image files to find the like of."""
     index: Path | None = None
     """Folder of the index."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    k: Annotated[int, COUNT, tyro.conf.arg(aliases=["-k"])] = 10
     """How many to find for each."""
     json: bool = False
     """Print JSON."""
@@ -154,8 +154,6 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("--index: missing; name the folder of an index")
     if not parsed.queries:
         raise InputError("QUERY: missing; name one or several image files")
-    if parsed.k < 1:
-        raise InputError(f"-k: {parsed.k}; give 1 or more")
     if parsed.json and parsed.html:
         raise InputError("--json: given with --html; choose one")
     results = search(parsed.index, parsed.queries, parsed.k, parsed.encoder)

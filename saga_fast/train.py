@@ -41,7 +41,7 @@ from saga_fast.runtime import distributed
 from saga_fast.runtime.health import spread
 from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
-from saga_fast.runtime.run import SELECTS, Run
+from saga_fast.runtime.run import SELECTS, Run, held
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
@@ -111,7 +111,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
     del mllm
     if supervisor:
-        config = plan_memory(config, supervisor, encoder, dml)
+        config = plan_memory(config, supervisor, encoder, dml, resume)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
 
@@ -129,10 +129,10 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     run = Run(out, config, encoder, dml, optimizer, schedule, sampler)
     if resume:
-        run.restore()
+        run.restore(frozen)
     else:
         embeddings = embed_all(encoder.eval(), test_images)
-        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt)
+        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt, frozen)
     distributed.check_alike(encoder, dml)
     fits = Fits()
     encoder.train()
@@ -266,9 +266,9 @@ def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> S
     return supervisor
 
 
-def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module) -> Config:
+def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module, resume: bool) -> Config:
     """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
-    that a resumed run does the same. Raises InputError, with the numbers, where a step does not fit."""
+    that a resumed run does the same where that fits. Raises InputError, with the numbers, where a step does not fit."""
     ranks, rollout = distributed.ranks(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
@@ -285,7 +285,7 @@ def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: n
     )
     chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
     free = free_bytes(supervisor.decoder.device)
-    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen)
+    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen, anew=resume)
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
         print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
@@ -458,7 +458,8 @@ def main() -> None:
         speaks = distributed.rank() == 0
         again = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:
-            final = train(config, out, resume)
+            with held(out):
+                final = train(config, out, resume)
         except Stopped as stopped:
             if speaks:
                 print(f"\n{stopped}; go on with\n{again}")

@@ -64,6 +64,11 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_ranks() -> int:
+    """How many of the ranks are on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
 def device() -> torch.device:
     """The GPU that torchrun means for this process, or the only one, or the CPU."""
     if not torch.cuda.is_available():
