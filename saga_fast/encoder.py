@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from saga_fast.towers import VisionTower, VisualFeatures, tower_from_config
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import sha256
 from saga_fast.utils.images import open_rgb, to_pixels, to_rgb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Encoder", "Pooler", "VisionTower", "VisualFeatures"]
 

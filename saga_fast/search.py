@@ -1,9 +1,11 @@
 """Find the indexed images most like a picture.
 
     python -m saga_fast.search --index DIR QUERY… [-k 10] [--json | --html] [--encoder DIR]
+    python -m saga_fast.search --index DIR --serve PORT [--host 127.0.0.1]
 
 Prints the nearest files of each query with their similarity, the inner product of the unit vectors; `--json` as JSON,
 `--html` as one page with thumbnails that needs no other file. The encoder is the one the index was made with.
+`--serve` loads both once and answers over HTTP, see `retrieval.server`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from PIL import Image
 
 from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
+from saga_fast.retrieval.server import LOOPBACK, serve
+from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
-from saga_fast.utils.flags import COUNT, parse_flags
+from saga_fast.utils.flags import COUNT, Range, parse_flags
 from saga_fast.utils.images import open_rgb
 
 THUMBNAIL = 192  # pixels, the longer side
@@ -147,11 +151,22 @@ class SearchArguments:
     encoder: str | None = None
     """Folder of the encoder, or hub id, if it is no longer where it was when the index was made."""
 
+    serve: Annotated[int | None, Range(0, 65535)] = None
+    """Answer over HTTP on this port, 0 for one that is free, until Ctrl-C."""
+    host: str = LOOPBACK
+    """Address to serve on; by default nobody but this machine can ask."""
+
 
 def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(SearchArguments(), arguments, "python -m saga_fast.search", "Find the nearest indexed images.")
     if parsed.index is None:
         raise InputError("--index: missing; name the folder of an index")
+    if parsed.serve is not None:
+        if parsed.queries:
+            raise InputError(f"--serve: given with QUERY {parsed.queries[0]!r}; pictures come with the requests")
+        searcher = Searcher(parsed.index, parsed.encoder)
+        searcher.encoder.to(distributed.device())
+        return serve(searcher, parsed.serve, parsed.host)
     if not parsed.queries:
         raise InputError("QUERY: missing; name one or several image files")
     if parsed.json and parsed.html:

@@ -13,22 +13,28 @@ shows, TensorBoard events.
 
 from __future__ import annotations
 
+import sys
+
+from saga_fast.config import TINY, Config, parse
+from saga_fast.utils.errors import exit_on_input_error
+
+if __name__ == "__main__":  # --help, and what is wrong with the flags, before the seconds that PyTorch takes to import
+    with exit_on_input_error():
+        parse(sys.argv[1:])
+
 import dataclasses
 import math
 import shlex
-import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saga_fast.config import TINY, Config, parse
 from saga_fast.data import ClassBalancedSampler
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.evaluate import embed_all, load_images, score, table
@@ -53,7 +59,6 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
 from saga_fast.tiny import SUPERVISOR
-from saga_fast.utils.errors import exit_on_input_error
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -120,7 +125,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
         {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
     ]
-    adamw = bitsandbytes.optim.AdamW8bit if config.optim.states == "8bit" else torch.optim.AdamW
+    adamw = torch.optim.AdamW
+    if config.optim.states == "8bit":
+        from bitsandbytes.optim import AdamW8bit as adamw  # seconds to import
     optimizer = adamw([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
@@ -454,7 +461,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 def main() -> None:
     with exit_on_input_error(), distributed.process_group():
-        config, out, resume = parse(sys.argv[1:], distributed.restarted())
+        config, out, resume = parse(sys.argv[1:])
         speaks = distributed.rank() == 0
         again = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:

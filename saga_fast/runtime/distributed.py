@@ -76,11 +76,6 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def restarted() -> bool:
-    """Whether torchrun (`--max-restarts`) has started these processes again after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def launcher() -> list[str]:
     """The command that runs this module, as it is typed, without the module's own arguments."""
     typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
