@@ -10,10 +10,11 @@ and none is opened for it. Left out, for a proxy before it to add: TLS, and who 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from saga_fast.utils.errors import InputError
@@ -38,6 +39,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self, searcher: Searcher, address: tuple[str, int]) -> None:
         self.searcher, self.places = searcher, threading.BoundedSemaphore(AT_ONCE)
         super().__init__(address, Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that did not wait is no news
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
