@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,15 +34,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from saga_fast.config import parse_flags
 from saga_fast.data import ImageFiles, cores
 from saga_fast.data.loader import Decoder, ahead
-from saga_fast.encoder import Encoder
+from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.index import File
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error, first_line
-from saga_fast.utils.files import hidden
+from saga_fast.utils.files import hidden, locked
+from saga_fast.utils.flags import WORKERS, parse_flags
 from saga_fast.utils.images import SUFFIXES
 
 BATCH = 64  # images that go through the encoder at once
@@ -77,10 +77,11 @@ def embed(
     as it was.
     """
     index = Path(index).absolute()
-    with _processes():
+    with _processes(), contextlib.ExitStack() as stack:
         model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
             indices.make(faiss, model.embedding_dim)  # a wrong string is refused before the work
+        _on_first(lambda: stack.enter_context(locked(index, "--index")) and None)  # for all processes
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
             _collect(chunks)
@@ -160,7 +161,7 @@ class Chunks:
                 for rows, pixels, broken in stream if files else ():
                     whole = [i for i, row in enumerate(rows) if row not in broken]
                     if whole:
-                        embedded = encoder(pixels[whole]).cpu().numpy()
+                        embedded = expect_finite(encoder(pixels[whole])).cpu().numpy()
                         vectors.append(embedded)
                         done += [files[rows[i]] for i in whole]
                     faults += broken.values()
@@ -343,7 +344,7 @@ class EmbedArguments:
     """Folder of the index, new or to be brought up to date."""
     faiss: str | None = None
     """Kind of index, a factory string of faiss; by default exact below 100,000 images, from there on IVF, tuned."""
-    workers: int | None = None
+    workers: Annotated[int | None, WORKERS] = None
     """Processes that decode images, 0 for none; default one a core up to 8."""
 
 
@@ -351,8 +352,6 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(EmbedArguments(), arguments, "python -m saga_fast.embed", "Embed images into an index.")
     if parsed.index is None:
         raise InputError("--index: missing; name the folder that the index shall be in")
-    if parsed.workers is not None and parsed.workers < 0:
-        raise InputError(f"--workers: {parsed.workers}; give 0 or more")
     done = embed(parsed.encoder, parsed.images, parsed.index, parsed.faiss, parsed.workers)
     if int(os.environ.get("RANK", 0)) == 0:  # the group is gone
         for fault in done.unreadable:

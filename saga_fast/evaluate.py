@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saga_fast.config import DataConfig, parse_flags
+from saga_fast.config import DataConfig
 from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
-from saga_fast.encoder import Encoder
+from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval.metrics import Scores, nmi, retrieval_metrics, retrieve, summary
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.flags import parse_flags
 
 COLUMNS = {
     "recall_at_1": "R@1",
@@ -39,11 +40,14 @@ SHOWN = 10  # classes and confusions in the terminal
 
 @torch.no_grad()
 def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor:
-    """(n, D_e) float32 unit vectors of all images, in order. Ranks embed a share each."""
+    """(n, D_e) float32 unit vectors of all images, in order. Ranks embed a share each.
+
+    Raises InputError, on every rank, if one is not finite.
+    """
     batches = distributed.rows(len(images)).split(batch)
     stream = images.stream([rows.tolist() for rows in batches])
     shown = tqdm(stream, "embedding", len(batches), leave=False, delay=2, disable=distributed.rank() > 0)
-    return distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images))
+    return expect_finite(distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images)))
 
 
 def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """Find the indexed images most like a picture.
 
     python -m saga_fast.search --index DIR QUERY… [-k 10] [--json | --html] [--encoder DIR]
+    python -m saga_fast.search --index DIR --serve PORT [--host 127.0.0.1]
 
 Prints the nearest files of each query with their similarity, the inner product of the unit vectors; `--json` as JSON,
 `--html` as one page with thumbnails that needs no other file. The encoder is the one the index was made with.
+`--serve` loads both once and answers over HTTP, see `retrieval.server`.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import torch
 import tyro
 from PIL import Image
 
-from saga_fast.config import parse_flags
-from saga_fast.encoder import Encoder, Picture
+from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
+from saga_fast.retrieval.server import LOOPBACK, serve
+from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.flags import COUNT, Range, parse_flags
 from saga_fast.utils.images import open_rgb
 
 THUMBNAIL = 192  # pixels, the longer side
@@ -62,32 +66,53 @@ class Hit(NamedTuple):
     similarity: float
 
 
-@torch.inference_mode()
+class Searcher:
+    """An index and its encoder, read and checked once, to be searched any number of times, by several threads too.
+
+    encoder: the encoder, on the CPU unless moved; about: what the index says of itself; files: the indexed files, row i
+    of the vectors is file i; faiss: the index of the vectors, in memory. An index that is embedded anew meanwhile is
+    searched as it was.
+    """
+
+    def __init__(self, index: str | Path, encoder: str | Path | None = None) -> None:
+        """encoder: folder or hub id, by default where it was when the index was made.
+
+        Raises InputError for a damaged index or encoder, naming the file, and an encoder that did not make the index.
+        """
+        self.folder = Path(index).absolute()
+        about = indices.about(self.folder)
+        if about is None:
+            raise InputError(f"--index: {str(self.folder)!r} holds no index; make one with python -m saga_fast.embed")
+        self.encoder = Encoder.from_pretrained(encoder or about.encoder)
+        if self.encoder.sha256 != about.encoder_sha256:
+            raise InputError(
+                f"--index: {str(self.folder)!r} was made by another encoder (SHA-256 {about.encoder_sha256[:12]}…) "
+                f"than {str(encoder or about.encoder)!r} ({self.encoder.sha256[:12]}…); name that one with --encoder, "
+                "or embed again"
+            )
+        self.about = about
+        self.files = indices.read_files(self.folder, about)
+        self.faiss = indices.read_faiss(self.folder, about)
+
+    @torch.inference_mode()
+    def search(self, queries: Picture | Sequence[Picture], k: int = 10) -> list[list[Hit]]:
+        """For each query, a path or a picture, the `k` nearest indexed files, best first; ties in faiss's order.
+
+        Raises InputError for a query that cannot be read.
+        """
+        vectors = expect_finite(self.encoder(queries)).cpu().numpy()
+        products, rows = self.faiss.search(vectors, min(k, len(self.files)))
+        return [
+            [Hit(self.files[row].path, float(product)) for row, product in zip(*found) if row >= 0]
+            for found in zip(rows, products)
+        ]
+
+
 def search(
     index: str | Path, queries: Sequence[Picture], k: int = 10, encoder: str | Path | None = None
 ) -> list[list[Hit]]:
-    """For each query, a path or a picture, the `k` nearest indexed files, best first; ties in faiss's order.
-
-    encoder: folder or hub id, by default where it was when the index was made. Raises InputError for a damaged index or
-    encoder, naming the file, an encoder that did not make the index, and a query that cannot be read.
-    """
-    folder = Path(index).absolute()
-    about = indices.about(folder)
-    if about is None:
-        raise InputError(f"--index: {str(folder)!r} holds no index; make one with python -m saga_fast.embed")
-    model = Encoder.from_pretrained(encoder or about.encoder)
-    if model.sha256 != about.encoder_sha256:
-        raise InputError(
-            f"--index: {str(folder)!r} was made by another encoder (SHA-256 {about.encoder_sha256[:12]}…) than "
-            f"{str(encoder or about.encoder)!r} ({model.sha256[:12]}…); name that one with --encoder, or embed again"
-        )
-    files = indices.read_files(folder, about)
-    vectors = model(queries).numpy()
-    products, rows = indices.read_faiss(folder, about).search(vectors, min(k, len(files)))
-    return [
-        [Hit(files[row].path, float(product)) for row, product in zip(*found) if row >= 0]
-        for found in zip(rows, products)
-    ]
+    """One search, see `Searcher`, which spares later ones the loading."""
+    return Searcher(index, encoder).search(queries, k)
 
 
 def page(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> str:
@@ -117,7 +142,7 @@ class SearchArguments:
     """Image files to find the like of."""
     index: Path | None = None
     """Folder of the index."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    k: Annotated[int, COUNT, tyro.conf.arg(aliases=["-k"])] = 10
     """How many to find for each."""
     json: bool = False
     """Print JSON."""
@@ -126,15 +151,24 @@ class SearchArguments:
     encoder: str | None = None
     """Folder of the encoder, or hub id, if it is no longer where it was when the index was made."""
 
+    serve: Annotated[int | None, Range(0, 65535)] = None
+    """Answer over HTTP on this port, 0 for one that is free, until Ctrl-C."""
+    host: str = LOOPBACK
+    """Address to serve on; by default nobody but this machine can ask."""
+
 
 def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(SearchArguments(), arguments, "python -m saga_fast.search", "Find the nearest indexed images.")
     if parsed.index is None:
         raise InputError("--index: missing; name the folder of an index")
+    if parsed.serve is not None:
+        if parsed.queries:
+            raise InputError(f"--serve: given with QUERY {parsed.queries[0]!r}; pictures come with the requests")
+        searcher = Searcher(parsed.index, parsed.encoder)
+        searcher.encoder.to(distributed.device())
+        return serve(searcher, parsed.serve, parsed.host)
     if not parsed.queries:
         raise InputError("QUERY: missing; name one or several image files")
-    if parsed.k < 1:
-        raise InputError(f"-k: {parsed.k}; give 1 or more")
     if parsed.json and parsed.html:
         raise InputError("--json: given with --html; choose one")
     results = search(parsed.index, parsed.queries, parsed.k, parsed.encoder)

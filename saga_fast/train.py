@@ -14,10 +14,18 @@ shows, TensorBoard events.
 
 from __future__ import annotations
 
+import sys
+
+from saga_fast.config import TINY, Config, parse
+from saga_fast.utils.errors import exit_on_input_error
+
+if __name__ == "__main__":  # --help, and what is wrong with the flags, before the seconds that PyTorch takes to import
+    with exit_on_input_error():
+        parse(sys.argv[1:])
+
 import dataclasses
 import math
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +35,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saga_fast.config import TINY, Config, parse
 from saga_fast.data import Batch, ClassBalancedSampler, PixelLoader
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.evaluate import embed_all, load_images, score, table
@@ -46,7 +52,7 @@ from saga_fast.runtime import distributed
 from saga_fast.runtime.health import spread
 from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
-from saga_fast.runtime.run import SELECTS, Run
+from saga_fast.runtime.run import SELECTS, Run, held
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
@@ -58,7 +64,6 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor, Written
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
-from saga_fast.utils.errors import exit_on_input_error
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -71,7 +76,8 @@ class Diverged(RuntimeError):
 class Training:
     """What stands for a whole run. autocast: makes a fresh context; it covers tower and pooler, never the supervisor.
 
-    supervisor: None where neither of its terms has a weight. batches: endless micro-batches of the training half.
+    supervisor: None where neither of its terms has a weight; frozen: the SHA-256 of its weights, which no step changes.
+    batches: endless micro-batches of the training half.
     """
 
     config: Config
@@ -82,6 +88,7 @@ class Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: Callable[[], AbstractContextManager]
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    frozen: str | None = None
     balance: Balance = field(default_factory=Balance)
     oom: Fits = field(default_factory=Fits)
 
@@ -132,7 +139,6 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`; returns what final.json holds. Raises InputError, Diverged."""
     t, run, (validation_images, test_images) = set_up(config, out, resume)
     config, supervisor = t.config, t.supervisor
-    frozen = supervisor and supervisor.decoder.fingerprint()
     sampled = sampled_steps(run.total, config.log.samples_every)
     t.encoder.train()
     progress = tqdm(
@@ -168,11 +174,11 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 "lower the learning rates"
             )
 
-    if supervisor and supervisor.decoder.fingerprint() != frozen:
+    if supervisor and supervisor.decoder.fingerprint() != t.frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
     embeddings = embed_all(t.encoder.eval(), test_images)
     after = score(embeddings, test_images.labels)
-    return run.finish(after, frozen, test_images, neighbours(embeddings))
+    return run.finish(after, t.frozen, test_images, neighbours(embeddings))
 
 
 def optimizer_step(
@@ -484,7 +490,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
     del mllm
     if supervisor:
-        config = plan_memory(config, supervisor, encoder, dml)
+        config = plan_memory(config, supervisor, encoder, dml, resume)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
 
@@ -493,19 +499,22 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
         {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
         {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
     ]
-    adamw = bitsandbytes.optim.AdamW8bit if config.optim.states == "8bit" else torch.optim.AdamW
+    adamw = torch.optim.AdamW
+    if config.optim.states == "8bit":
+        from bitsandbytes.optim import AdamW8bit as adamw  # seconds to import
     optimizer = adamw([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
     )
 
     t = Training(config, encoder, supervisor, dml, optimizer, schedule, autocast)
+    t.frozen = supervisor and supervisor.decoder.fingerprint()
     run = Run(out, config, encoder, dml, optimizer, schedule, sampler, t.balance, steps)
     if resume:
-        run.restore()
+        run.restore(t.frozen)
     else:
         embeddings = embed_all(encoder.eval(), test_images)
-        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt)
+        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt, t.frozen)
     distributed.check_alike(encoder, dml)
     t.batches = train_images.stream(sampler)
     return t, run, (validation_images, test_images)
@@ -533,9 +542,9 @@ def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt
     return supervisor
 
 
-def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module) -> Config:
+def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module, resume: bool) -> Config:
     """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
-    that a resumed run does the same. Raises InputError, with the numbers, where a step does not fit."""
+    that a resumed run does the same where that fits. Raises InputError, with the numbers, where a step does not fit."""
     ranks, rollout = distributed.ranks(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
@@ -553,7 +562,7 @@ def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: n
     )
     chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
     free = free_bytes(supervisor.decoder.device)
-    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen)
+    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen, anew=resume)
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
         print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
@@ -571,11 +580,12 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 def main() -> None:
     with exit_on_input_error(), distributed.process_group():
-        config, out, resume = parse(sys.argv[1:], distributed.restarted())
+        config, out, resume = parse(sys.argv[1:])
         speaks = distributed.rank() == 0
         again = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:
-            final = train(config, out, resume)
+            with held(out):
+                final = train(config, out, resume)
         except Stopped as stopped:
             if speaks:
                 print(f"\n{stopped}; go on with\n{again}")

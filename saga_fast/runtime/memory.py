@@ -8,12 +8,15 @@ What the allocator keeps of what was freed is not foretold.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import psutil
@@ -254,9 +257,13 @@ class Predictor:
         recompute: Recompute | None = None,
         prefix_recompute: Recompute | None = None,
         slots: int | None = None,
+        anew: bool = False,
     ) -> tuple[Plan, int, Footprint]:
-        """The fastest plan and number of slots, up to twice K, that fit into `free` bytes. Raises InputError, with the
-        numbers, where none does."""
+        """The fastest plan and number of slots, up to twice K, that fit into `free` bytes.
+
+        anew: what is fixed may be given up where it does not fit: a resumed run may be on another machine. Raises
+        InputError, with the numbers, where none fits.
+        """
         step, room = self.step, int(free * (1 - MARGIN))
         counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
         ways = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
@@ -265,6 +272,8 @@ class Predictor:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
                 return plan, count, footprint
+        if anew and (token_budget or recompute or prefix_recompute or slots):
+            return self.choose(free)
         least = min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak)
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
         mends = [] if step.checkpointing else ["--encoder.checkpointing"]
@@ -281,10 +290,32 @@ def _side(patch: int | Sequence[int]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device: what is free, and what this process holds already; of the host's memory, this rank's share."""
+    """Of the device: what is free, and what this process holds already; of the host's memory, this rank's share of
+    what is free there, and of what this process's control groups (a container's limit) leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available // distributed.ranks()
+    return min(psutil.virtual_memory().available, cgroup_bytes()) // distributed.local_ranks()
+
+
+def cgroup_bytes(mine: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the control groups of the process (versions 1 and 2), and those around them, let it take besides; infinite
+    where nothing limits it. Page cache counts as free, as it does for the host."""
+    free = math.inf
+    for line in mine.read_text().splitlines() if mine.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = mounted, ("memory.max", "memory.current")
+        if controllers:
+            root, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        # In a container the path may be the host's, of which only the root is seen.
+        inner = root / path.lstrip("/")
+        for group in (inner, *(outer for outer in inner.parents if outer.is_relative_to(root))):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # not there; "max", which is no limit
+                limit, used = (int((group / name).read_text()) for name in names)
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                free = min(free, max(0, limit - used + int(stat["active_file"]) + int(stat["inactive_file"])))
+    return free
 
 
 def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:

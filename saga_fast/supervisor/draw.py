@@ -8,6 +8,7 @@ come before can no longer be kept, and its rollouts stop at once; one that comes
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -92,7 +93,12 @@ class Draw:
 
 
 def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
-    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn."""
+    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn.
+
+    seed: any whole number from 0 on.
+    """
+    if seed >= 2**63:  # more than a generator takes; smaller ones stay what they are
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(len(labels)))
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]

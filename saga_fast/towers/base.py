@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from saga_fast.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 try:
     from flash_attn import flash_attn_func
@@ -30,7 +32,6 @@ STATISTICS = {
     "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "siglip_vision_model": (HALF, HALF),
 }
-ATTENTION = "images"  # the name under which transformers finds `attend`
 
 
 class VisualFeatures(NamedTuple):
@@ -117,11 +118,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
 
 def _flash_runs(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
-
-
-def _attend_transformers(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
-    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
-    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
-
-
-AttentionInterface.register(ATTENTION, _attend_transformers)

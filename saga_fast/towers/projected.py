@@ -9,11 +9,13 @@ import functools
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from saga_fast.towers.base import ATTENTION, VisionTower, VisualFeatures
+from saga_fast.towers.base import VisionTower, VisualFeatures, attend
 from saga_fast.utils.errors import InputError
+
+ATTENTION = "images"  # the name under which transformers finds `attend`
 
 
 class ProjectedTower(VisionTower):
@@ -58,3 +60,11 @@ class ProjectedTower(VisionTower):
                 f"where patches make {rows * columns}; towers that add or drop tokens are not supported"
             )
         return VisualFeatures(tokens, ())
+
+
+def _attend_transformers(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
+    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
+    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attend_transformers)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message: names and values in it may come from anywhere
+PATIENCE = 2.0  # seconds; torchrun looks after its processes ten times a second
 
 
 class InputError(ValueError):
@@ -25,15 +27,21 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace."""
+    """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace.
+
+    Of torchrun's processes the first speaks at once. Another waits for `PATIENCE` seconds: if the first has met the
+    same and ended, torchrun ends this one meanwhile, so that one line says it; what is left had trouble of its own.
+    """
     try:
         yield
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # the others met the same; what one meets alone, torchrun reports
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(PATIENCE)
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's exception says at first; its kind, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,10 +6,12 @@ EPS named .jpg would start Ghostscript), only regular files (a pipe would hang),
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -28,14 +30,32 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
 
     Of an animation, the first frame. Raises InputError, naming the file, if it is no whole image in one of `FORMATS`.
     """
-    try:
+    with _named(os.fspath(path)):
         if not os.path.isfile(path):
             raise OSError("not a regular file" if os.path.lexists(path) else "no such file")
         # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a lying one wrong.
-        with open(path, "rb") as file, _no_bombs(), Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            return to_rgb(ImageOps.exif_transpose(image))
+        with open(path, "rb") as file:
+            return _decode(file)
+
+
+def read_rgb(content: bytes, name: str) -> Image.Image:
+    """As `open_rgb`, of what a file holds, which errors call `name`."""
+    with _named(name):
+        return _decode(io.BytesIO(content))
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    with _no_bombs(), Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Makes an InputError that names the picture of whatever is raised in here."""
+    try:
+        yield
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -43,7 +63,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
             cause = f"more than {MAX_PIXELS} pixels"
         cause = " ".join(cause.split())
-        raise InputError(f"{os.fspath(path)!r}: unreadable image ({cause}); replace or remove it") from error
+        raise InputError(f"{name!r}: unreadable image ({cause}); replace or remove it") from error
 
 
 @contextmanager

@@ -325,6 +325,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(encoder, pictures, tmp_path, a
     assert all(".index.chunks" in path.parts for path in left) and ("trained" in message or not left)
 
 
+def test_two_calls_into_one_index_take_turns(encoder, pictures, tmp_path, monkeypatch):
+    """The second is told who is at it; what the first does is whole."""
+    command = [sys.executable, "-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures")]
+    write, second = module.Chunks.write, []
+
+    def meanwhile(*chunk):
+        second.append(subprocess.run([*command, "--index", str(tmp_path / "index")], capture_output=True, text=True))
+        write(*chunk)
+
+    monkeypatch.setattr(module.Chunks, "write", meanwhile)
+    assert embed(encoder, [tmp_path / "pictures"], tmp_path / "index").new == 12
+    (refused,) = second
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"index' is in use by process {os.getpid()} on " in refused.stderr
+    assert_holds(tmp_path / "index", encoder, pictures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "pictures"]
+
+
 def test_another_encoders_index_is_refused(encoder, pictures, tmp_path):
     embed(encoder, pictures, tmp_path / "index")
     save_encoder(tmp_path / "other", seed=1)

@@ -26,6 +26,7 @@ from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import locked
 
 
 def small(**sections: dict) -> Config:
@@ -171,6 +172,36 @@ def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     trainer.train(config, broken, resume=True)
     ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_resumed_run_may_have_another_plan_and_goes_on_alike(unbroken, tmp_path, monkeypatch, capsys):
+    """As on a card of half the size, where the plan it began with does not fit; the data has moved too."""
+    out = shutil.copytree(unbroken[0], tmp_path / "run")
+    shutil.rmtree(out / "checkpoint/step-000004")
+    flags = ["--rollout.slots", "1", "--rollout.token-budget", "256", "--rollout.recompute", "full"]
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(out), "--resume", *flags, "--data.workers", "0"])
+    trainer.main()
+    assert "1 pairs roll out at once; " in capsys.readouterr().out
+    begun, now = (
+        Config.from_dict(json.loads((run / "config.json").read_text())["config"]) for run in (unbroken[0], out)
+    )
+    assert (now.rollout.slots, now.rollout.token_budget, now.data.workers) == (1, 256, 0)
+    assert begun.rollout.slots > 1 and now.optim == begun.optim
+    ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (out, unbroken[0]))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    for ours, theirs in zip(lines(out), lines(unbroken[0])):
+        sampled = ("pairs_drawn", "pairs_contributing", "reward", "completion_tokens")
+        assert [ours.get(name) for name in sampled] == [theirs.get(name) for name in sampled]
+
+
+def test_a_folder_is_one_trainings_at_a_time(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(out)])
+    with locked(out, "--out"), pytest.raises(SystemExit) as stop:
+        trainer.main()
+    assert stop.value.code == 2 and "run' is in use by another call in this process" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +389,7 @@ def test_a_resumed_run_keeps_its_configuration(unbroken, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(unbroken[0]), "--resume", "--optim.clip", "2"])
     with pytest.raises(SystemExit) as stop:
         trainer.main()
-    assert stop.value.code == 2 and "a resumed run keeps its configuration" in capsys.readouterr().err
+    assert stop.value.code == 2 and "a resumed run keeps that" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

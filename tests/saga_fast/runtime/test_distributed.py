@@ -152,6 +152,26 @@ def collectives() -> None:
         distributed.check_alike(model)
 
 
+SPEAKS = """
+import os, sys, time
+from saga_fast.utils.errors import InputError, exit_on_input_error
+with exit_on_input_error():
+    if os.environ["RANK"] in sys.argv[1]:
+        raise InputError("--out: no such disk")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "failing,told", [("1", "error: rank 1: --out"), ("012", "error: --out"), ("0", "error: --out")]
+)
+def test_a_rank_that_fails_alone_is_heard_and_all_together_once(failing, told, tmp_path):
+    (tmp_path / "speaks.py").write_text(SPEAKS)
+    done = subprocess.run(torchrun(3, str(tmp_path / "speaks.py"), failing), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("no such disk") == done.stderr.count(f"{told}: --out: no such disk") == 1
+
+
 @pytest.mark.faults
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     whole = finished(train(1, tmp_path / "whole", 2), tmp_path / "whole")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.runtime import memory
 from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
@@ -100,3 +105,59 @@ def test_without_a_loss_on_embeddings_the_tower_keeps_no_graph(tiny):
     phases = [predictor.footprint(Plan(), 2).phases for predictor in (with_loss, without)]
     assert phases[1]["A. embed"] == 2 * 8 * without.image_features < phases[0]["A. embed"]
     assert phases[1]["C. replay"] == phases[0]["C. replay"]
+
+
+def test_a_plan_that_does_not_fit_any_more_is_chosen_anew_for_a_resumed_run(tiny):
+    """What an 80 GB card held, on one of half the size."""
+    predictor = Predictor(step(tiny))
+    free = 2 * predictor.footprint(plan := Plan(1 << 16, "none"), 8).peak
+    fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, 8
+    assert predictor.choose(free, *fixed, anew=True)[:2] == predictor.choose(free, *fixed)[:2] == (plan, 8)
+    small = int(predictor.choose(free, 1, "full", "full", 1)[2].peak * 1.2)
+    with pytest.raises(InputError, match="memory: a step takes"):
+        predictor.choose(small, *fixed)
+    assert predictor.choose(small, *fixed, anew=True) == predictor.choose(small)
+    with pytest.raises(InputError, match="memory: a step takes"):
+        predictor.choose(1, *fixed, anew=True)
+
+
+def group(folder: Path, limit: str | int, used: int, cached: tuple[int, int], version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, (limit, used)):
+        (folder / name).write_text(f"{value}\n")
+    stat = f"anon 5\nactive_file {cached[0]}\ninactive_file {cached[1]}\nkernel 1\n"
+    (folder / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_is_what_there_is(version, tmp_path):
+    mine, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    root = mounted if version == 2 else mounted / "memory"
+    mine.write_text("0::/pod/job\n" if version == 2 else "12:cpu,cpuacct:/pod\n7:memory:/pod/job\n0::/\n")
+    assert memory.cgroup_bytes(mine, mounted) == memory.cgroup_bytes(tmp_path / "none", mounted) == math.inf
+    group(root / "pod/job", "max", 70, (0, 0), version)
+    assert memory.cgroup_bytes(mine, mounted) == math.inf
+    group(root / "pod", 100, 70, (10, 5), version)
+    assert memory.cgroup_bytes(mine, mounted) == 45, "the group around it limits it too; page cache can go"
+    group(root / "pod/job", 80, 70, (1, 1), version)
+    assert memory.cgroup_bytes(mine, mounted) == 12
+    group(root / "pod/job", 60, 70, (1, 1), version)
+    assert memory.cgroup_bytes(mine, mounted) == 0
+    shutil.rmtree(root / "pod")  # as seen from within the container
+    group(root, 90, 70, (0, 0), version)
+    assert memory.cgroup_bytes(mine, mounted) == 20
+
+
+def test_a_rank_has_its_share_of_its_own_host(monkeypatch):
+    """Sixteen ranks, eight a host."""
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=800))
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: math.inf)
+    cpu = torch.device("cpu")
+    assert memory.free_bytes(cpu) == 800
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    assert memory.free_bytes(cpu) == 100
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 400)
+    assert memory.free_bytes(cpu) == 50
