@@ -45,14 +45,15 @@ from saga_fast.runtime.run import SELECTS, Run
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
-from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.mllm import Pretrained, load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import Group, Replay
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.supervisor.supervisor import Supervisor, anchor_of, ask
 from saga_fast.supervisor.verdict import attribute_tokens
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.towers import tower_of
 from saga_fast.utils.errors import exit_on_input_error
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
@@ -98,7 +99,10 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
     name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
-    mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
+    pretrained = read_pretrained(name)
+    if prompt:
+        check_question(config, pretrained, prompt)
+    mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
     encoder = Encoder.from_tower(
         mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
     ).to(device)
@@ -246,22 +250,34 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     return run.finish(after, frozen, test_images, neighbours(embeddings))
 
 
-def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
+def sampling_of(config: Config) -> Sampling:
     rollout = config.rollout
+    return Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
+
+
+def check_question(config: Config, pretrained: Pretrained, prompt: Prompt) -> None:
+    """Raises InputError, before any weight is read, for a question that the model could not be asked."""
+    asked = prompt.as_generic() if config.supervisor.generic else prompt
+    grid = tower_of(pretrained.visual).grid(config.data.image_size, config.data.image_size)
+    prefix, _ = ask(pretrained, asked, config.supervisor.order, grid, sampling_of(config))
+    anchor_of(config.supervisor.anchor_layer, pretrained.config.text_config.num_hidden_layers)
+    if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
+        attribute_tokens(prefix.input_ids, pretrained.tokenizer, asked)
+
+
+def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
     supervisor = Supervisor(
         mllm,
         prompt.as_generic() if config.supervisor.generic else prompt,
         config.supervisor.order,
         encoder.tower.grid(config.data.image_size, config.data.image_size),
-        Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
+        sampling_of(config),
         config.supervisor.anchor_layer,
     )
-    if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
-        attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
     lengths = measure(supervisor)
     if distributed.rank() == 0:
-        print(lengths.line(rollout.max_new_tokens))
-        if shortage := lengths.shortage(rollout.max_new_tokens):
+        print(lengths.line(config.rollout.max_new_tokens))
+        if shortage := lengths.shortage(config.rollout.max_new_tokens):
             warnings.warn(shortage, stacklevel=2)
     return supervisor
 
