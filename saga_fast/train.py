@@ -45,7 +45,7 @@ from saga_fast.runtime.run import SELECTS, Run
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
-from saga_fast.supervisor.mllm import Pretrained, load_mllm, read_pretrained
+from saga_fast.supervisor.mllm import Mllm, load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import Group, Replay
@@ -101,7 +101,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
     pretrained = read_pretrained(name)
     if prompt:
-        check_question(config, pretrained, prompt)
+        check_question(config, pretrained.mllm, prompt)
     mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
     encoder = Encoder.from_tower(
         mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
@@ -255,14 +255,15 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
 
 
-def check_question(config: Config, pretrained: Pretrained, prompt: Prompt) -> None:
-    """Raises InputError, before any weight is read, for a question that the model could not be asked."""
+def check_question(config: Config, mllm: Mllm, prompt: Prompt) -> None:
+    """Raises InputError, before any weight is read, for a question that the model could not be asked. mllm: on the meta
+    device, see `Pretrained`."""
     asked = prompt.as_generic() if config.supervisor.generic else prompt
-    grid = tower_of(pretrained.visual).grid(config.data.image_size, config.data.image_size)
-    prefix, _ = ask(pretrained, asked, config.supervisor.order, grid, sampling_of(config))
-    anchor_of(config.supervisor.anchor_layer, pretrained.config.text_config.num_hidden_layers)
+    grid = tower_of(mllm.visual).grid(config.data.image_size, config.data.image_size)
+    prefix, _ = ask(mllm, asked, config.supervisor.order, grid, sampling_of(config))
+    anchor_of(config.supervisor.anchor_layer, mllm.decoder.depth)
     if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
-        attribute_tokens(prefix.input_ids, pretrained.tokenizer, asked)
+        attribute_tokens(prefix.input_ids, mllm.tokenizer, asked)
 
 
 def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -41,8 +44,16 @@ def malformed(name: str | Path, file: str, what: str) -> InputError:
     return refused(name, f"has a malformed {file} ({what}); restore the file")
 
 
-def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+@contextmanager
+def telling(name: str | Path, what: str) -> Iterator[None]:
+    """Where another library computes with what a model's files say: whatever it raises is told as `what`, with its
+    cause. `what` holds {}, where the cause stands. InputError and a device's want of memory pass."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind, as anything may be in those files
+        raise refused(name, what.format(f"{type(error).__name__}: {first_line(error)}")) from error
 
 
 def find(name: str | Path, file: str) -> str | None:

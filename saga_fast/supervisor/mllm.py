@@ -25,7 +25,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from saga_fast.supervisor import checkpoint_files as files
 from saga_fast.supervisor.decoder import FrozenDecoder
@@ -45,33 +44,10 @@ IMAGE_MARKS = {"internvl": (("start_image_token", "<img>"), ("end_image_token", 
 LAYERS = 512  # more than any model has: what a configuration asks for is built before weights are compared with it
 
 
-class Pretrained(NamedTuple):
-    """What can be known of a model before its weights are read. visual: as `Mllm`'s, on the meta device.
-
-    statistics: of pixels, see `pixel_statistics`. eos_token_ids: all that end a turn, perhaps none. positions: how many
-    a run may use, None where any number. mrope: they have three axes.
-    """
-
-    name: str | Path
-    config: PretrainedConfig
-    statistics: dict[str, list[float]]
-    visual: PreTrainedModel
-    tokenizer: Any
-    eos_token_ids: tuple[int, ...]
-    image_token: str
-    image_marks: tuple[str, str] | None
-    positions: int | None
-    mrope: bool
-
-    @property
-    def vocabulary(self) -> int:
-        """V, the tokens that are embedded."""
-        return self.config.text_config.vocab_size
-
-
 class Mllm(NamedTuple):
-    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in
-    the prompt, between `image_marks` where the model's processor puts such. positions: as `Pretrained`'s."""
+    """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
+    image_token: stands for one visual token in the prompt, between `image_marks` where the model's processor puts such.
+    positions: how many a run may use, None where any number."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
@@ -81,14 +57,15 @@ class Mllm(NamedTuple):
     image_marks: tuple[str, str] | None
     positions: int | None = None
 
-    @property
-    def mrope(self) -> bool:
-        return self.decoder.mrope
 
-    @property
-    def vocabulary(self) -> int:
-        """V, the tokens that are embedded."""
-        return self.decoder.embedding.shape[0]
+class Pretrained(NamedTuple):
+    """What can be known of a model before its weights are read. statistics: of pixels, see `pixel_statistics`.
+    mllm: its parts on the meta device, where weights have shapes and no values."""
+
+    name: str | Path
+    config: PretrainedConfig
+    statistics: dict[str, list[float]]
+    mllm: Mllm
 
 
 def read_pretrained(name: str | Path) -> Pretrained:
@@ -96,32 +73,28 @@ def read_pretrained(name: str | Path) -> Pretrained:
     this engine cannot run, and for a file of it that is malformed."""
     config = _configuration(name)
     files.expect_no_adapter(name)
-    for reason in _objections(config):
-        raise files.refused(name, reason)
+    built = "has a config.json of which no model can be built ({})"
+    with files.telling(name, built):
+        for reason in _objections(config):
+            raise files.refused(name, reason)
+        positions = _positions(config.text_config)
+        _settle(name, config)
     expect_safetensors(name)
-    positions = _positions(config.text_config)
-    _settle(name, config)
     statistics = files.pixel_statistics(name)
-    try:
+    with files.telling(name, "has a tokenizer that cannot be read ({}); restore its files"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # of any kind: the tokenizers package raises plain ones
-        raise files.refused(
-            name, f"has a tokenizer that cannot be read ({files.told(error)}); restore its files"
-        ) from error
     tokenizer.chat_template = files.chat_template(name, tokenizer)
     image_token = _image_token(name, config, tokenizer)
     marks = _image_marks(name, config.model_type, tokenizer)
     ends = files.end_tokens(name, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
         ends = tuple(dict.fromkeys((*ends, end)))
-    try:
+    with files.telling(name, built):
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
-        mrope = hasattr(skeleton.model.language_model.rotary_emb, "mrope_section")
+        decoder = FrozenDecoder(skeleton.model.language_model, skeleton.lm_head)
         visual = _visual(skeleton, statistics)
-    except Exception as error:  # of any kind: no weight is here and no device, so it is what config.json says
-        raise files.refused(name, f"has a config.json of which no model can be built ({files.told(error)})") from error
-    return Pretrained(name, config, statistics, visual, tokenizer, ends, image_token, marks, positions, mrope)
+    return Pretrained(name, config, statistics, Mllm(visual, decoder, tokenizer, ends, image_token, marks, positions))
 
 
 def load_mllm(
@@ -157,26 +130,13 @@ def load_mllm(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
         )
-    try:
-        with quiet():
-            whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of any kind, told as what it is: the files have been looked at by now
-        raise files.refused(name, f"could not be loaded on {device} ({files.told(error)})") from error
+    with files.telling(name, f"could not be loaded on {device} ({{}})"), quiet():
+        whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
     expect_shapes(name, whole, skeleton)
-    if known.positions is not None:  # so far the frequencies are what they are now: nothing is to look and change them
+    if known.mllm.positions is not None:  # so far the frequencies are what they are now: nothing looks and changes them
         whole.model.language_model.rotary_emb.rope_type = "default"
     decoder = FrozenDecoder(whole.model.language_model, whole.lm_head, quantize_head)
-    return Mllm(
-        _visual(whole, known.statistics),
-        decoder,
-        known.tokenizer,
-        known.eos_token_ids,
-        known.image_token,
-        known.image_marks,
-        known.positions,
-    )
+    return known.mllm._replace(visual=_visual(whole, known.statistics), decoder=decoder)
 
 
 def _expect_device(device: str) -> None:
@@ -195,10 +155,6 @@ def _expect_device(device: str) -> None:
 def _configuration(name: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
-        if getattr(config, "auto_map", None) or "AutoTokenizer" in get_tokenizer_config(name).get("auto_map", {}):
-            raise ValueError("trust_remote_code")
-        return config
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
         if "config.json" in str(error):  # there is none, perhaps
             files.expect_no_adapter(name)
@@ -207,9 +163,14 @@ def _configuration(name: str | Path) -> PretrainedConfig:
         elif "trust_remote_code" in str(error):
             mend = _OWN_CODE
         else:
-            told = first_line(error) if isinstance(error, OSError | ValueError) else files.told(error)
-            mend = f"is no model ({told}); give a folder or hub id"
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            mend = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
         raise files.refused(name, mend) from error
+    # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
+    brought = (files.read_json(name, "tokenizer_config.json") or {}).get("auto_map") or {}
+    if getattr(config, "auto_map", None) or "AutoTokenizer" in brought:
+        raise files.refused(name, _OWN_CODE)
+    return config
 
 
 _OWN_CODE = (

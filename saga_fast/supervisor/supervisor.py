@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.mllm import Mllm, Pretrained
+from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import Order, Prefix, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
@@ -21,30 +21,31 @@ SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair con
 
 
 def ask(
-    model: Mllm | Pretrained, prompt: Prompt, order: Order, grid: tuple[int, int], sampling: Sampling
+    mllm: Mllm, prompt: Prompt, order: Order, grid: tuple[int, int], sampling: Sampling
 ) -> tuple[Prefix, PairPrefix]:
     """The question about images of `grid` (rows, columns) tokens, on the CPU.
 
-    No weight is needed, so that what is wrong can be told before any is read. Raises InputError as `build_prefix` does,
-    and for tokens or positions that the model does not have, and for one that nothing tells to stop.
+    It needs no weights: what is wrong can be told before any is read, see `Pretrained`. Raises InputError as
+    `build_prefix` does, for tokens or positions that the model does not have, and where nothing ends an answer.
     """
-    name = f"supervisor.model: {model.tokenizer.name_or_path or 'model'}"
-    if not model.eos_token_ids:
+    name = f"supervisor.model: {mllm.tokenizer.name_or_path or 'model'}"
+    if not mllm.eos_token_ids:
         raise InputError(f"{name} names no token that ends a turn; add eos_token_id to its generation_config.json")
-    count = grid[0] * grid[1]
-    prefix = build_prefix(model.tokenizer, prompt.instruction(), count, order, model.image_token, model.image_marks)
-    if (most := max(prefix.input_ids)) >= model.vocabulary:
+    count, vocabulary = grid[0] * grid[1], mllm.decoder.embedding.shape[0]
+    prefix = build_prefix(mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_marks)
+    if (most := max(prefix.input_ids)) >= vocabulary:
         raise InputError(
-            f"{name} has a tokenizer that writes the prompt with token {most}, where its embedding has "
-            f"{model.vocabulary}; restore the tokenizer's files and config.json of one release"
+            f"{name} has a tokenizer that writes the prompt with token {most}, where its embedding has {vocabulary}; "
+            "restore the tokenizer's files and config.json of one release"
         )
-    placed = PairPrefix.of(prefix, grid if model.mrope else None)
-    if model.positions is not None and placed.next_position + sampling.capacity + 1 > model.positions:
-        left = (model.positions - placed.next_position - 1) // LOOK_EVERY * LOOK_EVERY + 1
+    placed = PairPrefix.of(prefix, grid if mllm.decoder.mrope else None)
+    # A rollout is looked at every LOOK_EVERY tokens, so it reaches a little beyond max_new_tokens.
+    if mllm.positions is not None and placed.next_position + sampling.capacity + 1 > mllm.positions:
+        left = (mllm.positions - placed.next_position - 1) // LOOK_EVERY * LOOK_EVERY + 1
         mend = f"give {left} or fewer" if left > 0 else "take smaller images, fewer attributes or another model"
         raise InputError(
             f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {placed.next_position} positions, "
-            f"and the model's rotary frequencies are fixed for {model.positions} in all: {mend}"
+            f"and the model's rotary frequencies are fixed for {mllm.positions} in all: {mend}"
         )
     return prefix, placed
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
-from saga_fast.supervisor.checkpoint_files import MERGE, find, malformed, read_json, refused, told
+from saga_fast.supervisor.checkpoint_files import MERGE, find, malformed, read_json, refused, telling
 from saga_fast.utils.errors import first_line
 
 SAFELY = {"trust_remote_code": False, "use_safetensors": True}
@@ -69,19 +69,16 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
     packed = hasattr(config, "quantization_config")
     if packed:  # of packed weights the headers do not say the shapes
         del config.quantization_config
-    try:
-        with quiet(progress=False):
-            model, found = AutoModelForImageTextToText.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **SAFELY,
-            )
-    except Exception as error:  # of any kind: no device is here, so it is what the files hold
-        raise refused(name, f"is not whole ({told(error)}); restore the file") from error
+    with telling(name, "is not whole ({}); restore the file"), quiet(progress=False):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **SAFELY,
+        )
     missing = sorted(found["missing_keys"])
     unknown = sorted(key for key in found["unexpected_keys"] if not (packed and _PACKING.search(key)))
     others = sorted((key, tuple(there), tuple(asked)) for key, there, asked in found["mismatched_keys"])

@@ -181,7 +181,8 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
             (place / name).mkdir() if content is None else (place / name).write_bytes(content)
         sampling = Sampling(group_size=2, max_new_tokens=16)
         try:
-            known = read_pretrained(place)
+            pretrained = read_pretrained(place)
+            known = pretrained.mllm
             tower = tower_of(known.visual)
             grid = tower.grid(SIDE, SIDE)
             prefix, placed = ask(known, PROMPT, "images_first", grid, sampling)
@@ -189,10 +190,12 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
             return refused(error)
         # What can be asked is in range, each image has its tokens, and pixels stay numbers.
         image = known.tokenizer.convert_tokens_to_ids(known.image_token)
-        assert image == known.config.image_token_id and prefix.input_ids.count(image) == 2 * grid[0] * grid[1] > 0
+        assert image == pretrained.config.image_token_id and prefix.input_ids.count(image) == 2 * grid[0] * grid[1] > 0
         assert all(prefix.input_ids[at] == image for span in prefix.image_spans for at in range(*span))
-        assert 0 <= min(prefix.input_ids) <= max(prefix.input_ids) < known.vocabulary
-        assert known.eos_token_ids and all(0 <= token < known.vocabulary for token in known.eos_token_ids)
+        assert 0 <= min(prefix.input_ids) <= max(prefix.input_ids) < pretrained.config.text_config.vocab_size
+        assert known.eos_token_ids and all(
+            0 <= token < pretrained.config.text_config.vocab_size for token in known.eos_token_ids
+        )
         assert known.positions is None or placed.next_position + 17 <= known.positions
         pixels = tower.normalize(torch.full((1, 3, 1, 1), 200, dtype=torch.uint8), torch.float32)
         assert pixels.isfinite().all()
@@ -200,13 +203,15 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
         if accepted % 8:
             return "asked"
         try:
-            mllm = load_mllm(known, quantize=bool(seed % 2))
+            mllm = load_mllm(pretrained, quantize=bool(seed % 2))
             supervisor = Supervisor(mllm, PROMPT, "images_first", grid, sampling)
             features = tower_of(mllm.visual)(torch.full((2, 3, SIDE, SIDE), 9, dtype=torch.uint8))
             (group,) = supervisor.roll_out(features.detach(), torch.tensor([0]))
         except InputError as error:
             return f"asked, then {refused(error)}"
-        assert len(group) == 2 and all(0 <= token < known.vocabulary for tokens in group for token in tokens)
+        assert len(group) == 2 and all(
+            0 <= token < pretrained.config.text_config.vocab_size for tokens in group for token in tokens
+        )
         return "asked and rolled out"
 
     return holds
