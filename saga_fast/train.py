@@ -56,14 +56,15 @@ from saga_fast.runtime.run import SELECTS, Run, held
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
-from saga_fast.supervisor.mllm import Mllm, load_mllm
+from saga_fast.supervisor.mllm import Mllm, load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import AnchorAttention, Group, Replay
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor, Written
+from saga_fast.supervisor.supervisor import Supervisor, Written, anchor_of, ask
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.towers import tower_of
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -473,8 +474,11 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
     name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
+    pretrained = read_pretrained(name)
+    if config.uses_supervisor:
+        check_question(config, pretrained.mllm, prompt)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
+    mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
     encoder = Encoder.from_tower(
         mllm.visual,
         config.encoder.pooler,
@@ -520,24 +524,36 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     return t, run, (validation_images, test_images)
 
 
-def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
-    """The MLLM's language model and its question, whose lengths it prints. Raises InputError for a tokenizer whose
-    tokens cannot be traced to attributes where that is needed."""
+def sampling_of(config: Config) -> Sampling:
     rollout = config.rollout
+    return Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
+
+
+def check_question(config: Config, mllm: Mllm, prompt: Prompt) -> None:
+    """Raises InputError, before any weight is read, for a question that the model could not be asked. mllm: on the meta
+    device, see `Pretrained`."""
+    asked = prompt.as_generic() if config.supervisor.generic else prompt
+    grid = tower_of(mllm.visual).grid(config.data.image_size, config.data.image_size)
+    prefix, _ = ask(mllm, asked, config.supervisor.order, grid, sampling_of(config))
+    anchor_of(config.supervisor.anchor_layer, mllm.decoder.depth)
+    if config.reads_attributes:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
+        tokens_by_attribute(prefix.input_ids, mllm.tokenizer, asked)
+
+
+def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
+    """The MLLM's language model and its question, whose lengths it prints."""
     supervisor = Supervisor(
         mllm,
         prompt.as_generic() if config.supervisor.generic else prompt,
         config.supervisor.order,
         encoder.tower.grid(config.data.image_size, config.data.image_size),
-        Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
+        sampling_of(config),
         config.supervisor.anchor_layer,
     )
-    if config.reads_attributes:  # refused now, not mid-run
-        tokens_by_attribute(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
     lengths = measure(supervisor)
     if distributed.rank() == 0:
-        print(lengths.line(rollout.max_new_tokens))
-        if shortage := lengths.shortage(rollout.max_new_tokens):
+        print(lengths.line(config.rollout.max_new_tokens))
+        if shortage := lengths.shortage(config.rollout.max_new_tokens):
             warnings.warn(shortage, stacklevel=2)
     return supervisor
 

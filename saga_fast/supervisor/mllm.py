@@ -10,14 +10,12 @@ code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the laye
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,23 +25,29 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from saga_fast.supervisor import checkpoint_files as files
 from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor.prompt import end_of_turn
+from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
 TOWERS = ("qwen3_vl", "internvl", "llava")
 DECODERS = ("llama", "qwen2", "qwen3", "qwen3_vl_text")
-ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence's length
+# Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
+ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+# Around the tokens of an image, where not the template but the family's processor writes them: the attributes by which
+# its tokenizer may name them, and what they are in its vocabulary.
+IMAGE_MARKS = {"internvl": (("start_image_token", "<img>"), ("end_image_token", "</img>"))}
+LAYERS = 512  # more than any model has: what a configuration asks for is built before weights are compared with it
 
 
 class Mllm(NamedTuple):
-    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in
-    the prompt, between `image_marks` where the model's processor puts such."""
+    """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
+    image_token: stands for one visual token in the prompt, between `image_marks` where the model's processor puts such.
+    positions: how many a run may use, None where any number."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
@@ -51,10 +55,50 @@ class Mllm(NamedTuple):
     eos_token_ids: tuple[int, ...]
     image_token: str
     image_marks: tuple[str, str] | None
+    positions: int | None = None
+
+
+class Pretrained(NamedTuple):
+    """What can be known of a model before its weights are read. statistics: of pixels, see `pixel_statistics`.
+    mllm: its parts on the meta device, where weights have shapes and no values."""
+
+    name: str | Path
+    config: PretrainedConfig
+    statistics: dict[str, list[float]]
+    mllm: Mllm
+
+
+def read_pretrained(name: str | Path) -> Pretrained:
+    """All of a model but its weights. Raises InputError for one that is missing, gated, not whole, or of a kind that
+    this engine cannot run, and for a file of it that is malformed."""
+    config = _configuration(name)
+    files.expect_no_adapter(name)
+    built = "has a config.json of which no model can be built ({})"
+    with files.telling(name, built):
+        for reason in _objections(config):
+            raise files.refused(name, reason)
+        positions = _positions(config.text_config)
+        _settle(name, config)
+    expect_safetensors(name)
+    statistics = files.pixel_statistics(name)
+    with files.telling(name, "has a tokenizer that cannot be read ({}); restore its files"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.chat_template = files.chat_template(name, tokenizer)
+    image_token = _image_token(name, config, tokenizer)
+    marks = _image_marks(name, config.model_type, tokenizer)
+    ends = files.end_tokens(name, config, tokenizer)
+    if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
+        ends = tuple(dict.fromkeys((*ends, end)))
+    with files.telling(name, built):
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+        decoder = FrozenDecoder(skeleton.model.language_model, skeleton.lm_head)
+        visual = _visual(skeleton, statistics)
+    return Pretrained(name, config, statistics, Mllm(visual, decoder, tokenizer, ends, image_token, marks, positions))
 
 
 def load_mllm(
-    name: str | Path,
+    model: str | Path | Pretrained,
     quantize: bool = True,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -64,92 +108,75 @@ def load_mllm(
 
     quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); norms, tower, embedding and
     head stay in `dtype`. quantize_head: embedding and head in NF4 too. A checkpoint in NF4 stays as it is.
-    Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
+    Raises InputError as `read_pretrained` does, and for weights that are not those the configuration asks for.
     """
-    config = _configuration(name)
-    for reason in chain(_objections(config), _pickles(name)):
-        raise InputError(f"supervisor.model: {name} {reason}")
+    known = model if isinstance(model, Pretrained) else read_pretrained(model)
+    name, config = known.name, known.config
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
             f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
             f"it needs a multiple of {BLOCK}: leave it out"
         )
+    _expect_device(device)
+    expect_weights(name)
+    skeleton = expect_keys(name, config, dtype)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": device, **SAFELY}
+    if quantize and not hasattr(config, "quantization_config"):
+        parts = [part for part, _ in skeleton.model.named_children()]
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
+        )
+    with files.telling(name, f"could not be loaded on {device} ({{}})"), quiet():
+        whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
+    expect_shapes(name, whole, skeleton)
+    if known.mllm.positions is not None:  # so far the frequencies are what they are now: nothing looks and changes them
+        whole.model.language_model.rotary_emb.rope_type = "default"
+    decoder = FrozenDecoder(whole.model.language_model, whole.lm_head, quantize_head)
+    return known.mllm._replace(visual=_visual(whole, known.statistics), decoder=decoder)
+
+
+def _expect_device(device: str) -> None:
+    """Raises InputError where PyTorch cannot run the device at all, which is no fault of the model's."""
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(config)
-        settings = {"dtype": dtype, "device_map": device, "trust_remote_code": False, "use_safetensors": True}
-        if quantize and not hasattr(config, "quantization_config"):
-            parts = [name for name, _ in skeleton.model.named_children()]
-            settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
-            )
-        model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **settings)
-        if missing := sorted(loaded["missing_keys"]):
-            raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
-        _expect_shapes(model, skeleton)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        (torch.ones(1, device=device) + 1).item()
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if "file named model.safetensors" in str(error):
-            raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {_SAFETENSORS}") from None
-        raise InputError(f"supervisor.model: {name} is not whole ({first_line(error)}); restore the file") from None
-    tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
-    eos = model.generation_config.eos_token_id
-    eos = eos if eos is not None else tokenizer.eos_token_id
-    decoder = FrozenDecoder(model.model.language_model, model.lm_head, quantize_head)
-    return Mllm(
-        _visual(model, _pixel_statistics(name)),
-        decoder,
-        tokenizer,
-        tuple(eos) if isinstance(eos, list) else (eos,),
-        tokenizer.convert_ids_to_tokens(config.image_token_id),
-        _image_marks(tokenizer),
-    )
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device: {device} does not run with PyTorch {torch.__version__} ({first_line(error)}); "
+            "install the build of PyTorch for this GPU and its driver, or hide the GPU by CUDA_VISIBLE_DEVICES="
+        ) from error
 
 
 def _configuration(name: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
-        if getattr(config, "auto_map", None) or "AutoTokenizer" in get_tokenizer_config(name).get("auto_map", {}):
-            raise ValueError("trust_remote_code")
-        return config
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind: a configuration's class computes with what it finds
+        if "config.json" in str(error):  # there is none, perhaps
+            files.expect_no_adapter(name)
         if "gated" in str(error):
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
             mend = _OWN_CODE
         else:
-            mend = f"is no model ({first_line(error)}); give a folder or hub id"
-        raise InputError(f"supervisor.model: {name} {mend}") from None
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            mend = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
+        raise files.refused(name, mend) from error
+    # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
+    brought = (files.read_json(name, "tokenizer_config.json") or {}).get("auto_map") or {}
+    if getattr(config, "auto_map", None) or "AutoTokenizer" in brought:
+        raise files.refused(name, _OWN_CODE)
+    return config
 
 
 _OWN_CODE = (
     "brings code of its own, which is not run; "
     "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
 )
-_SAFETENSORS = (
-    "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
-    "or convert it by transformers' save_pretrained if you trust it"
-)
-
-
-def _pickles(name: str | Path) -> Iterator[str]:
-    """Weight files that the index of a sharded checkpoint names, if they are not safetensors."""
-    if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
-        try:
-            files = set(json.loads(Path(index).read_text())["weight_map"].values())
-            bad = sorted(file for file in files if not file.endswith(".safetensors"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} is malformed); restore the file"
-        else:
-            if bad:
-                yield f"names {bad[0]!r} among its weights; {_SAFETENSORS}"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
@@ -167,8 +194,11 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
     sliding = getattr(text, "sliding_window", None)
     if sliding or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         yield f"attends within a sliding window of {sliding} tokens; a model with full attention is needed"
-    if (rotary := text.rope_parameters.get("rope_type", "default")) not in ROTARY:
+    if (rotary := _rope(text).get("rope_type", "default")) not in ROTARY:
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
+    for part in ("text_config", "vision_config"):
+        if (layers := getattr(getattr(config, part, None), "num_hidden_layers", 0)) > LAYERS:
+            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {LAYERS}"
     if text.hidden_act != "silu":
         yield f"has {text.hidden_act!r} for its activation; a SwiGLU decoder is needed, with 'silu'"
     if kind not in TOWERS:
@@ -182,13 +212,58 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         )
 
 
-def _expect_shapes(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    """Raises OSError: while transformers quantises, it takes a weight of any shape."""
-    expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "quant_state", parameter).shape)
-        if shape != expected[name]:
-            raise OSError(f"{name} is {shape}, its configuration says {expected[name]}")
+def _rope(text: PretrainedConfig) -> dict[str, Any]:
+    return getattr(text, "rope_parameters", None) or {}
+
+
+def _positions(text: PretrainedConfig) -> int | None:
+    """How many positions the rotary frequencies hold for; None where for all."""
+    match _rope(text).get("rope_type"):
+        case "dynamic":
+            return text.max_position_embeddings
+        case "longrope":
+            return _rope(text)["original_max_position_embeddings"]
+    return None
+
+
+def _settle(name: str | Path, config: PretrainedConfig) -> None:
+    """Flags that moved between versions of transformers count in both places."""
+    raw = files.read_json(name, "config.json") or {}
+    inner = raw.get("text_config") or {}
+    said = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
+    if said:  # tied weights that are both in the files, and differ, stay two all the same
+        config.tie_word_embeddings = any(said)
+    if "image_token_index" in raw and "image_token_id" not in raw:
+        config.image_token_id = raw["image_token_index"]
+
+
+def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
+    """The token of `image_token_id`, which stands in the prompt and is embedded before an image takes its place."""
+    number, vocabulary = config.image_token_id, config.text_config.vocab_size
+    token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
+    if token is None or tokenizer.convert_tokens_to_ids(token) != number:
+        raise files.refused(
+            name,
+            f"has image_token_id {number} in its config.json, which its embedding ({vocabulary} tokens) or its "
+            "tokenizer does not know; restore config.json and the tokenizer's files",
+        )
+    return token
+
+
+def _image_marks(name: str | Path, kind: str, tokenizer) -> tuple[str, str] | None:
+    """What the family's processor writes around an image, by the tokenizer's names for it, else by the vocabulary."""
+    if kind not in IMAGE_MARKS:
+        return None
+    known = tokenizer.get_vocab()
+    marks = tuple(getattr(tokenizer, attribute, None) or usual for attribute, usual in IMAGE_MARKS[kind])
+    for (attribute, _), mark in zip(IMAGE_MARKS[kind], marks):
+        if mark not in known:
+            raise files.refused(
+                name,
+                f"has no {mark!r} in its tokenizer's vocabulary, which a {kind!r} puts around an image; "
+                f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json",
+            )
+    return marks
 
 
 def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTrainedModel:
@@ -211,24 +286,3 @@ def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTr
             dense.bias = module.bias
             visual.set_submodule(name, dense)
     return visual
-
-
-def _pixel_statistics(name: str | Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std`, where the model's image processor says them."""
-    try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        return {}
-    return {key: said[key] for key in ("image_mean", "image_std") if key in said}
-
-
-def _chat_template(name: str | Path) -> str | None:
-    """The template of releases that kept it beside the tokenizer."""
-    file = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(file).read_text())["chat_template"] if file else None
-
-
-def _image_marks(tokenizer) -> tuple[str, str] | None:
-    """InternVL's processor, not its template, writes these around an image's tokens; its tokenizer names them."""
-    marks = tuple(getattr(tokenizer, f"{end}_image_token", None) for end in ("start", "end"))
-    return marks if all(marks) else None

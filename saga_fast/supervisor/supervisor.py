@@ -12,14 +12,51 @@ from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.agreement import Described
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
-from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
+from saga_fast.supervisor.prompt import Order, Prefix, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
 from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens_by_attribute
 from saga_fast.utils.errors import InputError
 
 Written = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
+
+
+def ask(
+    mllm: Mllm, prompt: Prompt, order: Order, grid: tuple[int, int], sampling: Sampling
+) -> tuple[Prefix, PairPrefix]:
+    """The question about images of `grid` (rows, columns) tokens, on the CPU.
+
+    It needs no weights: what is wrong can be told before any is read, see `Pretrained`. Raises InputError as
+    `build_prefix` does, for tokens or positions that the model does not have, and where nothing ends an answer.
+    """
+    name = f"supervisor.model: {mllm.tokenizer.name_or_path or 'model'}"
+    if not mllm.eos_token_ids:
+        raise InputError(f"{name} names no token that ends a turn; add eos_token_id to its generation_config.json")
+    count, vocabulary = grid[0] * grid[1], mllm.decoder.embedding.shape[0]
+    prefix = build_prefix(mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_marks)
+    if (most := max(prefix.input_ids)) >= vocabulary:
+        raise InputError(
+            f"{name} has a tokenizer that writes the prompt with token {most}, where its embedding has {vocabulary}; "
+            "restore the tokenizer's files and config.json of one release"
+        )
+    placed = PairPrefix.of(prefix, grid if mllm.decoder.mrope else None)
+    # A rollout is looked at every LOOK_EVERY tokens, so it reaches a little beyond max_new_tokens.
+    if mllm.positions is not None and placed.next_position + sampling.capacity + 1 > mllm.positions:
+        left = (mllm.positions - placed.next_position - 1) // LOOK_EVERY * LOOK_EVERY + 1
+        mend = f"give {left} or fewer" if left > 0 else "take smaller images, fewer attributes or another model"
+        raise InputError(
+            f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {placed.next_position} positions, "
+            f"and the model's rotary frequencies are fixed for {mllm.positions} in all: {mend}"
+        )
+    return prefix, placed
+
+
+def anchor_of(asked: int | None, depth: int) -> int:
+    """The layer of `depth` whose attention the pooler learns from; None is the paper's 26 of 36, scaled."""
+    if asked is not None and not 0 <= asked < depth:
+        raise InputError(f"supervisor.anchor-layer: {asked}; the model's layers are 0 to {depth - 1}")
+    return round(26 / 36 * depth) if asked is None else asked
 
 
 class Supervisor:
@@ -43,14 +80,11 @@ class Supervisor:
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
-        instruction, count = prompt.instruction(), grid[0] * grid[1]
-        prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_marks)
+        prefix, _ = ask(mllm, prompt, order, grid, sampling)
+        self.thinks = prefix.thinks
         self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device)
         self.question = Question(self.decoder, self.prefix)
-        depth = self.decoder.depth
-        self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
-        if not 0 <= self.anchor_layer < depth:
-            raise InputError(f"supervisor.anchor-layer: {anchor_layer}; the model's layers are 0 to {depth - 1}")
+        self.anchor_layer = anchor_of(anchor_layer, self.decoder.depth)
         self.plan, self.slots = plan, slots
         self._engine: Engine | None = None
 

@@ -43,5 +43,6 @@ def exit_on_input_error() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says at first; its kind, where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What another library's exception says at first, with what its heading announces; its kind, if it says nothing."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))

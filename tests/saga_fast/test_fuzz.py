@@ -103,6 +103,7 @@ FRAGMENTS = [
     *(f'"{KEY.upper()}": "no"', ', "s\\u0061me_species": "no"', f', "{KEY}\\u0000": "no"', f'\\"{KEY}\\": \\"no\\"'),
     *('"yes"', '"no"', "yes", "no", "maybe", "true", "null", "NaN", "-Infinity", "9" * 5000, "-0.0e+99999", "01", "٣"),
     *("{", "}", "[", "]", "[]", "{}", '"', "\\", ":", ",", "[" * 60, '{"a":' * 60, "]" * 9, "}" * 9, "//", "/* { */"),
+    *("<think>", "</think>", "<think>{}</think>"),
     *("```json\n", "```", "<|im_end|>", "<script>alert(1)</script>", "</textarea><img src=x onerror=1>", "&quot;"),
     *(
         "\\u0000",
@@ -193,6 +194,15 @@ class Refused(ValueError):
 
 
 def read(text: str) -> dict | None:
+    """`read_answer` behind thoughts that lead `text`."""
+    _, closed, rest = text.partition("</think>")
+    if text.lstrip().startswith("<think>"):
+        return read_answer(rest) if closed else None
+    found = read_answer(text)
+    return read_answer(rest) if found is None and closed else found
+
+
+def read_answer(text: str) -> dict | None:
     """The one object in `text` by the json module and the rules as the documentation has them; None if it is none."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict:

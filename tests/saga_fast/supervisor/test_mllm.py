@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ def llava(**text) -> dict:
     return {"model_type": "llava", "text_config": {"model_type": "llama", **text}, "vision_config": CLIP}
 
 
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    """Changes the JSON object in `file`, which need not be there."""
+    values = json.loads(file.read_text()) if file.exists() else {}
+    change(values)
+    file.write_text(json.dumps(values))
+
+
 REFUSED = {
     "text only": ({"model_type": "qwen3"}, "is a 'qwen3', which reads no images; a vision-language model is needed"),
     "video only": ({"model_type": "instructblipvideo"}, "is a 'instructblipvideo', which reads videos only"),
@@ -42,8 +50,8 @@ REFUSED = {
         "a sliding window of 32 tokens",
     ),
     "rotary": (
-        llava(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "scales its rotary positions by 'dynamic'; accepted are default, linear",
+        llava(rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}),
+        "scales its rotary positions by 'proportional'; accepted are default, linear",
     ),
     "activation": (llava(hidden_act="gelu"), "has 'gelu' for its activation"),
     "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen3_vl, internvl, llava"),
@@ -133,7 +141,7 @@ def test_code_and_pickles_in_a_folder_are_refused_and_never_run(sharded, tmp_pat
     refused(folder, "names 'pytorch_model-00001-of-00001.bin' among its weights; " + pickles)
     for malformed in ("[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
         (folder / "model.safetensors.index.json").write_text(malformed)
-        refused(folder, r"is not whole \(model.safetensors.index.json is malformed\)")
+        refused(folder, "has a malformed model.safetensors.index.json")
 
     folder = shutil.copytree(sharded, tmp_path / "code")
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')")
@@ -224,6 +232,7 @@ def test_a_head_in_nf4_is_the_dequantised_head_everywhere(family, tmp_path):
 
 
 def test_a_head_that_nf4_cannot_hold_row_by_row_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(llava(hidden_size=96, num_attention_heads=4)))
+    folder = save("llava-llama", tmp_path / "llava")
+    edit(folder / "config.json", lambda config: config["text_config"].update(hidden_size=96))
     with pytest.raises(InputError, match="supervisor.quantize-head: hidden states of .* are 96 wide"):
-        load_mllm(tmp_path, quantize_head=True)
+        load_mllm(folder, quantize_head=True)

@@ -204,6 +204,19 @@ def test_spans_cut_out_exactly_the_values(layout, a, b):
         assert list(spans) == list(PROMPT.attributes)
 
 
+@pytest.mark.parametrize("opened", ["<think>", " \n<think>\n", ""])
+def test_thoughts_before_an_answer_are_passed_over(opened):
+    plain = answer(True, {"bill": "long", "leg color": "red"}, {"bill": "short", "leg color": "red"})
+    thought = f'{opened}Same? {{"same": "no"}} is the form. same: no [1]</think>'
+    assert reward(parse(f"{thought}\n\n{plain}", PROMPT), True) == 1.0
+    text = f"{thought}```json\n{plain}\n```"
+    assert [text[slice(*span)] for span in attribute_spans(text, PROMPT)[1].values()] == ["short", "red"]
+    assert parse(f"{thought}{plain}{plain}", PROMPT) is None, "two verdicts are none, wherever they stand"
+    assert parse(f"{thought}{plain}</think>{plain}", PROMPT) is None
+    if opened:
+        assert parse(f"{opened}{plain}", PROMPT) is None, "thoughts that do not end hold no answer"
+
+
 def test_spans_leave_out_what_is_not_a_described_attribute():
     text = '{"bird_1": {"bill": 3, "song": "loud", "leg color": ""}, "bird_2": "red", "bill": "x", "same": "no"}'
     first, second = attribute_spans(text, PROMPT)
