@@ -38,7 +38,7 @@ TINY = (
     *("--data.species", "32", "--data.images-per-species", "6"),
     *("--data.classes-per-batch", "8", "--data.images-per-class", "4"),
     *("--rollout.pairs", "4", "--rollout.pairs-per-batch", "16", "--rollout.max-batches", "2"),
-    *("--log.checkpoint-every", str(STOP), "--log.gradients-every", "2"),
+    *("--log.checkpoint-every", str(STOP)),
 )
 
 

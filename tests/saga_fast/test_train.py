@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -365,3 +366,15 @@ def test_the_terms_norms_and_cosines_are_those_of_all_gradients_together():
         assert terms[f"grad_{part}_{other}"] == pytest.approx(b.norm().item(), rel=1e-5)
         cosine = torch.nn.functional.cosine_similarity(a, b, 0).item()
         assert terms[f"cosine_{part}_dml_{other}"] == pytest.approx(cosine, rel=1e-4)
+
+
+def test_every_key_that_a_run_writes_is_in_the_glossary(unbroken):
+    glossary = re.findall(r"`([a-z_0-9]+)`", (Path(__file__).parents[2] / "docs/metrics.md").read_text())
+    out, final = unbroken
+    written = {key for name in ("metrics", "telemetry") for line in read_jsonl(out / f"{name}.jsonl") for key in line}
+    written |= final.keys() | final["before"].keys()
+    assert len(written) > 40 and not written - set(glossary)
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
