@@ -7,7 +7,7 @@ PIP ?= $(VENV)/bin/python -m pip install -qq
 
 # The recorded versions are those of CI, which has no GPU. With one, the newest CUDA builds are taken.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-EXTRA ?= cpu
+EXTRA ?=
 CONSTRAINTS ?= -c constraints.txt
 else
 EXTRA ?= gpu
@@ -41,5 +41,5 @@ $(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@echo "Setting up $(VENV): this takes some minutes, once."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(CONSTRAINTS) "setuptools>=80" "torch>=2.11" numpy
-	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRA),test]"
+	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[test$(EXTRA:%=,%)]"
 	touch $@

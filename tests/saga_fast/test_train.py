@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -444,3 +445,15 @@ def test_a_perfect_supervisor_s_answers_are_replayed(tmp_path, monkeypatch):
     (line,) = lines(tmp_path / "run")
     assert line["reward"] == 1 and line["pairs_replayed"] == 2 and line["grad_tower_lm"] > 0
     assert line["loss_lm"] > 0, "-log π of the right answer"
+
+
+def test_every_key_that_a_run_writes_is_in_the_glossary(unbroken):
+    glossary = re.findall(r"`([a-z_0-9]+)`", (Path(__file__).parents[2] / "docs/metrics.md").read_text())
+    out, final = unbroken
+    written = {key for name in ("metrics", "telemetry") for line in read_jsonl(out / f"{name}.jsonl") for key in line}
+    written |= final.keys() | final["before"].keys()
+    assert len(written) > 40 and not written - set(glossary)
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
