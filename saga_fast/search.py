@@ -62,32 +62,53 @@ class Hit(NamedTuple):
     similarity: float
 
 
-@torch.inference_mode()
+class Searcher:
+    """An index and its encoder, read and checked once, to be searched any number of times, by several threads too.
+
+    encoder: the encoder, on the CPU unless moved; about: what the index says of itself; files: the indexed files, row i
+    of the vectors is file i; faiss: the index of the vectors, in memory. An index that is embedded anew meanwhile is
+    searched as it was.
+    """
+
+    def __init__(self, index: str | Path, encoder: str | Path | None = None) -> None:
+        """encoder: folder or hub id, by default where it was when the index was made.
+
+        Raises InputError for a damaged index or encoder, naming the file, and an encoder that did not make the index.
+        """
+        self.folder = Path(index).absolute()
+        about = indices.about(self.folder)
+        if about is None:
+            raise InputError(f"--index: {str(self.folder)!r} holds no index; make one with python -m saga_fast.embed")
+        self.encoder = Encoder.from_pretrained(encoder or about.encoder)
+        if self.encoder.sha256 != about.encoder_sha256:
+            raise InputError(
+                f"--index: {str(self.folder)!r} was made by another encoder (SHA-256 {about.encoder_sha256[:12]}…) "
+                f"than {str(encoder or about.encoder)!r} ({self.encoder.sha256[:12]}…); name that one with --encoder, "
+                "or embed again"
+            )
+        self.about = about
+        self.files = indices.read_files(self.folder, about)
+        self.faiss = indices.read_faiss(self.folder, about)
+
+    @torch.inference_mode()
+    def search(self, queries: Picture | Sequence[Picture], k: int = 10) -> list[list[Hit]]:
+        """For each query, a path or a picture, the `k` nearest indexed files, best first; ties in faiss's order.
+
+        Raises InputError for a query that cannot be read.
+        """
+        vectors = self.encoder(queries).cpu().numpy()
+        products, rows = self.faiss.search(vectors, min(k, len(self.files)))
+        return [
+            [Hit(self.files[row].path, float(product)) for row, product in zip(*found) if row >= 0]
+            for found in zip(rows, products)
+        ]
+
+
 def search(
     index: str | Path, queries: Sequence[Picture], k: int = 10, encoder: str | Path | None = None
 ) -> list[list[Hit]]:
-    """For each query, a path or a picture, the `k` nearest indexed files, best first; ties in faiss's order.
-
-    encoder: folder or hub id, by default where it was when the index was made. Raises InputError for a damaged index or
-    encoder, naming the file, an encoder that did not make the index, and a query that cannot be read.
-    """
-    folder = Path(index).absolute()
-    about = indices.about(folder)
-    if about is None:
-        raise InputError(f"--index: {str(folder)!r} holds no index; make one with python -m saga_fast.embed")
-    model = Encoder.from_pretrained(encoder or about.encoder)
-    if model.sha256 != about.encoder_sha256:
-        raise InputError(
-            f"--index: {str(folder)!r} was made by another encoder (SHA-256 {about.encoder_sha256[:12]}…) than "
-            f"{str(encoder or about.encoder)!r} ({model.sha256[:12]}…); name that one with --encoder, or embed again"
-        )
-    files = indices.read_files(folder, about)
-    vectors = model(queries).numpy()
-    products, rows = indices.read_faiss(folder, about).search(vectors, min(k, len(files)))
-    return [
-        [Hit(files[row].path, float(product)) for row, product in zip(*found) if row >= 0]
-        for found in zip(rows, products)
-    ]
+    """One search, see `Searcher`, which spares later ones the loading."""
+    return Searcher(index, encoder).search(queries, k)
 
 
 def page(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 from saga_fast.embed import embed
 from saga_fast.encoder import Encoder
 from saga_fast.retrieval import index as indices
-from saga_fast.search import main, page, search
+from saga_fast.search import Searcher, main, page, search
 from saga_fast.utils.errors import InputError
 
 from .small import save_encoder, save_pictures
@@ -50,6 +51,18 @@ def test_finds_what_brute_force_finds(world, tmp_path):
         np.testing.assert_allclose([hit.similarity for hit in found], [s for _, s in wanted], atol=1e-5)
     assert again[0].path == str(pictures[7]) and again[0].similarity == pytest.approx(1, abs=1e-5)
     assert len(search(index, [query], k=99)[0]) == 15
+
+
+def test_a_searcher_reads_the_index_once(world, tmp_path):
+    encoder, pictures, index = world
+    shutil.copytree(index, tmp_path / "index")
+    searcher = Searcher(tmp_path / "index")
+    shutil.rmtree(tmp_path / "index")
+    queries = [pictures[3], Image.open(pictures[7])]
+    with ThreadPoolExecutor(4) as threads:
+        several = list(threads.map(lambda _: searcher.search(queries, k=4), range(8)))
+    assert all(found == search(index, queries, k=4) for found in several)
+    assert searcher.search(pictures[3], k=4) == searcher.search([pictures[3]], k=4)
 
 
 def test_prints_lines_or_json(world, capsys):
