@@ -91,9 +91,7 @@ def embed(
             failed = sorted(fault for share in faults for fault in share)
             _collect(chunks)
             name = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
-            done = _on_first(
-                lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed)
-            )
+            done = _on_first(lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed))
             shutil.rmtree(chunks.folder, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError):  # gone, or what it holds is for another try

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -12,12 +11,14 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from saga_fast.report.chart import Chart, chart, short
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import shade
 
 FIGURES = {
     "recall_at_1": "Recall@1",
@@ -278,17 +279,7 @@ def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Ma
 
 
 def _shade(weights: list[float], grid: tuple[int, int]) -> str:
-    """A PNG, as a data URI, of one pixel a token: what to lay over the image, darker where less is looked.
-
-    Clear at the peak; a map that peaks below four times an even spread is dark all over, as nothing stands out.
-    """
-    scale = max(*weights, 4 / len(weights))
-    alpha = bytes(round(170 * (1 - w / scale)) if w > 0 else 170 for w in weights)
-    size = (grid[1], grid[0])
-    picture = Image.merge("LA", (Image.new("L", size), Image.frombytes("L", size, alpha)))
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return shade(np.reshape(weights, grid))
 
 
 def _rollout(rollout: dict[str, Any]) -> dict[str, Any]:

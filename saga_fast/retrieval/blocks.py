@@ -25,7 +25,7 @@ class Blocks:
         self._starts = self._sizes.cumsum() - self._sizes
 
     def cosines(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """float64 (..., M): the cosine of each block of a (..., D_e) with that of b (..., D_e), whose axes broadcast."""
+        """float64 (..., M): the cosine of each block of a (..., D_e) with that of b (..., D_e); axes broadcast."""
         return len(self.names) * np.add.reduceat(a * b, self._starts, axis=-1, dtype=np.float64)
 
     def scaled(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -33,20 +33,29 @@ class Blocks:
         share = len(weights) * weights / weights.sum()
         return (z * share.repeat(self._sizes)).astype(np.float32)
 
-    def weights(self, given: Mapping[str, float]) -> np.ndarray:
-        """float64 (M,): the weights given by name, 1 for the others.
+    def named(self, cosines: np.ndarray) -> dict[str, float]:
+        """attribute -> cosine of (M,), largest first; of equals in the order of `names`."""
+        order = np.argsort(-cosines, kind="stable")
+        return {self.names[m]: float(cosines[m]) for m in order}
 
-        Raises InputError for an unknown name and for weights that are negative, not finite or all 0.
+    def weights(self, given: Mapping[str, float] | None = None, only: str | None = None) -> np.ndarray:
+        """float64 (M,): the weights given by name, 1 for the others; or 1 for `only` one, 0 for the others.
+
+        Raises InputError for an unknown name, for weights that are negative, not finite or all 0, and for both at once.
         """
+        if only is not None:
+            if given:
+                raise InputError("--only: given with --attribute; choose one")
+            return np.eye(len(self.names))[self.place(only, "--only")]
         weights = np.ones(len(self.names))
-        for name, weight in given.items():
+        for name, weight in (given or {}).items():
             place = self.place(name)
             if not (math.isfinite(weight) and weight >= 0):
                 raise InputError(f"--attribute: the weight of {name!r} is {weight:g}; give a finite number, 0 or more")
             weights[place] = weight
         if not weights.any():
             raise InputError("--attribute: all weights are 0; leave one attribute some weight")
-        return weights / weights.max()  # their sum, too, is finite
+        return weights / weights.max()  # so that their sum is finite too
 
     def place(self, name: str, flag: str = "--attribute") -> int:
         """Which block is the attribute's. Raises InputError, with the nearest name, where none is."""

@@ -43,8 +43,9 @@ class File(NamedTuple):
 
 
 class About(NamedTuple):
-    """What index.json says. kind: faiss's factory string; asked: the same if somebody asked for it; blocks: attribute ->
-    numbers of a vector, in their order, None where the encoder has no attributes or the index is older than they are."""
+    """What index.json says. kind: faiss's factory string; asked: the same if somebody asked for it; blocks:
+    attribute -> numbers of a vector, in order; None where the encoder has no attributes, or the index is older than they are.
+    """
 
     encoder: str
     encoder_sha256: str
@@ -72,8 +73,6 @@ def about(folder: Path) -> About | None:
         found = About(**said)
         if not set(found.sha256) == {FAISS, VECTORS, FILES}:
             raise KeyError
-        if found.blocks is not None and not min(map(int, found.blocks.values())) > 0:
-            raise ValueError
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,31 +91,42 @@ def read_vectors(folder: Path, known: About) -> np.ndarray:
     return np.load(_whole(folder, VECTORS, known), mmap_mode="r")
 
 
-def nearest(
-    index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(products float32, rows int64), both (Q, k): the rows of largest inner product with queries (Q, D_e) of any length.
+def exact_vectors(index: faiss.Index) -> np.ndarray | None:
+    """float32 (n, D_e): the vectors as an exact index holds them in memory; None for any other index."""
+    index = faiss.downcast_index(index)
+    if not isinstance(index, faiss.IndexFlat):
+        return None
+    return faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
 
-    For queries that are not as the vectors are, as where blocks are weighed: what an index searches is tuned for those
-    that are. An exact index finds them as ever. From any other come candidates, whose products are those of the
-    `vectors` themselves, and a query is asked again, with twice the cells (of an inverted file) or steps (of HNSW) and
-    twice the candidates, until twice as much has found it nothing better. Rows are -1 where there are fewer.
+
+def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(products float32, rows int64), both (Q, k): the rows of largest inner product with queries (Q, D_e) of any kind.
+
+    For queries that are not as the vectors are, as where blocks are weighed: how much of an index is searched was tuned
+    for those that are. An exact index finds them as ever. From any other come candidates, whose products are those of
+    the `vectors` themselves, and a query is asked again, with twice the cells (of an inverted file) or steps (of HNSW)
+    and twice the candidates, until that has found it nothing better, or it is time to compare them all.
     """
-    if isinstance(faiss.downcast_index(index), faiss.IndexFlat):
+    if exact_vectors(index) is not None:
         return index.search(queries, k)
-    products = np.full((len(queries), k), -np.inf, np.float32)
-    rows = np.full((len(queries), k), -1)
-    open_, effort = np.arange(len(queries)), FIRST_EFFORT
-    while len(open_):
-        count = min(len(vectors), k * effort)
-        _, found = index.search(queries[open_], count, params=_parameters(index, effort, count))
-        exact = np.einsum("qcd,qd->qc", vectors[found], queries[open_])
-        exact[found < 0] = -np.inf
-        best = np.argsort(-exact, axis=1, kind="stable")[:, :k]
-        found = np.take_along_axis(found, best, 1)
-        settled = (np.sort(found, 1) == np.sort(rows[open_], 1)).all(1) | (count == len(vectors))
-        rows[open_], products[open_] = found, np.take_along_axis(exact, best, 1)
-        open_, effort = open_[~settled], 2 * effort
+    ivf = faiss.try_extract_index_ivf(index)
+    limit = min(len(vectors) / (8 * k), ivf.nlist / ivf.nprobe if ivf is not None else np.inf)
+    products, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    unsettled, effort = np.arange(len(queries)), FIRST_EFFORT
+    while len(unsettled) and effort < limit:
+        _, found = index.search(queries[unsettled], k * effort, params=_parameters(index, effort, k * effort))
+        for query, candidates in zip(unsettled.tolist(), found):
+            candidates = candidates[candidates >= 0]
+            exact = vectors[candidates] @ queries[query]
+            best = np.argsort(-exact, kind="stable")[:k]
+            earlier = set(rows[query].tolist())
+            rows[query, : len(best)], products[query, : len(best)] = candidates[best], exact[best]
+            if earlier == set(rows[query].tolist()):
+                unsettled = unsettled[unsettled != query]
+        effort *= 2
+    if len(unsettled):
+        rest = np.ascontiguousarray(queries[unsettled])
+        products[unsettled], rows[unsettled] = knn_ground_truth(rest, _blocks(vectors), k, faiss.METRIC_INNER_PRODUCT)
     return products, rows
 
 
@@ -129,7 +139,7 @@ def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchPara
     if isinstance(index, faiss.IndexIVF):
         return faiss.SearchParametersIVF(nprobe=min(effort * index.nprobe, index.nlist))
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=max(count, effort * index.hnsw.efSearch))
+        return faiss.SearchParametersHNSW(efSearch=max(count, effort * index.hnsw.efSearch))  # type: ignore[attr-defined]
     return None
 
 
