@@ -248,7 +248,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
     embeddings = embed_all(encoder.eval(), test_images)
     after = score(embeddings, test_images.labels)
-    return run.finish(after, frozen, test_images, neighbours(embeddings))
+    return run.finish(after, frozen, test_images, embeddings)
 
 
 def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:

@@ -43,8 +43,10 @@ class File(NamedTuple):
 
 
 class About(NamedTuple):
-    """What index.json says. kind: faiss's factory string; asked: the same if somebody asked for it; blocks:
-    attribute -> numbers of a vector, in order; None where the encoder has no attributes, or the index is older than they are.
+    """What index.json says.
+
+    kind: faiss's factory string; asked: the same if somebody asked for it; blocks: attribute -> numbers of a vector, in
+    order, None where the encoder has no attributes or the index is older than they are.
     """
 
     encoder: str

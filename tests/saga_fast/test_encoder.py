@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -17,10 +18,13 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.config import PRESETS
-from saga_fast.encoder import Encoder, Pooler
+from saga_fast.encoder import AttributePooler, Encoder, Pooler
 from saga_fast.report.model_card import model_card
+from saga_fast.retrieval.blocks import Blocks
 from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
+
+from .small import save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +113,51 @@ def test_a_tower_without_known_pixel_statistics_is_refused(visual):
 def test_attention_pooler_is_its_formula():
     torch.manual_seed(0)
     pooler, tokens = Pooler(8, 5), torch.randn(3, 6, 8)
-    torch.testing.assert_close(pooler.attention(tokens), torch.full((3, 6), 1 / 6))  # starts as mean pooling
+    torch.testing.assert_close(pooler.attention(tokens), torch.full((3, 1, 6), 1 / 6))  # starts as mean pooling
     torch.nn.init.normal_(pooler.query)
     torch.nn.init.normal_(pooler.key)
     beta = torch.softmax(torch.stack([x @ pooler.key.T @ pooler.query for x in tokens]) / 8**0.5, -1)
-    torch.testing.assert_close(pooler.attention(tokens), beta)
+    torch.testing.assert_close(pooler.attention(tokens), beta[:, None])
     z = torch.stack([pooler.project(b @ x) for b, x in zip(beta, tokens)])
     torch.testing.assert_close(pooler(tokens), z / z.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("dimension", [5, 15, 17, 768])
+def test_the_cosine_is_the_mean_of_the_blocks_cosines(dimension):
+    torch.manual_seed(0)
+    names = ("crown", "wing", "tail", "legs", "bill")
+    pooler = AttributePooler(24, dimension, names).double()
+    torch.nn.init.normal_(pooler.query)
+    torch.nn.init.normal_(pooler.bias)
+    with torch.no_grad():
+        z = pooler(torch.randn(7, 9, 24, dtype=torch.float64))
+    assert z.dtype == torch.float32 and z.shape == (7, dimension)
+    parts = z.split([dimension // 5 + (m < dimension % 5) for m in range(5)], 1)
+    blocks = pooler.blocks(z)
+    assert blocks.shape == (7, 5, -(-dimension // 5))
+    for m, part in enumerate(parts):  # a round trip: the blocks are z's own numbers, the rest zeros
+        torch.testing.assert_close(blocks[:, m, : part.shape[1]], part * 5**0.5)
+        assert not blocks[:, m, part.shape[1] :].any()
+    torch.testing.assert_close(blocks.norm(dim=-1), torch.ones(7, 5))
+    cosines = torch.einsum("amd,bmd->abm", blocks, blocks)
+    torch.testing.assert_close(cosines.mean(-1), z @ z.T, atol=1e-6, rtol=0)
+    sizes = Blocks({name: part.shape[1] for name, part in zip(names, parts)})
+    np.testing.assert_allclose(sizes.cosines(z.numpy()[:, None], z.numpy()), cosines, atol=1e-6)
+
+
+def test_an_encoder_says_which_attribute_agrees_and_where_it_is_looked_for(tmp_path):
+    encoder = save_encoder(tmp_path / "encoder", attributes=("crown", "wing", "tail"))
+    assert encoder.block_sizes == {"crown": 6, "wing": 5, "tail": 5}
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        z, beta = encoder(pixels), encoder.attention(pixels)
+        assert torch.equal(beta.flatten(2), encoder.pooler.attention(encoder.tower(pixels).tokens))
+    assert beta.shape == (2, 3, 4, 4)
+    assert float(encoder.compare(z[:1], z[1:]).mean()) == pytest.approx(float(z[0] @ z[1]), abs=1e-6)
+    plain = save_encoder(tmp_path / "plain")
+    assert plain.block_sizes == {} and plain.attention(pixels).shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match="attention pooling has no attributes"):
+        plain.compare(z[:1], z[1:])
 
 
 @pytest.mark.parametrize("kind,reduce", [("mean", lambda x: x.mean(1)), ("max", lambda x: x.max(1).values)])
