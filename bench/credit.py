@@ -48,17 +48,6 @@ def sibling_pairs(birds: DrawnBirds, seed: int):
             yield i, j
 
 
-def touched(birds: DrawnBirds, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Per attribute which visual tokens (N,) its mask touches; attributes that cannot be seen are left out."""
-    cells = {}
-    for name, mask in birds.masks(image).items():
-        rows, columns = grid
-        cell = mask.reshape(rows, mask.shape[0] // rows, columns, mask.shape[1] // columns).any((1, 3)).flatten()
-        if cell.any():
-            cells[name] = cell
-    return cells
-
-
 def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted: int, seed: int) -> dict[str, float]:
     """Shares of gradient and attention over `wanted` contributing sibling pairs."""
     grid = encoder.tower.grid(encoder.image_size, encoder.image_size)
@@ -69,7 +58,8 @@ def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted:
         pixels = torch.stack([to_pixels(birds[i][0], encoder.image_size) for pair in pairs for i in pair])
         with torch.no_grad():
             features = encoder.tower(pixels)
-            beta = encoder.pooler.attention(features.tokens).mean(1) if encoder.pooler.kind == "attention" else None
+            pooled = encoder.pooler.kind in ("attributes", "attention")
+            beta = encoder.pooler.attention(features.tokens).unflatten(2, grid).numpy() if pooled else None
         completions = supervisor.roll_out(features, drawn + torch.arange(WAVE))
         rewards, _ = supervisor.judge(completions, [False] * WAVE)
         advantages, contributes, _ = group_advantage(rewards)
@@ -80,12 +70,13 @@ def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted:
             gradient_shares(
                 supervisor, pair, completions[p], advantages[p], differing(*map(birds.attributes, pairs[p])), share
             )
-            cells = [touched(birds, image, grid) for image in pairs[p]]
+            cells = [birds.touched(image, grid) for image in pairs[p]]
             attention_shares(supervisor, pair, completions[p], rewards[p], cells, share)
             for image in (0, 1):
-                for cell in cells[image].values():
+                for name, cell in cells[image].items():
                     if beta is not None:
-                        share["pooler, inside the mask"].append(float(beta[2 * p + image].numpy()[cell].sum()))
+                        query = encoder.attributes.index(name) if encoder.attributes else 0
+                        share["pooler, inside the mask"].append(float(beta[2 * p + image, query][cell].sum()))
                     share["even attention, inside the mask"].append(float(cell.mean()))
     figures = {name: float(np.mean(values)) for name, values in share.items()}
     return {"pairs drawn": drawn, "pairs contributing": found, **figures}
@@ -105,7 +96,7 @@ def attention_shares(supervisor, pair: VisualFeatures, completions, rewards, cel
     """Share of each value token's attention, renormalised over its image, that its attribute's mask touches."""
     for entry in attention_by_attribute(supervisor, pair, completions, rewards.nonzero().flatten().tolist()):
         if entry.attribute in cells[entry.image]:
-            inside = entry.weights.numpy()[:, cells[entry.image][entry.attribute]].sum(1)
+            inside = entry.weights.numpy()[:, cells[entry.image][entry.attribute].flatten()].sum(1)
             share["attention target, inside the mask"] += inside.tolist()
 
 
@@ -127,23 +118,25 @@ def main() -> None:
     mllm = load_mllm(
         SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model, config.supervisor.quantize
     )
+    prompt = load_prompt(config.supervisor.prompt)
     torch.manual_seed(config.seed)
+    own = config.encoder
     encoders = {
         "before": Encoder.from_tower(
-            mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
+            mllm.visual, own.pooler, own.embedding_dim, config.data.image_size, prompt.attributes
         ),
         "after": Encoder.from_pretrained(options.run / "encoder"),
     }
     rollout = config.rollout
     supervisor = Supervisor(
         mllm,
-        load_prompt(config.supervisor.prompt),
+        prompt,
         config.supervisor.order,
         encoders["before"].tower.grid(config.data.image_size, config.data.image_size),
         Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, options.seed),
         config.supervisor.anchor_layer,
     )
-    birds = DrawnBirds("test", config.data.species, config.data.images_per_species)
+    birds = DrawnBirds("test", config.data.species, config.data.images_per_species, config.data.seed)
     figures = {
         when: measure(encoder.eval(), supervisor, birds, options.pairs, options.seed)
         for when, encoder in encoders.items()

@@ -92,9 +92,7 @@ def embed(
             failed = sorted(fault for share in faults for fault in share)
             _collect(chunks)
             name = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
-            done = _on_first(
-                lambda: plan.finish(index, chunks, (name, model.sha256), model.embedding_dim, faiss, failed)
-            )
+            done = _on_first(lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed))
             shutil.rmtree(chunks.folder, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError):  # gone, or what it holds is for another try
@@ -221,7 +219,7 @@ class Plan:
         index: Path,
         chunks: Chunks,
         encoder: tuple[str, str],
-        dimension: int,
+        model: Encoder,
         factory: str | None,
         unreadable: list[str],
     ) -> Embedded:
@@ -236,8 +234,9 @@ class Plan:
         new = sum(file in fresh for file in files)
         counts = (new, len(files) - new, self.gone, unreadable)
         factory = factory or (known.asked if known else None)
-        kind = factory or indices.choose(len(files))
-        if known and not new and len(files) == len(indexed) and (kind, factory) == (known.kind, known.asked):
+        kind, blocks = factory or indices.choose(len(files)), model.block_sizes or None
+        same = known and (kind, factory, blocks) == (known.kind, known.asked, known.blocks)
+        if known and same and not new and len(files) == len(indexed):
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -253,7 +252,7 @@ class Plan:
                     yield to[block], vectors[of[block]]
 
         with _writing(index):
-            line = indices.write(index, encoder, files, dimension, parts(), factory)
+            line = indices.write(index, encoder, files, model.embedding_dim, parts(), factory, blocks)
         return Embedded(*counts, line)
 
 

@@ -173,13 +173,16 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
         """Unit vectors (B, D_e), float32, of uint8 pixels (B, 3, S, S), or of pictures as `pixels` takes them."""
+        return self.pooler(self.tower(self._as_pixels(images)).tokens)
+
+    def _as_pixels(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
         if not (isinstance(images, Tensor) and images.ndim == 4):
             images = self.pixels(images)
         if images.dtype != torch.uint8 or images.shape[1] != 3:
             raise InputError(
                 f"images: got {images.dtype} {tuple(images.shape)}; accepted are uint8 pixels (B, 3, S, S)"
             )
-        return self.pooler(self.tower(images.to(self.device)).tokens)
+        return images.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +192,17 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         """The embeddings z (B, D_e) attribute by attribute: unit vectors (B, M, d), d = ⌈D_e / M⌉; a block that is a
         number shorter than the longest ends in a zero. Raises ValueError where the pooler has no attributes."""
         return self._attribute_pooler().blocks(z)
+
+    @property
+    def block_sizes(self) -> dict[str, int]:
+        """How many numbers of an embedding are each attribute's, in their order; empty without attributes."""
+        return dict(zip(self.attributes, self._attribute_pooler().used.sum(1).tolist())) if self.attributes else {}
+
+    def attention(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        """β (B, M, rows, columns) of images as `forward` takes them: where each attribute is looked for, M = 1 in the
+        paper's pooler. Raises ValueError for mean and max pooling."""
+        tokens = self.tower(self._as_pixels(images)).tokens
+        return self.pooler.attention(tokens).unflatten(2, self.tower.grid(self.image_size, self.image_size))
 
     def compare(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Cosine (B, M) of each block of z_a with that of z_b, both (B, D_e) or one of them (1, D_e), in the order of

@@ -1,38 +1,48 @@
 """Find the indexed images most like a picture.
 
     python -m saga_fast.search --index DIR QUERY… [-k 10] [--json | --html] [--encoder DIR]
+                                [--explain] [--attribute "NAME=WEIGHT" … | --only NAME] [--show NAME]
     python -m saga_fast.search --index DIR --serve PORT [--host 127.0.0.1]
 
 Prints the nearest files of each query with their similarity, the inner product of the unit vectors; `--json` as JSON,
 `--html` as one page with thumbnails that needs no other file. The encoder is the one the index was made with.
 `--serve` loads both once and answers over HTTP, see `retrieval.server`.
+
+If that keeps attributes apart (pooler `attributes`), the similarity is the mean of a cosine an attribute. `--explain`
+tells these, those that agree best first; on the page as bars, and the pictures are dark where an attribute is not
+looked for: the one that tells the hits best from all else, or that of `--show`. `--attribute` makes one count more, or
+with 0 not at all; the others count 1. `--only` is one alone.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from PIL import Image
 
 from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
+from saga_fast.retrieval.blocks import Blocks
 from saga_fast.retrieval.server import LOOPBACK, serve
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_fast.utils.flags import COUNT, Range, parse_flags
-from saga_fast.utils.images import open_rgb
+from saga_fast.utils.images import data_uri, open_rgb, shade
 
 THUMBNAIL = 192  # pixels, the longer side
+SAMPLE = 4096  # vectors that tell what is typical of an index
+COLUMNS = 100  # characters of a line that explains a hit
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -49,6 +59,15 @@ figure.query {{ border-right: 3px solid #8888; padding-right: 1rem }}
 img, .none {{ width: 100%; height: 12rem; object-fit: contain; background: #8882 }}
 .none {{ display: grid; place-items: center }}
 figcaption {{ font-size: .8rem; overflow-wrap: anywhere }}
+.lit {{ position: relative; height: 12rem; display: grid; place-items: center; background: #8882 }}
+.lit span {{ position: relative }}
+.lit img {{ position: absolute; width: 100%; height: 100%; background: none }}
+.lit:hover .shade {{ opacity: 0 }}
+ul {{ list-style: none; margin: .4rem 0 0; padding: 0; font-size: .75rem }}
+li {{ display: grid; grid-template-columns: 6rem 1fr 2.2rem; gap: .4rem; align-items: center }}
+li i {{ height: .5rem; background: #3b82f6; border-radius: 2px }}
+li.shown {{ font-weight: 600 }}
+li span:last-child {{ text-align: right; font-variant-numeric: tabular-nums }}
 </style>
 </head>
 <body>
@@ -60,10 +79,23 @@ figcaption {{ font-size: .8rem; overflow-wrap: anywhere }}
 
 
 class Hit(NamedTuple):
-    """An indexed file, and the inner product of its unit vector with the query's."""
+    """An indexed file, and the inner product of its unit vector with the query's, or their similarity as weighed.
+
+    attributes: where asked for, the cosine of each attribute's block, largest first.
+    """
 
     path: str
     similarity: float
+    attributes: dict[str, float] | None = None
+
+
+class Look(NamedTuple):
+    """Where an attribute is looked for: `shades` are what to lay over the query and over each hit, see `shade`, None
+    for a picture that cannot be read."""
+
+    attribute: str
+    query: str | None
+    hits: list[str | None]
 
 
 class Searcher:
@@ -95,45 +127,154 @@ class Searcher:
         self.faiss = indices.read_faiss(self.folder, about)
 
     @torch.inference_mode()
-    def search(self, queries: Picture | Sequence[Picture], k: int = 10) -> list[list[Hit]]:
+    def search(
+        self,
+        queries: Picture | Sequence[Picture],
+        k: int = 10,
+        *,
+        explain: bool = False,
+        weights: Mapping[str, float] | None = None,
+        only: str | None = None,
+    ) -> list[list[Hit]]:
         """For each query, a path or a picture, the `k` nearest indexed files, best first; ties in faiss's order.
 
-        Raises InputError for a query that cannot be read.
+        explain: tell the attributes of each hit; weights: attribute -> what it counts, others 1; only: the one that
+        counts. The similarity is then Σ w_m cos_m / Σ w_m, and an index that is not exact is searched the more
+        thoroughly, see `indices.nearest`. Raises InputError for a query that cannot be read, for weights that are of no
+        attribute, negative, not finite or all 0, and for all three where the index knows no attributes.
         """
-        vectors = expect_finite(self.encoder(queries)).cpu().numpy()
-        products, rows = self.faiss.search(vectors, min(k, len(self.files)))
-        return [
-            [Hit(self.files[row].path, float(product)) for row, product in zip(*found) if row >= 0]
-            for found in zip(rows, products)
-        ]
+        blocks = self.blocks if explain or weights or only is not None else None
+        weighed = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
+        z, k = expect_finite(self.encoder(queries)).cpu().numpy(), min(k, len(self.files))
+        if blocks and weighed is not None:
+            products, rows = indices.nearest(self.faiss, self._vectors, blocks.scaled(z, weighed), k)
+        else:
+            products, rows = self.faiss.search(z, k)
+        results = []
+        for query, row, product in zip(z, rows, products):
+            row, product = row[row >= 0], product[row >= 0]
+            told: list[Any] = [None] * len(row)
+            if blocks and explain:
+                told = [blocks.named(cosines) for cosines in blocks.cosines(query, self._vectors[row])]
+            results.append([Hit(self.files[i].path, float(s), of) for i, s, of in zip(row, product, told)])
+        return results
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The attributes of the vectors. Raises InputError where the encoder has none, or the index knows none."""
+        if not self.encoder.attributes:
+            raise InputError(
+                f"--explain and --attribute: the encoder of {str(self.folder)!r} keeps no attributes apart "
+                f"({self.encoder.pooler.kind} pooling); train one with --encoder.pooler attributes"
+            )
+        if self.about.blocks is None:
+            raise InputError(
+                f"--explain and --attribute: {str(self.folder / indices.ABOUT)!r} names no attributes, as it is older "
+                "than they are; embed again into the same folder, which keeps the vectors"
+            )
+        if self.about.blocks != (sizes := self.encoder.block_sizes):
+            raise InputError(
+                f"{str(self.folder / indices.ABOUT)!r}: its attributes are not the encoder's; embed into another folder"
+            )
+        return Blocks(sizes)
+
+    @cached_property
+    def _vectors(self) -> np.ndarray:
+        """float32 (n, D_e): an exact index has them in memory; of another they are read when first asked for."""
+        exact = indices.exact_vectors(self.faiss)
+        return indices.read_vectors(self.folder, self.about) if exact is None else exact
+
+    @cached_property
+    def _typical(self) -> np.ndarray:
+        """float32 (D_e,): the mean vector."""
+        step = -(-len(self.files) // SAMPLE)
+        return self._vectors[::step].mean(0)
+
+    @torch.inference_mode()
+    def look(
+        self,
+        query: Picture,
+        hits: Sequence[Hit],
+        attribute: str | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Look:
+        """Where `attribute` is looked for in a query and in its hits, as an explaining search returned them.
+
+        By default it is the most decisive one, which adds most, by `weights`, to how far the hits' mean similarity is
+        above that of the whole index. Raises InputError as `search` does.
+        """
+        if attribute is not None:
+            place = self.blocks.place(attribute, "--show")
+        else:
+            z = self.encoder(query)[0].cpu().numpy()
+            found = [[hit.attributes[name] for name in self.blocks.names] for hit in hits if hit.attributes]
+            above = np.mean(found, 0) - self.blocks.cosines(z, self._typical)
+            place = int(np.argmax(above * self.blocks.weights(weights)))
+        shades = [self._shade(picture, place) for picture in (query, *(hit.path for hit in hits))]
+        return Look(self.blocks.names[place], shades[0], shades[1:])
+
+    def _shade(self, picture: Picture, place: int) -> str | None:
+        try:
+            return shade(self.encoder.attention(picture)[0, place].cpu().numpy())
+        except InputError:  # moved or deleted since it was indexed
+            return None
 
 
 def search(
-    index: str | Path, queries: Sequence[Picture], k: int = 10, encoder: str | Path | None = None
+    index: str | Path,
+    queries: Sequence[Picture],
+    k: int = 10,
+    encoder: str | Path | None = None,
+    *,
+    explain: bool = False,
+    weights: Mapping[str, float] | None = None,
+    only: str | None = None,
 ) -> list[list[Hit]]:
     """One search, see `Searcher`, which spares later ones the loading."""
-    return Searcher(index, encoder).search(queries, k)
+    return Searcher(index, encoder).search(queries, k, explain=explain, weights=weights, only=only)
 
 
-def page(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> str:
-    """One HTML page: a row a query, thumbnails inside, every name escaped."""
+def page(queries: Sequence[str], results: Sequence[Sequence[Hit]], looks: Sequence[Look] = ()) -> str:
+    """One HTML page: a row a query, thumbnails inside, every name escaped. looks: of each query, laid over them."""
     sections = []
-    for query, hits in zip(queries, results):
-        figures = [_figure(query, "query", "query"), *(_figure(hit.path, f"{hit.similarity:.3f}") for hit in hits)]
+    for i, (query, hits) in enumerate(zip(queries, results)):
+        look = looks[i] if looks else Look("", None, [None] * len(hits))
+        words = f"query, clear where {look.attribute} is looked for" if looks else "query"
+        figures = [_figure(query, words, look.query, kind="query")]
+        for hit, over in zip(hits, look.hits):
+            figures.append(_figure(hit.path, f"{hit.similarity:.3f}", over, hit.attributes, look.attribute))
         sections.append("<section>\n" + "\n".join(figures) + "\n</section>")
     return PAGE.format(sections="\n".join(sections))
 
 
-def _figure(path: str, words: str, kind: str = "hit") -> str:
+def _figure(
+    path: str,
+    words: str,
+    over: str | None = None,
+    attributes: dict[str, float] | None = None,
+    shown: str = "",
+    kind: str = "hit",
+) -> str:
     name = html.escape(path.encode(errors="backslashreplace").decode())
     try:
         picture = open_rgb(path)
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-        picture.save(buffer := io.BytesIO(), "JPEG", quality=85)
-        shown = f'<img alt="{name}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        image = f'<img alt="{name}" src="{data_uri(picture, "JPEG", quality=85)}">'
+        if over:  # in a box of the picture's shape, as the shade is stretched over all of it
+            width, height = (100 * side / max(picture.size) for side in picture.size)
+            image = (
+                f'<div class="lit"><span style="width:{width:.4g}%;height:{height:.4g}%">{image}'
+                f'<img class="shade" alt="" src="{over}"></span></div>'
+            )
     except InputError:  # moved or deleted since it was indexed
-        shown = '<div class="none">not there any more</div>'
-    return f'<figure class="{kind}">{shown}<figcaption>{words}<br>{name}</figcaption></figure>'
+        image = '<div class="none">not there any more</div>'
+    bars = "".join(
+        f"<li{' class=shown' * (attribute == shown)}><span>{html.escape(attribute)}</span>"
+        f'<i style="width:{100 * max(cosine, 0):.1f}%"></i><span>{cosine:.2f}</span></li>'
+        for attribute, cosine in (attributes or {}).items()
+    )
+    caption = f"<figcaption>{html.escape(words)}<br>{name}</figcaption>" + (bars and f"<ul>{bars}</ul>")
+    return f'<figure class="{kind}">{image}{caption}</figure>'
 
 
 @dataclass(frozen=True)
@@ -150,6 +291,14 @@ class SearchArguments:
     """Print an HTML page with thumbnails."""
     encoder: str | None = None
     """Folder of the encoder, or hub id, if it is no longer where it was when the index was made."""
+    explain: bool = False
+    """Tell how well each attribute agrees."""
+    attribute: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=WEIGHT: what an attribute counts, others count 1; several times for several."""
+    only: str | None = None
+    """The one attribute that counts."""
+    show: str | None = None
+    """With --explain --html: the attribute that pictures are lit by; default the most decisive one."""
 
     serve: Annotated[int | None, Range(0, 65535)] = None
     """Answer over HTTP on this port, 0 for one that is free, until Ctrl-C."""
@@ -171,17 +320,58 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("QUERY: missing; name one or several image files")
     if parsed.json and parsed.html:
         raise InputError("--json: given with --html; choose one")
-    results = search(parsed.index, parsed.queries, parsed.k, parsed.encoder)
+    if parsed.show is not None and not (parsed.explain and parsed.html):
+        raise InputError("--show: chooses what lights the page of --explain --html; give both, or leave it out")
+    weights, searcher = _weights(parsed.attribute), Searcher(parsed.index, parsed.encoder)
+    if parsed.show is not None:
+        searcher.blocks.place(parsed.show, "--show")
+    results = searcher.search(parsed.queries, parsed.k, explain=parsed.explain, weights=weights, only=parsed.only)
     if parsed.html:
-        sys.stdout.write(page(parsed.queries, results))
+        looks = []
+        if parsed.explain:
+            show = parsed.show or parsed.only
+            looks = [searcher.look(query, hits, show, weights) for query, hits in zip(parsed.queries, results)]
+        sys.stdout.write(page(parsed.queries, results, looks))
     elif parsed.json:
-        found = [{"query": q, "hits": [hit._asdict() for hit in hits]} for q, hits in zip(parsed.queries, results)]
+        found = [{"query": q, "hits": [_fields(hit) for hit in hits]} for q, hits in zip(parsed.queries, results)]
         print(json.dumps(found, indent=2))
     else:
         for query, hits in zip(parsed.queries, results):
             print(_printable(query))
             for hit in hits:
                 print(f"  {hit.similarity:.4f}  {_printable(hit.path)}")
+                if hit.attributes:
+                    print(_lines(hit.attributes))
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    """Of "NAME=WEIGHT" each. Raises InputError for what is none."""
+    weights: dict[str, float] = {}
+    for text in given:
+        name, _, number = (part.strip() for part in text.rpartition("="))
+        try:
+            if not name or name in weights:
+                raise ValueError
+            weights[name] = float(number)
+        except ValueError:
+            raise InputError(
+                f"--attribute: {text!r}{' names it again' if name in weights else ''}; give NAME=WEIGHT, "
+                'an attribute once, as in --attribute "crown color=2"'
+            ) from None
+    return weights
+
+
+def _fields(hit: Hit) -> dict[str, Any]:
+    return {name: value for name, value in hit._asdict().items() if value is not None}
+
+
+def _lines(attributes: Mapping[str, float]) -> str:
+    """Those that agree best first, in lines that break between attributes."""
+    parts = [f"{cosine:.2f} {_printable(name)}".replace(" ", "\xa0") for name, cosine in attributes.items()]
+    indent = " " * 10
+    return textwrap.fill(", ".join(parts), COLUMNS, initial_indent=indent, subsequent_indent=indent).replace(
+        "\xa0", " "
+    )
 
 
 def _printable(path: str) -> str:

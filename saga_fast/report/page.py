@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -14,13 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
 from saga_fast.report.chart import Chart, chart, short
+from saga_fast.report.samples import mean_attention
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import read_regular
+from saga_fast.utils.images import shade
 
 FIGURES = {
     "recall_at_1": "Recall@1",
@@ -66,6 +68,7 @@ KINDS = {
     "still_wrong": "Wrong before and after",
     "spoilt": "Right before, wrong after",
 }
+MENDED = 3  # attributes named beside a query that training mended
 SHADES = 5  # of a token's share in the gradient, each half of the next
 
 
@@ -230,6 +233,7 @@ def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
                 "query": shown(row["query"]),
                 "before": [shown(cell, row["query"]) for cell in row["before"]],
                 "after": [shown(cell, row["query"]) for cell in row["after"]],
+                "mended": _mended(row.get("attributes")),
             }
             for row in rows
         ]
@@ -238,6 +242,13 @@ def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
     counts = described["counts"]
     titles = {KINDS[kind]: counts[kind] for kind in KINDS}
     return {"sprite": sprite, "rows": rows, "counts": titles, "kept": counts["kept"], "queries": sum(counts.values())}
+
+
+def _mended(gains: dict[str, float] | None) -> list[dict[str, Any]]:
+    """The few attributes that put the right neighbour before the wrong one, with their shares of all that did so."""
+    ahead = sorted(((gain, name) for name, gain in (gains or {}).items() if gain > 0), reverse=True)
+    total = sum(gain for gain, _ in ahead)
+    return [{"name": name, "share": 100 * gain / total} for gain, name in ahead[:MENDED]]
 
 
 def _chart(lines: list[dict[str, Any]], title: str, unit: str, zero: bool, fields: dict[str, str]) -> Chart | None:
@@ -314,33 +325,30 @@ def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Ma
     said = {
         name: "".join(rollout["tokens"][t] for t in at) for item, name, at in rollout["attributes"] if item == image
     }
-    mean = [sum(column) / len(attention) for column in zip(*attention.values())]
+    beta = pair["beta"] and pair["beta"][image]
+    names = [name for name in described["attributes"] if name in attention or (isinstance(beta, dict) and name in beta)]
     return {
         "item": described["items"][image].replace("_", " "),
         "place": place,
-        "mean": _shade(mean, grid) if attention else None,
-        "beta": _shade(pair["beta"][image], grid) if pair["beta"] else None,
+        "mean": _shade(mean_attention(attention), grid) if attention else None,
+        "beta": _shade(mean_attention(beta), grid) if beta else None,
+        "beside": isinstance(beta, dict),
         "attributes": [
-            {"name": name, "said": said.get(name, ""), "shade": _shade(weights, grid)}
-            for name, weights in attention.items()
+            {
+                "name": name,
+                "said": said.get(name, ""),
+                "shade": _shade(attention[name], grid) if name in attention else None,
+                "beta": _shade(beta[name], grid) if isinstance(beta, dict) and name in beta else None,
+            }
+            for name in names
         ],
     }
 
 
 def _shade(weights: list[float], grid: tuple[int, int]) -> str:
-    """A PNG, as a data URI, of one pixel a token: what to lay over the image, darker where less is looked.
-
-    Clear at the peak; a map that peaks below four times an even spread is dark all over, as nothing stands out.
-    """
-    scale = max(*weights, 4 / len(weights))
-    alpha = bytes(round(170 * (1 - w / scale)) if w > 0 else 170 for w in weights)
-    size = (grid[1], grid[0])
-    if len(weights) != size[0] * size[1]:
-        raise ValueError(f"{len(weights)} weights for a grid of {size[0]}x{size[1]}")
-    picture = Image.merge("LA", (Image.new("L", size), Image.frombytes("L", size, alpha)))
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    if len(weights) != grid[0] * grid[1]:
+        raise ValueError(f"{len(weights)} weights for a grid of {grid[1]}x{grid[0]}")
+    return shade(np.reshape(weights, grid))
 
 
 def _rollout(rollout: dict[str, Any]) -> dict[str, Any]:

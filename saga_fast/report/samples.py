@@ -7,7 +7,7 @@ Nothing here draws a random number or touches a gradient: a run with samples end
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], aut
 
     attributes, items: the prompt's; grid: rows, columns of an image's tokens; pairs: for each
       same        whether the images are of one class
-      beta        the pooler's attention, two lists of N; None for a pooler without
+      beta        the pooler's attention: two of attribute -> N, or of N where it has one query; None where it has none
       attention   {rollout, images: two of attribute -> N}: ᾱ of each attribute's tokens, of the first rewarded rollout
                   that describes both images; None if none does
       rollouts    for each: tokens (their text), gradient (each token's |A (1 - π)|, as a share of the pair's),
@@ -49,7 +49,8 @@ def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], aut
         beta = None
         if encoder.pooler.kind in ("attributes", "attention"):
             with torch.no_grad(), autocast:
-                beta = _rounded(encoder.pooler.attention(pair.features.tokens).mean(1))
+                looks = encoder.pooler.attention(pair.features.tokens)  # (2, M, N)
+            beta = [dict(zip(encoder.attributes, _rounded(look))) or _rounded(look[0]) for look in looks]
         described.append({"beta": beta, **_describe_pair(supervisor, pair.features, pair)})
     return {
         "attributes": prompt.attributes,
@@ -112,6 +113,11 @@ def _rounded(values: Tensor) -> list:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
+def mean_attention(look: Mapping[str, list[float]] | list[float]) -> list[float]:
+    """N weights: the mean over attributes, or the one attention there is."""
+    return [sum(column) / len(look) for column in zip(*look.values())] if isinstance(look, Mapping) else look
+
+
 def sheet(pairs: Sequence[Any]) -> Tensor:
     """uint8 (rows, columns, 3): the images of the pairs that `describe` takes, a pair a row."""
     pixels = torch.stack([pair.pixels for pair in pairs[:PAIRS]]).cpu()  # (P, 2, 3, S, S)
@@ -119,14 +125,14 @@ def sheet(pairs: Sequence[Any]) -> Tensor:
 
 
 def overlays(described: dict[str, Any], sheet: Tensor) -> Image.Image | None:
-    """Of the first pair with an attention target: a row an image, as it is, lit by the mean ᾱ, by the pooler's β."""
+    """Of the first pair with an attention target: a row an image, as it is, lit by the mean ᾱ, by the mean β."""
     for i, pair in enumerate(described["pairs"]):
         if pair["attention"] and pair["beta"]:
             side = sheet.shape[1] // 2
             images = sheet[i * side : (i + 1) * side].unflatten(1, (2, side)).transpose(0, 1)  # (2, S, S, 3)
             pictures = [images]
-            target = [torch.tensor(list(image.values())).mean(0).tolist() for image in pair["attention"]["images"]]
-            for weights in (target, pair["beta"]):
+            for looks in (pair["attention"]["images"], pair["beta"]):
+                weights = [mean_attention(look) for look in looks]
                 light = torch.tensor(weights).unflatten(1, described["grid"])[:, None]
                 light = light / light.amax((2, 3), keepdim=True).clamp_min(4 / light[0].numel())
                 light = F.interpolate(light, (side, side), mode="bilinear").permute(0, 2, 3, 1)

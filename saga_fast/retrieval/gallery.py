@@ -6,6 +6,7 @@ run tells which queries are worth showing: those that were wrong and became righ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,11 +40,19 @@ def compare(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:
     return {kind: (rows & findable).nonzero().flatten() for kind, rows in kinds.items()}
 
 
-def gallery(images: PixelLoader, before: Tensor, after: Tensor) -> tuple[dict[str, Any], Image.Image]:
+def gallery(
+    images: PixelLoader,
+    before: Tensor,
+    after: Tensor,
+    agreement: Callable[[int, int], dict[str, float]] | None = None,
+) -> tuple[dict[str, Any], Image.Image]:
     """(what gallery.json holds, the sheet of thumbnails).
 
+    agreement: of two images, how well each attribute agrees after training; None where the pooler has no attributes.
+
     counts: queries of each kind; classes: names; cells: (image, class) of each thumbnail, in reading order; rows: by
-    kind {query, before, after} in cells; columns: thumbnails in a row of the sheet.
+    kind {query, before, after} in cells, and of those fixed, `attributes`: by how much each agrees better with the
+    right neighbour of after than with the wrong one of before; columns: thumbnails in a row of the sheet.
     """
     kinds = compare(images.labels, before, after)
     cells: dict[int, int] = {}
@@ -59,6 +68,10 @@ def gallery(images: PixelLoader, before: Tensor, after: Tensor) -> tuple[dict[st
             }
             for query in queries[spread].tolist()
         ]
+        if kind == "fixed" and agreement:
+            for row, query in zip(rows[kind], queries[spread].tolist()):
+                right, wrong = (agreement(query, int(first[query, 0])) for first in (after, before))
+                row["attributes"] = {name: round(right[name] - wrong[name], 4) for name in right}
     picture = Image.new("RGB", (COLUMNS * THUMBNAIL, max(1, -(-len(cells) // COLUMNS)) * THUMBNAIL))
     for index, cell in cells.items():
         whole = Image.fromarray(images.batch([index]).pixels[0].permute(1, 2, 0).contiguous().numpy())

@@ -3,7 +3,8 @@
     index.faiss   the faiss index, by inner product; its row i is file i
     vectors.npy   float32 (n, D_e): the unit vectors themselves, from which an index of any kind is made
     files.json    `files`: [path, size in bytes, mtime in ns] each, sorted by path
-    index.json    the encoder's folder and SHA-256, the kind of faiss index, and the SHA-256 of the other files
+    index.json    the encoder's folder and SHA-256, the kind of faiss index, the SHA-256 of the other files, and where
+                  the encoder has attributes, how many numbers of a vector are each one's
 
 It is written aside and renamed, so a kill or a full disk leaves the earlier one as it was.
 """
@@ -29,6 +30,7 @@ FORMAT = 1
 ABOUT, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
 EXACT_BELOW = 100_000  # vectors: so few are searched whole
 BLOCK = 2**16  # vectors handed to faiss at once
+FIRST_EFFORT = 4  # times as much as for a query like the vectors is searched at first for one that is not
 WANTED_RECALL = 0.97  # recall@10 of exact search, on a sample of the vectors
 
 
@@ -41,13 +43,18 @@ class File(NamedTuple):
 
 
 class About(NamedTuple):
-    """What index.json says. kind: faiss's factory string; asked: the same if somebody asked for it."""
+    """What index.json says.
+
+    kind: faiss's factory string; asked: the same if somebody asked for it; blocks: attribute -> numbers of a vector, in
+    order, None where the encoder has no attributes or the index is older than they are.
+    """
 
     encoder: str
     encoder_sha256: str
     kind: str
     asked: str | None
     sha256: dict[str, str]
+    blocks: dict[str, int] | None = None
 
 
 def about(folder: Path) -> About | None:
@@ -86,6 +93,58 @@ def read_vectors(folder: Path, known: About) -> np.ndarray:
     return np.load(_whole(folder, VECTORS, known), mmap_mode="r")
 
 
+def exact_vectors(index: faiss.Index) -> np.ndarray | None:
+    """float32 (n, D_e): the vectors as an exact index holds them in memory; None for any other index."""
+    index = faiss.downcast_index(index)
+    if not isinstance(index, faiss.IndexFlat):
+        return None
+    return faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+
+
+def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(products float32, rows int64), both (Q, k): the rows of largest inner product with queries (Q, D_e) of any kind.
+
+    For queries that are not as the vectors are, as where blocks are weighed: how much of an index is searched was tuned
+    for those that are. An exact index finds them as ever. From any other come candidates, whose products are those of
+    the `vectors` themselves, and a query is asked again, with twice the cells (of an inverted file) or steps (of HNSW)
+    and twice the candidates, until that has found it nothing better, or it is time to compare them all.
+    """
+    if exact_vectors(index) is not None:
+        return index.search(queries, k)
+    ivf = faiss.try_extract_index_ivf(index)
+    limit = min(len(vectors) / (8 * k), ivf.nlist / ivf.nprobe if ivf is not None else np.inf)
+    products, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    unsettled, effort = np.arange(len(queries)), FIRST_EFFORT
+    while len(unsettled) and effort < limit:
+        _, found = index.search(queries[unsettled], k * effort, params=_parameters(index, effort, k * effort))
+        for query, candidates in zip(unsettled.tolist(), found):
+            candidates = candidates[candidates >= 0]
+            exact = vectors[candidates] @ queries[query]
+            best = np.argsort(-exact, kind="stable")[:k]
+            earlier = set(rows[query].tolist())
+            rows[query, : len(best)], products[query, : len(best)] = candidates[best], exact[best]
+            if earlier == set(rows[query].tolist()):
+                unsettled = unsettled[unsettled != query]
+        effort *= 2
+    if len(unsettled):
+        rest = np.ascontiguousarray(queries[unsettled])
+        products[unsettled], rows[unsettled] = knn_ground_truth(rest, _blocks(vectors), k, faiss.METRIC_INNER_PRODUCT)
+    return products, rows
+
+
+def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchParameters | None:
+    """What makes a search that many times as thorough as the index would; None where faiss has nothing of the kind."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _parameters(index.index, effort, count)
+        return faiss.SearchParametersPreTransform(index_params=inner) if inner else None
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=min(effort * index.nprobe, index.nlist))
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=max(count, effort * index.hnsw.efSearch))  # type: ignore[attr-defined]
+    return None
+
+
 def read_faiss(folder: Path, known: About) -> faiss.Index:
     """The faiss index. Raises InputError, naming the file, if it is damaged."""
     return faiss.read_index(str(_whole(folder, FAISS, known)))
@@ -98,12 +157,13 @@ def write(
     dimension: int,
     parts: Iterable[tuple[np.ndarray, np.ndarray]],
     factory: str | None = None,
+    blocks: dict[str, int] | None = None,
 ) -> str:
     """Write the index of `files`, in place of the one in `folder` if there is one; returns a line about its kind.
 
     encoder: its folder or hub id, and SHA-256; parts: (rows (m,), vectors (m, D_e)) that together fill rows 0 to n-1;
-    factory: faiss's own description of the kind of index, by default chosen by n. Raises InputError for a bad one, and
-    OSError where the disk is full; the index is then as it was.
+    factory: faiss's own description of the kind of index, by default chosen by n; blocks: see `About`. Raises
+    InputError for a bad factory, and OSError where the disk is full; the index is then as it was.
     """
     aside = hidden(folder, "partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -123,7 +183,7 @@ def write(
             raise OSError(f"faiss: {_cause(error)}") from error
         (aside / FILES).write_text(json.dumps({"files": files}))
         hashes = {name: sha256(aside / name) for name in (FAISS, VECTORS, FILES)}
-        said = About(*encoder, kind, factory, hashes)._asdict()
+        said = About(*encoder, kind, factory, hashes, blocks)._asdict()
         (aside / ABOUT).write_text(json.dumps({"format": FORMAT, **said}, indent=2) + "\n")
         replace(aside, folder)
     finally:

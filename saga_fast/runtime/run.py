@@ -34,7 +34,7 @@ from saga_fast.losses.balance import Balance
 from saga_fast.report import write_report
 from saga_fast.report.model_card import model_card
 from saga_fast.report.samples import overlays
-from saga_fast.retrieval.gallery import as_rows, gallery
+from saga_fast.retrieval.gallery import as_rows, gallery, neighbours
 from saga_fast.runtime import checkpoint, distributed
 from saga_fast.runtime.health import Health
 from saga_fast.runtime.signals import Stopped, StopSignals
@@ -297,11 +297,11 @@ class Run:
         replace(aside, self.out / name)
 
     def finish(
-        self, after: dict[str, float], supervisor: str | None, images: PixelLoader, neighbours: Tensor
+        self, after: dict[str, float], supervisor: str | None, images: PixelLoader, embeddings: Tensor
     ) -> dict[str, Any]:
         """Writes encoder/ and final.json; returns what that holds. Raises InputError where they cannot be written.
 
-        images, neighbours: of the test half, after training; with those of before they make the gallery.
+        images, embeddings: of the test half, after training; with the neighbours of before they make the gallery.
         """
         final = {
             "before": self.before,
@@ -321,7 +321,15 @@ class Run:
             raise InputError(f"{self.out}: the encoder could not be written ({error}); --resume writes it") from error
         with self._troubled("the report", (OSError, ValueError)):  # what it reads may have been damaged meanwhile
             before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
-            described, thumbnails = gallery(images, before_neighbours, neighbours)
+            encoder = self.encoder
+
+            def agreement(a: int, b: int) -> dict[str, float]:
+                cosines = encoder.compare(*embeddings[[a, b], None].to(encoder.device))
+                return dict(zip(encoder.attributes, cosines[0].tolist()))
+
+            described, thumbnails = gallery(
+                images, before_neighbours, neighbours(embeddings), agreement if encoder.attributes else None
+            )
             thumbnails.save(self.out / "gallery" / "gallery.jpg", quality=85)
             (self.out / "gallery" / "gallery.json").write_text(json.dumps(described))
             with self._troubled("TensorBoard's events"):

@@ -430,6 +430,17 @@ class DrawnBirds(Sequence):
         """Attribute -> (SIZE, SIZE) bool: where it is visible in this picture."""
         return self._draw(index, masks=True).masks
 
+    def touched(self, index: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Attribute -> (rows, columns) bool: which cells of a grid over this picture it is visible in; attributes that
+        cannot be seen are left out."""
+        found = {}
+        for name, mask in self.masks(index).items():
+            if mask.any():
+                rows, columns = (pixels * cells // SIZE for pixels, cells in zip(mask.nonzero(), grid))
+                found[name] = np.zeros(grid, bool)
+                found[name][rows, columns] = True
+        return found
+
 
 _species = cache(species)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,19 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from saga_fast.encoder import Encoder
 
 
-def save_encoder(folder: Path, seed: int = 0, pooler: str = "attention", attributes: tuple[str, ...] = ()) -> Encoder:
-    """Saves an encoder of 32 x 32 pixels and 16 numbers in `folder`; it, loaded from there."""
+def save_encoder(folder: Path, seed: int = 0, attributes: Sequence[str] = ()) -> Encoder:
+    """Saves an encoder of 32 x 32 pixels, 4 x 4 tokens and 16 numbers in `folder`, which keeps `attributes` apart if
+    there are any; it, loaded from there."""
     torch.manual_seed(seed)
     config = Qwen3VLVisionConfig(
         depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
         out_hidden_size=24, num_position_embeddings=36, deepstack_visual_indexes=[0], initializer_range=0.2,
     )  # fmt: skip
-    Encoder.from_tower(Qwen3VLVisionModel(config), pooler, 16, 32, attributes).save_pretrained(folder)
+    pooler = "attributes" if attributes else "attention"
+    encoder = Encoder.from_tower(Qwen3VLVisionModel(config), pooler, 16, 32, attributes)
+    if attributes:  # queries start so small that they look everywhere alike
+        torch.nn.init.normal_(encoder.pooler.query)
+    encoder.save_pretrained(folder)
     return Encoder.from_pretrained(folder)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -19,6 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from saga_fast.config import PRESETS
 from saga_fast.encoder import AttributePooler, Encoder, Pooler
 from saga_fast.report.model_card import model_card
+from saga_fast.retrieval.blocks import Blocks
 from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
 
@@ -142,24 +144,6 @@ def test_attribute_pooler_is_its_formula(dim, sizes):
         torch.testing.assert_close(z[i].double(), torch.cat(blocks), rtol=1e-5, atol=1e-6)
 
 
-def test_the_cosine_of_two_images_is_the_mean_of_their_blocks(tmp_path):
-    names = tuple("abcde")
-    encoder = save_encoder(tmp_path, pooler="attributes", attributes=names)
-    assert encoder.attributes == names and encoder.embedding_dim == 16
-    pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        z = encoder(pixels)
-    blocks = encoder.blocks(z)
-    assert blocks.shape == (6, 5, 4)
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(6), atol=1e-6, rtol=0)
-    torch.testing.assert_close(blocks.norm(dim=2), torch.ones(6, 5), atol=1e-6, rtol=0)
-    similarity = encoder.compare(z[:3], z[3:])
-    torch.testing.assert_close(similarity.mean(1), (z[:3] * z[3:]).sum(1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(encoder.compare(z[:1], z)[0], torch.ones(5), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="attention pooling has no attributes"):
-        save_encoder(tmp_path / "paper").blocks(z)
-
-
 def test_gradients_of_the_attribute_pooler_are_numerical_ones():
     torch.manual_seed(0)
     pooler, tokens = AttributePooler(4, 5, ("a", "b")).double(), torch.randn(2, 3, 4, dtype=torch.float64)
@@ -176,6 +160,44 @@ def test_gradients_of_the_attribute_pooler_are_numerical_ones():
                 moved.append((pooler(tokens) * weight).sum().item())
                 parameter[at] -= step
         assert parameter.grad[at].item() == pytest.approx((moved[0] - moved[1]) / 2e-2, rel=2e-2, abs=2e-3)
+
+
+@pytest.mark.parametrize("dimension", [5, 15, 17, 768])
+def test_the_cosine_is_the_mean_of_the_blocks_cosines(dimension):
+    torch.manual_seed(0)
+    names = ("crown", "wing", "tail", "legs", "bill")
+    pooler = AttributePooler(24, dimension, names).double()
+    torch.nn.init.normal_(pooler.query)
+    torch.nn.init.normal_(pooler.bias)
+    with torch.no_grad():
+        z = pooler(torch.randn(7, 9, 24, dtype=torch.float64))
+    assert z.dtype == torch.float32 and z.shape == (7, dimension)
+    parts = z.split([dimension // 5 + (m < dimension % 5) for m in range(5)], 1)
+    blocks = pooler.blocks(z)
+    assert blocks.shape == (7, 5, -(-dimension // 5))
+    for m, part in enumerate(parts):  # a round trip: the blocks are z's own numbers, the rest zeros
+        torch.testing.assert_close(blocks[:, m, : part.shape[1]], part * 5**0.5)
+        assert not blocks[:, m, part.shape[1] :].any()
+    torch.testing.assert_close(blocks.norm(dim=-1), torch.ones(7, 5))
+    cosines = torch.einsum("amd,bmd->abm", blocks, blocks)
+    torch.testing.assert_close(cosines.mean(-1), z @ z.T, atol=1e-6, rtol=0)
+    sizes = Blocks({name: part.shape[1] for name, part in zip(names, parts)})
+    np.testing.assert_allclose(sizes.cosines(z.numpy()[:, None], z.numpy()), cosines, atol=1e-6)
+
+
+def test_an_encoder_says_which_attribute_agrees_and_where_it_is_looked_for(tmp_path):
+    encoder = save_encoder(tmp_path / "encoder", attributes=("crown", "wing", "tail"))
+    assert encoder.block_sizes == {"crown": 6, "wing": 5, "tail": 5}
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        z, beta = encoder(pixels), encoder.attention(pixels)
+        assert torch.equal(beta.flatten(2), encoder.pooler.attention(encoder.tower(pixels).tokens))
+    assert beta.shape == (2, 3, 4, 4)
+    assert float(encoder.compare(z[:1], z[1:]).mean()) == pytest.approx(float(z[0] @ z[1]), abs=1e-6)
+    plain = save_encoder(tmp_path / "plain")
+    assert plain.block_sizes == {} and plain.attention(pixels).shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match="attention pooling has no attributes"):
+        plain.compare(z[:1], z[1:])
 
 
 @pytest.mark.parametrize("kind,reduce", [("mean", lambda x: x.mean(1)), ("max", lambda x: x.max(1).values)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import re
 import shutil
@@ -26,7 +28,7 @@ from saga_fast.embed import embed
 from saga_fast.encoder import Encoder
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval import server
-from saga_fast.search import Searcher, main, page, search
+from saga_fast.search import Hit, Look, Searcher, main, page, search
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import sha256
 
@@ -290,3 +292,175 @@ def test_numbers_that_are_not_finite_are_refused_everywhere(world, tmp_path, val
         searcher.encoder.pooler.project.weight.fill_(value)
     with pytest.raises(InputError, match="gives vectors that are not finite"):
         searcher.search(world[1][:1])
+
+
+NAMES = ("crown color", "wing pattern", "bill <b>", "legs", "tail shape")  # of 16 numbers: 4, 3, 3, 3, 3
+WEIGHTS = {"crown color": 2.5, "wing pattern": 0, "legs": 0.5}
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory) -> tuple[Path, list[Path], Path]:
+    """(encoder, pictures, index) of an encoder that keeps attributes apart"""
+    folder = tmp_path_factory.mktemp("apart")
+    save_encoder(folder / "encoder", attributes=NAMES)
+    pictures = save_pictures(folder / "pictures", 15)
+    embed(folder / "encoder", [folder / "pictures"], folder / "index")
+    return folder / "encoder", pictures, folder / "index"
+
+
+@torch.inference_mode()
+def block_cosines(encoder: Path, query, pictures: list[Path]) -> dict[str, np.ndarray]:
+    """path -> (5,) of the embeddings of single pictures, each block divided by its length once more."""
+    model = Encoder.from_pretrained(encoder)
+
+    def blocks(picture) -> list[np.ndarray]:
+        parts = np.split(model(picture)[0].double().numpy(), [4, 7, 10, 13])
+        return [part / np.linalg.norm(part) for part in parts]
+
+    asked = blocks(query)
+    return {str(p): np.array([a @ b for a, b in zip(asked, blocks(p))]) for p in pictures}
+
+
+def test_an_explained_search_tells_each_block_s_cosine_best_first(apart, tmp_path):
+    encoder, pictures, index = apart
+    (query,) = save_pictures(tmp_path, 1, seed=5)
+    wanted = block_cosines(encoder, query, pictures)
+    (plain,), (hits,) = search(index, [query], k=6), search(index, [query], k=6, explain=True)
+    assert [hit[:2] for hit in hits] == [hit[:2] for hit in plain] and plain[0].attributes is None
+    for hit in hits:
+        told = hit.attributes
+        np.testing.assert_allclose([told[name] for name in NAMES], wanted[hit.path], atol=1e-6)
+        assert list(told.values()) == sorted(told.values(), reverse=True)
+        assert np.mean(list(told.values())) == pytest.approx(hit.similarity, abs=1e-6)
+
+
+@pytest.mark.parametrize("faiss", [None, "IVF2,Flat", "HNSW8", "IVF2,SQ8"])
+def test_a_weighed_search_is_a_plain_one_over_weighed_cosines(apart, tmp_path, faiss):
+    encoder, pictures, index = apart
+    if faiss:
+        embed(encoder, [pictures[0].parent], index := tmp_path / "index", faiss)
+    (query,) = save_pictures(tmp_path / "query", 1, seed=5)
+    cosines = block_cosines(encoder, query, pictures)
+    searcher = Searcher(index)
+    for arguments, weights in (
+        ({"weights": WEIGHTS}, [2.5, 0, 1, 0.5, 1]),
+        ({"weights": {"legs": 1e300}}, [0, 0, 0, 1, 0]),
+        ({"weights": {"legs": 1}}, [1, 1, 1, 1, 1]),
+        ({"only": "tail shape"}, [0, 0, 0, 0, 1]),
+    ):
+        wanted = sorted(((np.average(c, weights=weights), path) for path, c in cosines.items()), reverse=True)[:5]
+        (hits,) = searcher.search([query], k=5, explain=True, **arguments)
+        assert [hit.path for hit in hits] == [path for _, path in wanted]
+        np.testing.assert_allclose([hit.similarity for hit in hits], [s for s, _ in wanted], atol=1e-6)
+        np.testing.assert_allclose([hits[0].attributes[name] for name in NAMES], cosines[hits[0].path], atol=1e-6)
+
+
+def test_weights_as_flags_and_the_explanation_as_text_and_json(apart, capsys):
+    _, pictures, index = apart
+    flags = ["--index", str(index), str(pictures[0]), "-k", "3", "--explain"]
+    main([*flags, "--json", *(f for name, w in WEIGHTS.items() for f in ("--attribute", f"{name}={w}"))])
+    ((found,), (wanted,)) = json.loads(capsys.readouterr().out), search(index, pictures[:1], 3, weights=WEIGHTS)
+    assert [hit["path"] for hit in found["hits"]] == [hit.path for hit in wanted]
+    assert all(set(hit) == {"path", "similarity", "attributes"} for hit in found["hits"])
+    assert [*found["hits"][1]["attributes"].values()] == sorted(found["hits"][1]["attributes"].values(), reverse=True)
+    main(flags)
+    lines = capsys.readouterr().out.splitlines()
+    for line, hit in zip((line for line in lines if not line.startswith("    ")), [None, *range(3)]):
+        assert (hit is None) == (not line.startswith("  "))
+    (hits,) = search(index, pictures[:1], 3, explain=True)
+    told = [", ".join(f"{cosine:.2f} {name}" for name, cosine in hit.attributes.items()) for hit in hits]
+    text = re.sub(r",\n +", ", ", "\n".join(lines))
+    assert all(f"\n          {one}" in text for one in told) and max(map(len, lines[1:])) <= max(
+        100, len(str(pictures[0])) + 10
+    )
+    main([*flags[:-1], "--json"])
+    assert set(json.loads(capsys.readouterr().out)[0]["hits"][0]) == {"path", "similarity"}
+
+
+def test_the_explained_page_has_bars_and_lays_attention_over_the_pictures(apart, tmp_path, capsys):
+    encoder, pictures, index = apart
+    main(["--index", str(index), *map(str, pictures[:2]), "-k", "4", "--explain", "--html", "--show", "bill <b>"])
+    reader = Reader()
+    reader.feed(html := capsys.readouterr().out)
+    assert not {"script", "link", "iframe", "b"} & {tag for tag, _ in reader.tags} and not re.search(r"https?://", html)
+    bars = [a for tag, a in reader.tags if tag == "li"]
+    assert len(bars) == 2 * 4 * 5 and sum(a.get("class") == "shown" for a in bars) == 2 * 4
+    widths = [float(a["style"].removeprefix("width:").removesuffix("%")) for tag, a in reader.tags if tag == "i"]
+    results = search(index, pictures[:2], 4, explain=True)
+    cosines = [cosine for hits in results for hit in hits for cosine in hit.attributes.values()]
+    np.testing.assert_allclose(widths, [100 * max(0, cosine) for cosine in cosines], atol=0.06)
+    assert reader.text.count("query, clear where bill <b> is looked for") == 2
+    shades = [a["src"] for tag, a in reader.tags if tag == "img" and a.get("class") == "shade"]
+    assert len(shades) == 2 * 5 and shades[0] == shades[1], "the first hit is the query itself"
+    with torch.no_grad(), Image.open(io.BytesIO(base64.b64decode(shades[2].partition(",")[2]))) as picture:
+        beta = Encoder.from_pretrained(encoder).attention(results[0][1].path)[0, 2].numpy()
+        dark = np.asarray(picture)[..., 1]
+    np.testing.assert_allclose(dark, 170 * (1 - beta / max(beta.max(), 4 / 16)), atol=0.51)
+
+
+def test_the_most_decisive_attribute_is_the_one_that_sets_the_hits_apart(apart):
+    _, pictures, index = apart
+    searcher = Searcher(index)
+    (hits,) = searcher.search(pictures[:1], 3, explain=True)
+    (every,) = searcher.search(pictures[:1], 15, explain=True)
+    above = {n: np.mean([h.attributes[n] for h in hits]) - np.mean([h.attributes[n] for h in every]) for n in NAMES}
+    best = max(above, key=above.get)
+    assert searcher.look(pictures[0], hits).attribute == best
+    rest = {name: above[name] for name in NAMES if name != best}
+    assert searcher.look(pictures[0], hits, weights={best: 0}).attribute == max(rest, key=rest.get)
+    gone = [hits[0], Hit("gone.png", 0.5, hits[1].attributes)]
+    look = searcher.look(pictures[0], gone, "legs")
+    assert look.attribute == "legs" and look.query == look.hits[0] != look.hits[1] is None
+    assert "not there any more" in page(["q"], [gone], [Look("legs", None, [None, None])])
+
+
+def test_an_index_from_before_there_were_attributes_gets_them_by_embedding_again(apart, tmp_path):
+    encoder, pictures, index = apart
+    shutil.copytree(index, tmp_path / "index")
+    about = json.loads((tmp_path / "index/index.json").read_text())
+    assert about.pop("blocks") == dict(zip(NAMES, [4, 3, 3, 3, 3]))
+    (tmp_path / "index/index.json").write_text(json.dumps(about))
+    assert search(tmp_path / "index", pictures[:1])[0][0].path == str(pictures[0])
+    for asked in ({"explain": True}, {"weights": WEIGHTS}, {"only": "legs"}):
+        with pytest.raises(InputError, match="index.json' names no attributes.*embed again"):
+            search(tmp_path / "index", pictures[:1], **asked)
+    done = embed(encoder, [pictures[0].parent], tmp_path / "index")
+    assert (done.new, done.unchanged) == (0, 15) and "as it was" not in done.line
+    assert search(tmp_path / "index", pictures[:1], explain=True) == search(index, pictures[:1], explain=True)
+    assert "as it was" in embed(encoder, [pictures[0].parent], tmp_path / "index").line
+    (tmp_path / "index/index.json").write_text(json.dumps({**about, "blocks": {"legs": 16}}))
+    with pytest.raises(InputError, match="its attributes are not the encoder's"):
+        search(tmp_path / "index", pictures[:1], explain=True)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--attribute", "crown colour=2"], "'crown colour' is no attribute of this encoder; did you mean 'crown"),
+        (["--attribute", "legs=-1"], "the weight of 'legs' is -1; give a finite number, 0 or more"),
+        (["--attribute", "legs=inf"], "the weight of 'legs' is inf"),
+        (["--attribute", "legs=nan"], "the weight of 'legs' is nan"),
+        ([f for name in NAMES for f in ("--attribute", f"{name}=0")], "--attribute: all weights are 0"),
+        (["--attribute", "legs"], "--attribute: 'legs'; give NAME=WEIGHT"),
+        (["--attribute", "legs=much"], "--attribute: 'legs=much'; give NAME=WEIGHT"),
+        (["--attribute", "=2"], "--attribute: '=2'; give NAME=WEIGHT"),
+        (["--attribute", "legs=2", "--attribute", "legs=3"], "'legs=3' names it again"),
+        (["--only", "leg"], "--only: 'leg' is no attribute of this encoder; did you mean 'legs'?"),
+        (["--only", ""], "--only: '' is no attribute"),
+        (["--only", "legs", "--attribute", "legs=2"], "--only: given with --attribute; choose one"),
+        (["--show", "legs"], "--show: chooses what lights the page"),
+        (["--explain", "--html", "--show", "lags"], "--show: 'lags' is no attribute of this encoder"),
+    ],
+)  # fmt: skip
+def test_bad_weights_are_one_line(apart, capsys, flags, message):
+    _, pictures, index = apart
+    with pytest.raises(InputError) as error:
+        main(["--index", str(index), str(pictures[0]), *flags])
+    assert message in str(error.value) and "\n" not in str(error.value) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--explain"], ["--attribute", "legs=2"], ["--only", "legs"]])
+def test_an_encoder_without_attributes_is_named(world, flags):
+    _, pictures, index = world
+    with pytest.raises(InputError, match=r"keeps no attributes apart \(attention pooling\); train one with"):
+        main(["--index", str(index), str(pictures[0]), *flags])

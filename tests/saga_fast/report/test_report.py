@@ -20,10 +20,11 @@ from PIL import Image
 
 from saga_fast.report import write_report
 from saga_fast.report.chart import chart
+from saga_fast.report.page import _shade
 from saga_fast.report.samples import sampled_steps
-from saga_fast.retrieval.gallery import compare, neighbours
+from saga_fast.retrieval.gallery import compare, gallery, neighbours
 
-from .runs import EVIL, make_run
+from .runs import EVIL, GRID, Pictures, make_run
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -31,6 +32,21 @@ VOID = {"meta", "img", "br", "link"}
 @pytest.fixture
 def run(tmp_path) -> Path:
     return make_run(tmp_path / "birds <b>")
+
+
+@pytest.fixture
+def attribute_run(run) -> Path:
+    """The same of an encoder that keeps attributes apart: a β each, and what mended each query."""
+    for path in (run / "samples").glob("*.json"):
+        sample = json.loads(path.read_text())
+        beta = [{"crown": [0, 0, 0, 1, 0, 0], EVIL: [1 / 6] * 6}] * 2
+        path.write_text(json.dumps({**sample, "pairs": [{**pair, "beta": beta} for pair in sample["pairs"]]}))
+    path = run / "gallery/gallery.json"
+    described = json.loads(path.read_text())
+    for row in described["rows"]["fixed"]:
+        row["attributes"] = {"crown": 0.3, EVIL: 0.45, "legs": -0.6, "wing": 0.15, "tail": 0.1, "bill": 0.0}
+    path.write_text(json.dumps(described))
+    return run
 
 
 class Outline(html.parser.HTMLParser):
@@ -142,6 +158,47 @@ def test_it_says_what_the_run_found(page):
     # Each of the first answer's five tokens has a tenth of the pair's gradient.
     assert "all other text 80.0 %" in text and "crown 10.0 %" in text
     assert "no verdict, wrong" in text and "no, right" in text
+
+
+def test_each_attribute_of_the_pooler_stands_beside_the_supervisor_s(page, attribute_run):
+    before, after = Outline(page), Outline(write_report(attribute_run).read_text())
+    labels = Counter(a["aria-label"] for a in after.every("span") if "aria-label" in a)
+    for name in ("crown", EVIL):
+        assert labels[f"the pooler's attention, {name}"] == 2 * 2  # steps, images
+    # The first image's crown was described, the second's was not.
+    assert labels["the supervisor's attention, crown"] == labels["the supervisor did not describe crown"] == 2
+    assert not any("the pooler's attention, " in a.get("aria-label", "") for a in before.every("span"))
+    shades = {a["src"] for a in after.every("img")}
+    assert (
+        _shade([0, 0, 0, 1, 0, 0], GRID) in shades
+        and _shade([1 / 12] * 2 + [1 / 12, 7 / 12] + [1 / 12] * 2, GRID) in shades
+    )
+
+
+def test_it_says_which_attributes_mended_a_query(page, attribute_run):
+    assert "what sets the right one" not in page
+    text = " ".join("".join(text for _, text in Outline(write_report(attribute_run).read_text()).text).split())
+    fixed = json.loads((attribute_run / "gallery/gallery.json").read_text())["rows"]["fixed"]
+    # Of all that speaks for the right one, 1.0, the three that do most; what speaks against it is none of it.
+    assert len(fixed) > 1 and text.count(f"{EVIL} 45 % crown 30 % wing 15 %") == len(fixed)
+    assert "legs" not in text and "tail 10 %" not in text
+
+
+def test_a_mended_query_keeps_by_how_much_each_attribute_prefers_the_right_one():
+    before = torch.tensor([[(i + 3) % 12, (i + 5) % 12] for i in range(12)])  # another class's
+    after = torch.tensor([[i // 3 * 3 + (i + 1) % 3, (i + 4) % 12] for i in range(12)])  # its own
+    agrees = np.random.default_rng(0).uniform(-1, 1, (12, 12, 2))
+    described, _ = gallery(Pictures(), before, after, lambda a, b: dict(zip(["crown", "legs"], agrees[a, b].tolist())))
+    assert len(described["rows"]["fixed"]) == 8
+    for row in described["rows"]["fixed"]:
+        query, wrong, right = (
+            described["cells"][cell][0] for cell in (row["query"], row["before"][0], row["after"][0])
+        )
+        assert [*row["attributes"]] == ["crown", "legs"]
+        wanted = agrees[query, right] - agrees[query, wrong]
+        np.testing.assert_allclose([*row["attributes"].values()], wanted, atol=6e-5)
+    described, _ = gallery(Pictures(), before, after)
+    assert all("attributes" not in row for row in described["rows"]["fixed"])
 
 
 def test_the_darkest_shade_is_the_largest_share(run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,7 +114,7 @@ def test_maps_of_attributes_make_the_target_that_the_pooler_learns(step, describ
         mean = sum(counts[of] * torch.tensor(weights) for of, weights in maps.items()) / sum(counts.values())
         query = torch.zeros(len(entry.weights), dtype=torch.int64)
         torch.testing.assert_close(mean, attention_targets(entry.weights, query, 1)[0], rtol=2e-3, atol=1e-4)
-        torch.testing.assert_close(torch.tensor(shown["beta"][entry.image]), beta[entry.image], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(shown["beta"][entry.image]), beta[entry.image, 0], rtol=1e-3, atol=1e-4)
 
 
 def test_pictures_are_the_pairs_and_what_lies_over_them(step, described):
@@ -138,3 +139,25 @@ def test_a_generic_prompt_and_a_pooler_without_attention_have_no_maps(step):
     for pair in found["pairs"]:
         assert pair["attention"] is None and pair["beta"] is None
         assert not any(answer["attributes"] for answer in pair["rollouts"])
+
+
+def test_a_pooler_of_attributes_is_kept_attribute_by_attribute(step, described):
+    _, supervisor, pairs = step
+    names = supervisor.prompt.attributes
+    torch.manual_seed(0)
+    encoder = Encoder.from_tower(load_mllm(SUPERVISOR).visual, "attributes", 36, SIZE, names)
+    torch.nn.init.normal_(encoder.pooler.query)
+    found = describe(supervisor, encoder, pairs, contextlib.nullcontext())
+    assert [{**pair, "beta": None} for pair in found["pairs"]] == [{**p, "beta": None} for p in described["pairs"]]
+    for pair, shown in zip(pairs, found["pairs"]):
+        with torch.no_grad():
+            beta = encoder.pooler.attention(pair.features.tokens)
+        for image in (0, 1):
+            assert tuple(shown["beta"][image]) == names
+            kept = torch.tensor([*shown["beta"][image].values()])
+            torch.testing.assert_close(kept, beta[image], rtol=1e-3, atol=1e-4)
+    rows = sheet(pairs)
+    lit = np.asarray(overlays(found, rows))[:, -SIZE:]
+    flat = [sum(column) / len(names) for column in zip(*found["pairs"][0]["beta"][0].values())]
+    alone = {**found, "pairs": [{**found["pairs"][0], "beta": [flat, flat]}]}
+    np.testing.assert_array_equal(lit[:SIZE], np.asarray(overlays(alone, rows))[:SIZE, -SIZE:])

@@ -1,0 +1,68 @@
+"""Embeddings attribute by attribute: what two of them share in each block, and a similarity that weighs the blocks.
+
+z is M unit blocks over √M (see `encoder.AttributePooler`), so M Σ a_i b_i over block m is the cosine of the two blocks,
+and the cosine of a and b is the mean of those. Weighed, the similarity is Σ w_m cos_m / Σ w_m, which is the inner
+product of b with an a whose block m is multiplied by M w_m / Σ w: a weighted search is a search for another query.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from saga_fast.utils.errors import InputError
+
+
+class Blocks:
+    """The M blocks of an embedding (D_e,), end to end. `names`: their attributes; `sizes`: name -> numbers in it."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        self.names = tuple(sizes)
+        self._sizes = np.array(list(sizes.values()))
+        self._starts = self._sizes.cumsum() - self._sizes
+
+    def cosines(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """float64 (..., M): the cosine of each block of a (..., D_e) with that of b (..., D_e); axes broadcast."""
+        return len(self.names) * np.add.reduceat(a * b, self._starts, axis=-1, dtype=np.float64)
+
+    def scaled(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """float32 (..., D_e): z whose inner product with an embedding is the similarity by `weights` (M,)."""
+        share = len(weights) * weights / weights.sum()
+        return (z * share.repeat(self._sizes)).astype(np.float32)
+
+    def named(self, cosines: np.ndarray) -> dict[str, float]:
+        """attribute -> cosine of (M,), largest first; of equals in the order of `names`."""
+        order = np.argsort(-cosines, kind="stable")
+        return {self.names[m]: float(cosines[m]) for m in order}
+
+    def weights(self, given: Mapping[str, float] | None = None, only: str | None = None) -> np.ndarray:
+        """float64 (M,): the weights given by name, 1 for the others; or 1 for `only` one, 0 for the others.
+
+        Raises InputError for an unknown name, for weights that are negative, not finite or all 0, and for both at once.
+        """
+        if only is not None:
+            if given:
+                raise InputError("--only: given with --attribute; choose one")
+            return np.eye(len(self.names))[self.place(only, "--only")]
+        weights = np.ones(len(self.names))
+        for name, weight in (given or {}).items():
+            place = self.place(name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise InputError(f"--attribute: the weight of {name!r} is {weight:g}; give a finite number, 0 or more")
+            weights[place] = weight
+        if not weights.any():
+            raise InputError("--attribute: all weights are 0; leave one attribute some weight")
+        return weights / weights.max()  # so that their sum is finite too
+
+    def place(self, name: str, flag: str = "--attribute") -> int:
+        """Which block is the attribute's. Raises InputError, with the nearest name, where none is."""
+        if name not in self.names:
+            close = difflib.get_close_matches(name, self.names, n=1, cutoff=0)[0]
+            raise InputError(
+                f"{flag}: {name!r} is no attribute of this encoder; did you mean {close!r}? "
+                f"It has {', '.join(self.names)}"
+            )
+        return self.names.index(name)
