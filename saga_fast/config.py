@@ -30,7 +30,7 @@ class DataConfig:
     name: str = "folder"
     """The data set: drawn-birds, cub, cars, aircraft, inat-aves, folder."""
     root: Path | None = None
-    """Folder of the images; drawn-birds needs none."""
+    """Folder of the images; drawn-birds needs none. `folder` also takes a list (.csv, .jsonl) of path, label, split."""
     image_size: int = 224
     """Side in pixels that images are resized to."""
     classes_per_batch: int = 16
