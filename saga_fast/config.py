@@ -28,7 +28,7 @@ class DataConfig:
     name: str = "folder"
     """The data set: drawn-birds, cub, cars, aircraft, inat-aves, folder."""
     root: Annotated[Path | None, RESUMABLE] = None
-    """Folder of the images; drawn-birds needs none."""
+    """Folder of the images; drawn-birds needs none. `folder` also takes a list (.csv, .jsonl) of path, label, split."""
     image_size: Annotated[int, Range(1, 8192)] = 224
     """Side in pixels that images are resized to."""
     classes_per_batch: Annotated[int, Range(2, 2**16, why="images of one class have none to be told from")] = 16

@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,10 +41,10 @@ from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.index import File
 from saga_fast.runtime import distributed
-from saga_fast.utils.errors import InputError, exit_on_input_error, first_line
-from saga_fast.utils.files import hidden, locked
+from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, tell
+from saga_fast.utils.files import hidden, is_litter, locked
 from saga_fast.utils.flags import WORKERS, parse_flags
-from saga_fast.utils.images import SUFFIXES
+from saga_fast.utils.images import SUFFIXES, is_image, kind_of, passed_over
 
 BATCH = 64  # images that go through the encoder at once
 CHUNK = 1024  # images, or
@@ -195,7 +196,10 @@ class Plan:
                 leftover.unlink()
         indexed = indices.read_files(index, known) if known else []
         embedded = {*indexed, *chunks.files()}
-        wanted = {os.path.abspath(path) for path in expand(images)}
+        skipped: Counter[str] = Counter()
+        wanted = {os.path.abspath(path) for path in expand(images, skipped)}
+        if skipped:
+            tell(f"IMAGES: passed over: {passed_over(skipped)}")
         files, missing = [], []
         earlier = {file.path for file in indexed}
         for path in sorted(wanted | {file.path for file in embedded}):
@@ -256,32 +260,43 @@ class Plan:
         return Embedded(*counts, line)
 
 
-def expand(images: Iterable[str | Path]) -> Iterator[str]:
+def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) -> Iterator[str]:
     """The image files in folders and under glob patterns, by their names; files as they are; `-`: lines of stdin.
 
-    Raises InputError for a path that is not there; one that stdin names is passed on all the same.
+    What else is in the folders, but litter, is counted in `skipped` by its kind. Raises InputError for a path that is
+    not there; one that stdin names is passed on all the same.
     """
+    skipped = Counter() if skipped is None else skipped
     for item in map(os.fspath, images):
         if item == "-":
             for line in sys.stdin.buffer.read().splitlines():
                 name = os.fsdecode(line)
-                yield from expand([name]) if os.path.isdir(name) else [name] if name else []
+                yield from expand([name], skipped) if os.path.isdir(name) else [name] if name else []
         elif os.path.isdir(item):
             for folder, inner, names in os.walk(item):
-                inner[:] = [name for name in inner if not name.startswith(".")]
-                yield from (os.path.join(folder, name) for name in names if _is_image(name))
+                inner[:] = [name for name in inner if not is_litter(name)]
+                yield from _images((os.path.join(folder, name) for name in names), skipped)
         elif os.path.lexists(item):
             yield item
         elif glob.has_magic(item):
-            yield from filter(_is_image, glob.iglob(item, recursive=True))
+            named = {"", *item.split(os.sep)}
+            matched = glob.iglob(item, recursive=True)
+            inside = (path for path in matched if not any(map(is_litter, set(path.split(os.sep)) - named)))
+            yield from _images((path for path in inside if not os.path.isdir(path)), skipped)
         else:
             raise InputError(
                 f"IMAGES: {item!r} is not there; accepted are folders, files, glob patterns, or - for stdin"
             )
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".") and not os.path.isdir(path)
+def _images(files: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+    for path in files:
+        if is_litter(os.path.basename(path)):
+            continue
+        if is_image(path):
+            yield path
+        else:
+            skipped[kind_of(path)] += 1
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from saga_fast.towers import VisionTower, VisualFeatures, tower_from_config
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import sha256
-from saga_fast.utils.images import open_rgb, to_pixels, to_rgb
+from saga_fast.utils.images import as_rgb, open_rgb, to_pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -285,7 +285,7 @@ def _open(image: Picture) -> Image.Image:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise InputError(f"images: got {image.dtype} {tuple(image.shape)}; accepted are uint8 tensors (3, H, W)")
         return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
-    return to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
+    return as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,18 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 3 :]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
+
+
+def printable(message: str) -> str:
+    """The message on one line: line breaks and other characters that do not print are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+def tell(message: str) -> None:
+    """Warn the user once: of torchrun's processes the first does, as all find the same."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(printable(message), stacklevel=3)
 
 
 @contextmanager

@@ -41,6 +41,18 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
+LITTER = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # Windows
+    *("__macosx", "icon\r"),  # macOS, which hides the rest
+    *("@eadir", "#recycle", "lost+found", "__pycache__"),  # network storage, ext4, Python
+}
+
+
+def is_litter(name: str) -> bool:
+    """Whether an entry of a folder is hidden (`._x.jpg` too), or one that systems leave behind."""
+    return name.startswith(".") or name.casefold() in LITTER
+
+
 def hidden(folder: Path, what: str) -> Path:
     """The sibling of `folder` named .FOLDER.what."""
     folder = folder.absolute()

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import faiss
@@ -180,6 +181,22 @@ def test_a_kill_while_the_index_is_renamed_loses_nothing(encoder, pictures, tmp_
     index.rename(tmp_path / ".index.old")
     assert embed(encoder, pictures, index)[:2] == (7, 5)
     assert_holds(index, encoder, pictures)
+
+
+def test_what_is_no_image_is_told_and_what_systems_leave_behind_is_not(encoder, pictures, tmp_path, capsys, recwarn):
+    folder = tmp_path / "pictures"
+    for litter in ("@eaDir", "__MACOSX/deeper"):
+        save_pictures(folder / litter, 2, seed=2)
+    (folder / "lost+found").mkdir()
+    for name in ("a.txt", "b.TXT", "sub/c.tga", "Thumbs.db", "._0001.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    done = embed(encoder, [folder], tmp_path / "index")
+    assert done[:3] == (12, 0, 0) and not done.unreadable
+    assert [str(told.message) for told in recwarn.list] == ["IMAGES: passed over: .txt: 2, .tga: 1"]
+    assert sorted(expand([f"{folder}/**"], skipped := Counter())) == [str(path) for path in pictures]
+    assert skipped == {".txt": 2, ".tga": 1}
+    assert list(expand([f"{folder}/@eaDir/*1.png"])) == [f"{folder}/@eaDir/0001.png"], "it was named"
 
 
 def test_folders_files_patterns_and_stdin(pictures, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from saga_fast.report.model_card import model_card
 from saga_fast.retrieval.blocks import Blocks
 from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import open_rgb
 
 from .small import save_encoder
 
@@ -230,6 +231,31 @@ def test_images_paths_and_tensors_agree(encoder, tmp_path):
     for wrong in (tensor.float(), tensor[None].float(), tensor[None, :1], [tensor[0]]):
         with pytest.raises(InputError, match=r"images: got torch\.\w+ \(.*accepted are uint8"):
             encoder(wrong)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_a_picture_lies_upright_whether_it_is_handed_in_opened_or_by_its_path(encoder, tmp_path, suffix):
+    """Telephones store what they see and turn it by a tag: path, PIL image and the upright picture embed alike."""
+    upright = Image.fromarray(torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8).numpy())
+    (exif := Image.Exif())[0x0112] = 6
+    path = tmp_path / f"picture.{suffix}"
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=100, subsampling=0)
+    z = encoder([path, Image.open(path), open_rgb(path)])
+    assert torch.equal(z[0], z[1]) and torch.equal(z[0], z[2])
+    if suffix != "jpg":
+        assert torch.equal(z[0], encoder(upright)[0])
+
+
+def test_a_pil_image_that_cannot_be_read_is_one_line(encoder, tmp_path):
+    Image.new("RGB", (64, 64)).save(path := tmp_path / "cut.png")
+    path.write_bytes(path.read_bytes()[:60])
+    for image, what in (
+        (Image.open(path), "cut.png"),
+        (Image.new("LAB", (4, 4)), "LAB"),
+        (Image.new("L", (0, 3)), "L"),
+    ):
+        with pytest.raises(InputError, match=f"images: the PIL image .*{what}.* is unreadable"):
+            encoder(image)
 
 
 ALONE = """
