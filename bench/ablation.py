@@ -178,7 +178,7 @@ def interval(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0 to tune only")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="by default all")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
@@ -227,6 +227,19 @@ def main() -> None:
     for row, found in tuned.items():
         cells = "   ".join(f"{name}: {value:.2f}{'*' if name == best[row] else ''}" for name, value in found.items())
         print(f"{row:24}{cells}")
+
+    about = {
+        "seeds": options.seeds,
+        "steps": STEPS,
+        "tuning_steps": TUNING_STEPS,
+        "flags": [*SIZE, *further],
+        "rows": {row: ROWS[row].flags for row in points},
+        "tuning": tuned,
+        "chosen": best,
+    }
+    if not options.seeds:
+        write_json(options.json, about)
+        return
 
     size = ("--optim.steps", str(STEPS))
     folders = runs(
@@ -281,13 +294,7 @@ def main() -> None:
     write_json(
         options.json,
         {
-            "seeds": options.seeds,
-            "steps": STEPS,
-            "tuning_steps": TUNING_STEPS,
-            "flags": [*SIZE, *further],
-            "rows": {row: ROWS[row].flags for row in points},
-            "tuning": tuned,
-            "chosen": best,
+            **about,
             "frozen": results[f"frozen ({first})"],
             "runs": found,
             "differences": differences,
