@@ -54,7 +54,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """What training sees of an image; nothing else is augmented."""
+
+    least_area: float = 1.0
+    """Random resized crops that keep at least this share of an image's area; 1 for whole images."""
+    flip: bool = False
+    """Mirror every other image; not where left and right tell classes apart."""
+    light: float = 0.0
+    """Brightness, contrast and saturation times 1 - light to 1 + light; not where shades of color tell classes apart."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least_area <= 1:
+            raise InputError(f"augment.least-area: {self.least_area}; give a share above 0 and up to 1")
+        if not 0 <= self.light < 1:
+            raise InputError(f"augment.light: {self.light}; give 0 or more, and less than 1")
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
+    tower: str | None = None
+    """Vision tower, where it is not the MLLM's own: efficientnet-lite0 (1, 2), timm:NAME, or the folder or hub id of a
+    vision model that transformers reads, such as DINOv2, SigLIP or CLIP. No language model reads its tokens, so the
+    metric loss alone trains it."""
     pooler: Literal["attention", "mean", "max"] = "attention"
     embedding_dim: int = 4096
     """D_e, the width of the embedding."""
@@ -153,6 +175,8 @@ class LogConfig:
     evaluate_every: int | None = None
     """Steps between two looks at Recall@1 on the last tenth of the training classes, which are then held out of
     training; best/ keeps the encoder that was best at it. The test half never selects. Default: none."""
+    patience: int | None = None
+    """Of those looks, how many in a row without a better one stop the run; encoder/ is then the best, not the last."""
     gradients_every: int = 10
     """Steps between measurements of each loss term's gradient norm and of the cosine between them."""
     samples_every: int | None = None
@@ -162,6 +186,7 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     encoder: EncoderConfig = EncoderConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -176,6 +201,12 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for fields that contradict each other."""
+        for name, value in (("lm", self.lambda_.lm), ("kl", self.lambda_.kl)):
+            if self.encoder.tower is not None and value > 0:
+                raise InputError(
+                    f"lambda.{name}: {value} with encoder.tower {self.encoder.tower!r}, which no language model reads: "
+                    f"pass --lambda.{name} 0, or --supervisor.model in place of the tower, to train the MLLM's own"
+                )
         if self.supervisor.generic and self.lambda_.kl > 0:
             raise InputError(
                 f"lambda.kl: {self.lambda_.kl} with supervisor.generic, whose prompt names no attributes to attend to: "
@@ -214,6 +245,7 @@ class Config:
             ("log.checkpoint-every", self.log.checkpoint_every),
             ("log.keep", self.log.keep),
             ("log.evaluate-every", self.log.evaluate_every),
+            ("log.patience", self.log.patience),
             ("log.samples-every", self.log.samples_every),
             ("encoder.embedding-dim", self.encoder.embedding_dim),
         ):
@@ -261,6 +293,20 @@ PRESETS: dict[str, Config] = {
     "aircraft": Config(data=DataConfig(name="aircraft"), supervisor=SupervisorConfig(prompt="aircraft")),
     # Two proxies for each of 743 classes make as many as 15 for CUB's 100; every point meets every other.
     "inat-aves": Config(data=DataConfig(name="inat-aves"), dml=DmlConfig(proxies_per_class=2)),
+    # Chosen on held-out training classes of the emoji, see README.
+    "folder": Config(
+        data=DataConfig(image_size=160),
+        augment=AugmentConfig(least_area=0.5),
+        encoder=EncoderConfig(tower="efficientnet-lite0", pooler="max", embedding_dim=512),
+        lambda_=LambdaConfig(lm=0.0, kl=0.0),
+        dml=DmlConfig(loss="multi-similarity"),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, precision="fp32"),
+        log=LogConfig(evaluate_every=25, patience=3),
+    ),
+}
+
+# What a preset whose tower stands alone is where an MLLM is named.
+SUPERVISED: dict[str, Config] = {
     "folder": Config(
         data=DataConfig(image_size=112),
         encoder=EncoderConfig(embedding_dim=192),
@@ -295,7 +341,7 @@ def parse(arguments: Sequence[str], restarted: bool = False) -> Invocation:
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "drawn-birds"
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is unknown; use one of {', '.join(PRESETS)}")
-    parsed = _parse(arguments, PRESETS[preset])
+    parsed = _parse(arguments, _defaults(preset, arguments))
     if parsed.tracker and not importlib.util.find_spec(parsed.tracker):
         raise InputError(
             f"--tracker: {parsed.tracker} is not installed; `pip install {parsed.tracker}`, or leave --tracker out: "
@@ -320,6 +366,20 @@ def parse(arguments: Sequence[str], restarted: bool = False) -> Invocation:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} exists; go on with --resume, or name a new folder")
     return Invocation(_config(parsed), out, resume)
+
+
+def _defaults(preset: str, arguments: Sequence[str]) -> Config:
+    """The preset, as it is where the command line names an MLLM, or a tower that none reads. Raises InputError for both
+    at once."""
+    typed = {argument.partition("=")[0] for argument in arguments}
+    supervised, alone = "--supervisor.model" in typed, "--encoder.tower" in typed
+    if supervised and alone:
+        raise InputError(
+            "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the one, for the "
+            "metric loss alone, or the other, for the MLLM's own tower"
+        )
+    config = SUPERVISED.get(preset, PRESETS[preset]) if supervised else PRESETS[preset]
+    return dataclasses.replace(config, lambda_=dataclasses.replace(config.lambda_, lm=0.0, kl=0.0)) if alone else config
 
 
 def _config(parsed: _Arguments) -> Config:

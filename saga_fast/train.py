@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from saga_fast.config import TINY, Config, parse
-from saga_fast.data import ClassBalancedSampler
+from saga_fast.data import Augmentation, ClassBalancedSampler, augmented
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.evaluate import embed_all, load_images, score, table
 from saga_fast.losses import metric_loss
@@ -45,7 +45,7 @@ from saga_fast.runtime.run import SELECTS, Run
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
-from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import Group, Replay
@@ -53,6 +53,7 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.supervisor.verdict import attribute_tokens
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.towers import load_tower
 from saga_fast.utils.errors import exit_on_input_error
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
@@ -96,12 +97,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     )
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
-    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
-    name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
-    mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-    encoder = Encoder.from_tower(
-        mllm.visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size
-    ).to(device)
+    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone.
+    mllm = None
+    if config.encoder.tower is None:
+        name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
+        mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
+    encoder = make_encoder(config, mllm).to(device)
     supervisor = make_supervisor(config, mllm, encoder, prompt) if prompt else None
     frozen = supervisor and supervisor.decoder.fingerprint()
     settings = {}
@@ -110,8 +111,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     classes = len(train_images.dataset.classes)
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
     del mllm
-    if supervisor:
-        config = plan_memory(config, supervisor, encoder, dml)
+    config = plan_memory(config, supervisor, encoder, dml)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
 
@@ -136,7 +136,8 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     distributed.check_alike(encoder, dml)
     fits = Fits()
     encoder.train()
-    batches = train_images.stream(sampler)
+    augmentation = Augmentation(**dataclasses.asdict(config.augment))
+    batches = augmented(train_images.stream(sampler), augmentation, config.seed, run.batches)
     sampled = sampled_steps(steps, config.log.samples_every)
     progress = tqdm(
         range(run.step, steps),
@@ -241,12 +242,20 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     if supervisor and supervisor.decoder.fingerprint() != frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
+    run.choose()
     embeddings = embed_all(encoder.eval(), test_images)
     after = score(embeddings, test_images.labels)
     return run.finish(after, frozen, test_images, neighbours(embeddings))
 
 
-def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
+def make_encoder(config: Config, mllm: Mllm | None) -> Encoder:
+    """The encoder to train, around the MLLM's own tower or the one that the configuration names. Where nothing is
+    listed in `encoder.tower`, there is an MLLM."""
+    visual = mllm.visual if config.encoder.tower is None else load_tower(config.encoder.tower)
+    return Encoder.from_tower(visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size)
+
+
+def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
     rollout = config.rollout
     supervisor = Supervisor(
         mllm,
@@ -266,16 +275,16 @@ def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> S
     return supervisor
 
 
-def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module) -> Config:
+def plan_memory(config: Config, supervisor: Supervisor | None, encoder: Encoder, dml: nn.Module) -> Config:
     """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
     that a resumed run does the same. Raises InputError, with the numbers, where a step does not fit."""
     ranks, rollout = distributed.ranks(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
         encoder,
-        supervisor.decoder,
-        supervisor.prefix,
-        supervisor.sampling,
+        supervisor and supervisor.decoder,
+        supervisor and supervisor.prefix,
+        supervisor and supervisor.sampling,
         -(-batch // ranks),
         -(-rollout.pairs // ranks),
         dml,
@@ -283,14 +292,19 @@ def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: n
         config.encoder.checkpointing,
         config.optim.precision == "bf16",
     )
-    chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-    free = free_bytes(supervisor.decoder.device)
-    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen)
+    predictor, free = Predictor(step), free_bytes(encoder.pooler.project.weight.device)
+    if supervisor is None:
+        footprint = predictor.fit(free)
+    else:
+        chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen)
+        plan = dataclasses.asdict(supervisor.plan)
+        config = dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
-        print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
-    plan = dataclasses.asdict(supervisor.plan)
-    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
+        if supervisor:
+            print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
+    return config
 
 
 def roll_out(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from saga_fast.data import aircraft, cars, cub, inat
+from saga_fast.data.augment import Augmentation, augmented
 from saga_fast.data.dataset import (
     ImageDataset,
     ImageFiles,
@@ -29,6 +30,7 @@ from saga_fast.utils.errors import InputError
 __all__ = [
     "DATASETS",
     "PUBLISHED",
+    "Augmentation",
     "Batch",
     "ClassBalancedSampler",
     "ImageDataset",
@@ -37,6 +39,7 @@ __all__ = [
     "PixelLoader",
     "Published",
     "Subset",
+    "augmented",
     "check_classes",
     "class_folders",
     "cores",

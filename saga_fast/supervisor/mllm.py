@@ -27,12 +27,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import cached_file
 
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.releases import OWN_CODE, SAFETENSORS, pickled, pixel_statistics
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
@@ -67,7 +67,7 @@ def load_mllm(
     Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
     """
     config = _configuration(name)
-    for reason in chain(_objections(config), _pickles(name)):
+    for reason in chain(_objections(config), pickled(name)):
         raise InputError(f"supervisor.model: {name} {reason}")
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
@@ -96,14 +96,14 @@ def load_mllm(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "file named model.safetensors" in str(error):
-            raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {_SAFETENSORS}") from None
+            raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {SAFETENSORS}") from None
         raise InputError(f"supervisor.model: {name} is not whole ({first_line(error)}); restore the file") from None
     tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
     eos = model.generation_config.eos_token_id
     eos = eos if eos is not None else tokenizer.eos_token_id
     decoder = FrozenDecoder(model.model.language_model, model.lm_head, quantize_head)
     return Mllm(
-        _visual(model, _pixel_statistics(name)),
+        _visual(model, pixel_statistics(name)),
         decoder,
         tokenizer,
         tuple(eos) if isinstance(eos, list) else (eos,),
@@ -123,33 +123,10 @@ def _configuration(name: str | Path) -> PretrainedConfig:
         if "gated" in str(error):
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
-            mend = _OWN_CODE
+            mend = OWN_CODE
         else:
             mend = f"is no model ({first_line(error)}); give a folder or hub id"
         raise InputError(f"supervisor.model: {name} {mend}") from None
-
-
-_OWN_CODE = (
-    "brings code of its own, which is not run; "
-    "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
-)
-_SAFETENSORS = (
-    "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
-    "or convert it by transformers' save_pretrained if you trust it"
-)
-
-
-def _pickles(name: str | Path) -> Iterator[str]:
-    """Weight files that the index of a sharded checkpoint names, if they are not safetensors."""
-    if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
-        try:
-            files = set(json.loads(Path(index).read_text())["weight_map"].values())
-            bad = sorted(file for file in files if not file.endswith(".safetensors"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} is malformed); restore the file"
-        else:
-            if bad:
-                yield f"names {bad[0]!r} among its weights; {_SAFETENSORS}"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
@@ -211,15 +188,6 @@ def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTr
             dense.bias = module.bias
             visual.set_submodule(name, dense)
     return visual
-
-
-def _pixel_statistics(name: str | Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std`, where the model's image processor says them."""
-    try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        return {}
-    return {key: said[key] for key in ("image_mean", "image_std") if key in said}
 
 
 def _chat_template(name: str | Path) -> str | None:

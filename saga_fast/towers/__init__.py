@@ -1,30 +1,54 @@
-"""Vision towers of multimodal models, run over equal-sized images as one batch. Called by the encoder and by
-whoever needs visual tokens alone; imports utils alone.
+"""Vision towers, run over equal-sized images as one batch: those of multimodal models, and vision models that stand
+alone. Called by the encoder and by whoever needs visual tokens alone; imports utils alone.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
 from saga_fast.towers.projected import ProjectedTower
 from saga_fast.towers.qwen3_vl import QwenTower
+from saga_fast.towers.timm import LITE, PREFIX, TimmConfig, TimmNetwork, TimmTower, load_lite, load_timm
+from saga_fast.towers.vit import VitTower, bare, load_vit
 
-__all__ = ["VisionTower", "VisualFeatures", "tower_from_config", "tower_of"]
+__all__ = ["VisionTower", "VisualFeatures", "load_tower", "tower_from_config", "tower_of"]
 
 
-def tower_of(model: PreTrainedModel) -> VisionTower:
-    """The tower around a `Qwen3VLVisionModel`, or around a model that had its `language_model` taken out."""
-    return QwenTower(model) if isinstance(model, Qwen3VLVisionModel) else ProjectedTower(model)
+def load_tower(name: str | Path) -> nn.Module:
+    """The pretrained vision model `name`, which `tower_of` makes a tower of: efficientnet-lite0 (1, 2), timm:NAME, or a
+    folder or hub id of a vision model of transformers. Raises InputError where there is none."""
+    name = str(name)
+    if name in LITE:
+        return load_lite(name)
+    return load_timm(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else load_vit(name)
+
+
+def tower_of(model: nn.Module) -> VisionTower:
+    """The tower around a `Qwen3VLVisionModel`, a model that had its `language_model` taken out, or what `load_tower`
+    gave."""
+    if isinstance(model, Qwen3VLVisionModel):
+        return QwenTower(model)
+    if isinstance(model, TimmNetwork):
+        return TimmTower(model)
+    return ProjectedTower(model) if hasattr(model, "multi_modal_projector") else VitTower(model)
 
 
 def tower_from_config(config: dict) -> VisionTower:
     """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
-    if config.get("model_type", "qwen3_vl_vision") == "qwen3_vl_vision":
+    kind = config.get("model_type", "qwen3_vl_vision")
+    if kind == "qwen3_vl_vision":
         return QwenTower(Qwen3VLVisionModel(Qwen3VLVisionConfig(**config)))
+    if kind == TimmConfig.model_type:
+        return TimmTower(TimmNetwork(TimmConfig(**config)))
     model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    if not hasattr(model, "language_model"):
+        return VitTower(bare(model))
     del model.language_model
     return ProjectedTower(model)
