@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,4 +68,5 @@ class Augmentation:
 def augmented(batches: Iterable[Batch], augmentation: Augmentation, seed: int, first: int = 0) -> Iterator[Batch]:
     """The micro-batches, the first of which is number `first` of the run, augmented."""
     for number, batch in enumerate(batches, first):
-        yield batch._replace(pixels=augmentation(batch.pixels, (seed << 40) + number))
+        (mixed,) = np.random.SeedSequence((seed, number)).generate_state(1)  # 32 bits are all that a generator reads
+        yield batch._replace(pixels=augmentation(batch.pixels, int(mixed)))
