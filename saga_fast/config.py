@@ -62,7 +62,7 @@ class AugmentConfig:
     flip: bool = False
     """Mirror every other image; not where left and right tell classes apart."""
     light: float = 0.0
-    """Brightness, contrast and saturation times 1 - light to 1 + light; not where shades of color tell classes apart."""
+    """Brightness, contrast and saturation times 1 - light to 1 + light; not where shades tell classes apart."""
 
     def __post_init__(self) -> None:
         if not 0 < self.least_area <= 1:
@@ -296,11 +296,11 @@ PRESETS: dict[str, Config] = {
     # Chosen on held-out training classes of the emoji, see README.
     "folder": Config(
         data=DataConfig(image_size=160),
-        augment=AugmentConfig(least_area=0.5),
+        augment=AugmentConfig(least_area=0.8),
         encoder=EncoderConfig(tower="efficientnet-lite0", pooler="max", embedding_dim=512),
         lambda_=LambdaConfig(lm=0.0, kl=0.0),
         dml=DmlConfig(loss="multi-similarity"),
-        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, precision="fp32"),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=150, precision="fp32"),
         log=LogConfig(evaluate_every=25, patience=3),
     ),
 }
@@ -375,8 +375,8 @@ def _defaults(preset: str, arguments: Sequence[str]) -> Config:
     supervised, alone = "--supervisor.model" in typed, "--encoder.tower" in typed
     if supervised and alone:
         raise InputError(
-            "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the one, for the "
-            "metric loss alone, or the other, for the MLLM's own tower"
+            "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the one, for "
+            "the metric loss alone, or the other, for the MLLM's own tower"
         )
     config = SUPERVISED.get(preset, PRESETS[preset]) if supervised else PRESETS[preset]
     return dataclasses.replace(config, lambda_=dataclasses.replace(config.lambda_, lm=0.0, kl=0.0)) if alone else config

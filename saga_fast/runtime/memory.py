@@ -246,7 +246,7 @@ class Predictor:
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
 
     def fit(self, free: int) -> Footprint:
-        """Of a step without a supervisor. Raises InputError, with the numbers, where it does not fit in `free` bytes."""
+        """Of a step without a supervisor. Raises InputError, with the numbers, if it does not fit into `free` bytes."""
         footprint = self.footprint(Plan(1), 0)
         if footprint.peak > free * (1 - MARGIN):
             raise self._refusal(footprint, free)
@@ -278,7 +278,7 @@ class Predictor:
         mends = [] if step.checkpointing else ["--encoder.checkpointing"]
         mends += ["--optim.states 8bit"] if step.states_bits == 32 else []
         mends += ["fewer --rollout.max-new-tokens"] if step.decoder else []
-        mends += ["or fewer images with --data.classes-per-batch"]
+        mends += [f"{'or ' if mends else ''}fewer images with --data.classes-per-batch"]
         return InputError(
             f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
             f"which {MARGIN:.0%} is left alone: pass {', '.join(mends)}"
@@ -294,18 +294,18 @@ def free_bytes(device: torch.device) -> int:
 
 def made_again(tower: VisionTower, image_size: int, autocast: bool) -> int:
     """Bytes that the backward of a tower whose blocks are checkpointed takes for an image at most: what the largest
-    block keeps when it runs again, and the gradients in it. Seen on one image and on two; the tower's stay as they
-    were."""
-    parameters = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-    device = parameters[0].device
+    block keeps when it runs again, and the gradients in it. Seen on one image and on two."""
+    first = next(parameter for parameter in tower.parameters() if parameter.requires_grad)
+    device = first.device.type
 
     def peak(images: int) -> int:
         pixels = torch.zeros(images, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, autocast, cache_enabled=False):
-            out = tower(pixels)
-        asked = [torch.ones_like(level) for level in out.levels]
-        with LiveBytes(device.type) as live:
-            torch.autograd.grad(out.levels, parameters, asked, allow_unused=True)
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            levels = tower(pixels).levels
+        asked = [torch.ones_like(level) for level in levels]
+        with LiveBytes(device) as live:
+            # The gradient of what comes first goes through every block, and makes none of their weights'.
+            torch.autograd.grad(levels, first, asked)
             return live.peak
 
     return max(0, peak(2) - peak(1))

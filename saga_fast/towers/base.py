@@ -69,8 +69,9 @@ class VisualFeatures(NamedTuple):
 class VisionTower(nn.Module, ABC):
     """Pixels in, visual tokens out: `forward(pixels)`, uint8 (B, 3, H, W) → `VisualFeatures` of N tokens of width D.
 
-    model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may hold `image_mean` and
-    `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if neither is known.
+    model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may hold
+    `image_mean` and `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if
+    neither is known.
     """
 
     def __init__(self, model: PreTrainedModel, vit: PretrainedConfig) -> None:

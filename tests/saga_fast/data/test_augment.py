@@ -13,7 +13,9 @@ from saga_fast.utils.errors import InputError
 def ramp(count: int, size: int = 64) -> torch.Tensor:
     """uint8 (count, 3, size, size): red grows to the right, green downwards, blue is 100 everywhere."""
     across = torch.linspace(0, 255, size).expand(size, size)
-    return torch.stack([across, across.T, torch.full((size, size), 100.0)]).round().to(torch.uint8).repeat(count, 1, 1, 1)
+    return (
+        torch.stack([across, across.T, torch.full((size, size), 100.0)]).round().to(torch.uint8).repeat(count, 1, 1, 1)
+    )
 
 
 def test_a_crop_is_a_window_of_the_image_no_smaller_and_no_slimmer_than_asked():

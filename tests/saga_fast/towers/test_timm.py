@@ -85,6 +85,7 @@ def test_timms_models_are_towers(name, size, grid, width):
     else:
         theirs = (whole if whole.shape[-1] == width else whole.permute(0, 2, 3, 1)).flatten(1, 2)
     torch.testing.assert_close(tokens, theirs, rtol=1e-3, atol=1e-4)
+
     def gradients() -> list[torch.Tensor]:
         encoder.zero_grad()
         (encoder(images) * torch.arange(8)).sum().backward()

@@ -61,7 +61,11 @@ def save(kind: str, folder, processor: bool = True) -> PretrainedConfig:
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     if processor:
-        said = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        said = {
+            "image_processor_type": "ViTImageProcessor",
+            "image_mean": [0.1, 0.2, 0.3],
+            "image_std": [0.4, 0.5, 0.6],
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(said))
     return config
 
