@@ -242,15 +242,14 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     if supervisor and supervisor.decoder.fingerprint() != frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
-    run.choose()
+    run.take_best()
     embeddings = embed_all(encoder.eval(), test_images)
     after = score(embeddings, test_images.labels)
     return run.finish(after, frozen, test_images, neighbours(embeddings))
 
 
 def make_encoder(config: Config, mllm: Mllm | None) -> Encoder:
-    """The encoder to train, around the MLLM's own tower or the one that the configuration names. Where nothing is
-    listed in `encoder.tower`, there is an MLLM."""
+    """The encoder to train, around the tower that the configuration names, or, where it names none, the MLLM's own."""
     visual = mllm.visual if config.encoder.tower is None else load_tower(config.encoder.tower)
     return Encoder.from_tower(visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size)
 
@@ -292,7 +291,7 @@ def plan_memory(config: Config, supervisor: Supervisor | None, encoder: Encoder,
         config.encoder.checkpointing,
         config.optim.precision == "bf16",
     )
-    predictor, free = Predictor(step), free_bytes(encoder.pooler.project.weight.device)
+    predictor, free = Predictor(step), free_bytes(next(encoder.parameters()).device)
     if supervisor is None:
         footprint = predictor.fit(free)
     else:

@@ -248,7 +248,7 @@ class Run:
             raise OSError(str(error)) from error
         replace(aside, self.out / name)
 
-    def choose(self) -> None:
+    def take_best(self) -> None:
         """Makes the encoder the one in best/, where patience asks for it and there was a look. Raises InputError where
         that cannot be read."""
         if self.config.log.patience is None or self.recall < 0:
