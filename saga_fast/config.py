@@ -48,7 +48,23 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """What training sees of an image; nothing else is augmented."""
+
+    least_area: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Random resized crops that keep at least this share of an image's area; 1 for whole images."""
+    flip: bool = False
+    """Mirror every other image; not where left and right tell classes apart."""
+    light: Annotated[float, Range(0, 0.99)] = 0.0
+    """Brightness, contrast and saturation times 1 - light to 1 + light; not where shades tell classes apart."""
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
+    tower: str | None = None
+    """Vision tower, where it is not the MLLM's own: efficientnet-lite0 (1, 2), timm:NAME, or the folder or hub id of a
+    vision model that transformers reads, such as DINOv2, SigLIP or CLIP. No language model reads its tokens, so the
+    metric loss alone trains it."""
     pooler: Literal["attributes", "attention", "mean", "max"] = "attention"
     """attributes: a query for each of the prompt's attributes, whose blocks make the embedding; attention: the paper's
     one query."""
@@ -157,6 +173,8 @@ class LogConfig:
     evaluate_every: Annotated[int | None, COUNT] = None
     """Steps between two looks at Recall@1 on the last tenth of the training classes, which are then held out of
     training; best/ keeps the encoder that was best at it. The test half never selects. Default: none."""
+    patience: Annotated[int | None, COUNT] = None
+    """Of those looks, how many in a row without a better one stop the run; encoder/ is then the best, not the last."""
     samples_every: Annotated[int | None, COUNT, RESUMABLE] = None
     """Steps between samples of rollouts for the report; default the first step, the middle one and the last."""
 
@@ -164,6 +182,7 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     encoder: EncoderConfig = EncoderConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -179,6 +198,12 @@ class Config:
     def __post_init__(self) -> None:
         """Raises InputError for a number out of its range, and for fields that contradict each other."""
         check_ranges(self)
+        for name, value in (("lm", self.lambda_.lm), ("kl", self.lambda_.kl)):
+            if self.encoder.tower is not None and value > 0:
+                raise InputError(
+                    f"lambda.{name}: {value} with encoder.tower {self.encoder.tower!r}, which no language model reads: "
+                    f"pass --lambda.{name} 0, or --supervisor.model in place of the tower, to train the MLLM's own"
+                )
         if self.supervisor.generic and self.lambda_.kl > 0:
             raise InputError(
                 f"lambda.kl: {self.lambda_.kl} with supervisor.generic, whose prompt names no attributes to attend to: "
@@ -255,6 +280,20 @@ PRESETS: dict[str, Config] = {
     "aircraft": Config(data=DataConfig(name="aircraft"), supervisor=SupervisorConfig(prompt="aircraft")),
     # Two proxies for each of 743 classes make as many as 15 for CUB's 100; every point meets every other.
     "inat-aves": Config(data=DataConfig(name="inat-aves"), dml=DmlConfig(proxies_per_class=2)),
+    # Chosen on held-out training classes of the emoji, see README.
+    "folder": Config(
+        data=DataConfig(image_size=160),
+        augment=AugmentConfig(least_area=0.8),
+        encoder=EncoderConfig(tower="efficientnet-lite0", pooler="max", embedding_dim=512),
+        lambda_=LambdaConfig(lm=0.0, kl=0.0),
+        dml=DmlConfig(loss="multi-similarity"),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=150, precision="fp32"),
+        log=LogConfig(evaluate_every=25, patience=3),
+    ),
+}
+
+# What a preset whose tower stands alone is where an MLLM is named.
+SUPERVISED: dict[str, Config] = {
     "folder": Config(
         data=DataConfig(image_size=112),
         encoder=EncoderConfig(pooler="attributes", embedding_dim=768),
@@ -295,7 +334,7 @@ def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation
     preset = named or "drawn-birds"
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is unknown; use one of {', '.join(PRESETS)}")
-    parsed = _parse(arguments, PRESETS[preset])
+    parsed = _parse(arguments, _defaults(preset, arguments))
     if parsed.tracker and not importlib.util.find_spec(parsed.tracker):
         raise InputError(
             f"--tracker: {parsed.tracker} is not installed; `pip install {parsed.tracker}`, or leave --tracker out: "
@@ -342,6 +381,7 @@ def stored(out: Path) -> Config:
 KEEPS = {
     "data": "it decides which images make which batch",
     "data.skip-unreadable": "it decides which images there are, and with them every batch",
+    "augment": "it decides what training sees of an image",
     "encoder": "the checkpoint's weights are of that encoder",
     "supervisor": "it decides what is asked and answered",
     "rollout": "it decides what is sampled and what that earns",
@@ -353,6 +393,7 @@ KEEPS = {
     "optim.warmup": "the learning rates so far rose by it",
     "optim.states": "the checkpoint's optimizer states are of that kind",
     "log.evaluate-every": "it decides which classes are held out, and what best/ was chosen by",
+    "log.patience": "it decides when the run ends",
     "seed": "batches, pairs and rollouts are drawn by it",
 }
 
@@ -372,6 +413,20 @@ def _resumed(arguments: list[str], out: Path, preset: str | None) -> _Arguments:
                 f"{reason}: leave it out, or start a new run with another --out"
             )
     return parsed
+
+
+def _defaults(preset: str, arguments: Sequence[str]) -> Config:
+    """The preset, as it is where the command line names an MLLM, or a tower that none reads. Raises InputError for both
+    at once."""
+    typed = {argument.partition("=")[0] for argument in arguments}
+    supervised, alone = "--supervisor.model" in typed, "--encoder.tower" in typed
+    if supervised and alone:
+        raise InputError(
+            "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the one, for "
+            "the metric loss alone, or the other, for the MLLM's own tower"
+        )
+    config = SUPERVISED.get(preset, PRESETS[preset]) if supervised else PRESETS[preset]
+    return dataclasses.replace(config, lambda_=dataclasses.replace(config.lambda_, lm=0.0, kl=0.0)) if alone else config
 
 
 def _config(parsed: _Arguments) -> Config:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saga_fast.data import Batch, ClassBalancedSampler, PixelLoader
+from saga_fast.data import Augmentation, Batch, ClassBalancedSampler, PixelLoader, augmented
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.evaluate import embed_all, load_images, score, table
 from saga_fast.losses import metric_loss
@@ -64,7 +64,7 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor, Written, anchor_of, ask
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
-from saga_fast.towers import tower_of
+from saga_fast.towers import load_tower, tower_of
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -177,6 +177,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
     if supervisor and supervisor.decoder.fingerprint() != t.frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
+    run.take_best()
     embeddings = embed_all(t.encoder.eval(), test_images)
     after = score(embeddings, test_images.labels)
     return run.finish(after, t.frozen, test_images, embeddings)
@@ -472,20 +473,15 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     )
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
-    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
-    name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
-    pretrained = read_pretrained(name)
-    if config.uses_supervisor:
-        check_question(config, pretrained.mllm, prompt)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-    encoder = Encoder.from_tower(
-        mllm.visual,
-        config.encoder.pooler,
-        config.encoder.embedding_dim,
-        config.data.image_size,
-        prompt.attributes if prompt else (),
-    ).to(device)
+    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone.
+    mllm = None
+    if config.encoder.tower is None:
+        pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
+        if config.uses_supervisor:
+            check_question(config, pretrained.mllm, prompt)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
+    encoder = make_encoder(config, mllm, prompt).to(device)
     supervisor = make_supervisor(config, mllm, encoder, prompt) if config.uses_supervisor else None
     settings = {}
     if config.dml.loss == "potential-field":
@@ -493,8 +489,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     classes = len(train_images.dataset.classes)
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
     del mllm
-    if supervisor:
-        config = plan_memory(config, supervisor, encoder, dml, resume)
+    config = plan_memory(config, supervisor, encoder, dml, resume)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
 
@@ -520,8 +515,18 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
         embeddings = embed_all(encoder.eval(), test_images)
         run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt, t.frozen)
     distributed.check_alike(encoder, dml)
-    t.batches = train_images.stream(sampler)
+    augmentation = Augmentation(**dataclasses.asdict(config.augment))
+    t.batches = augmented(train_images.stream(sampler), augmentation, config.seed, run.batches)
     return t, run, (validation_images, test_images)
+
+
+def make_encoder(config: Config, mllm: Mllm | None, prompt: Prompt | None) -> Encoder:
+    """The encoder to train, around the tower that the configuration names, or, where it names none, the MLLM's own."""
+    visual = mllm.visual if config.encoder.tower is None else load_tower(config.encoder.tower)
+    attributes = prompt.attributes if prompt else ()
+    return Encoder.from_tower(
+        visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size, attributes
+    )
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -558,16 +563,18 @@ def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt
     return supervisor
 
 
-def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module, resume: bool) -> Config:
+def plan_memory(
+    config: Config, supervisor: Supervisor | None, encoder: Encoder, dml: nn.Module, resume: bool
+) -> Config:
     """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
     that a resumed run does the same where that fits. Raises InputError, with the numbers, where a step does not fit."""
     ranks, rollout = distributed.ranks(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
         encoder,
-        supervisor.decoder,
-        supervisor.prefix,
-        supervisor.sampling,
+        supervisor and supervisor.decoder,
+        supervisor and supervisor.prefix,
+        supervisor and supervisor.sampling,
         -(-batch // ranks),
         -(-rollout.pairs // ranks),
         dml,
@@ -576,14 +583,19 @@ def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: n
         config.optim.precision == "bf16",
         config.lambda_.dml > 0,
     )
-    chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-    free = free_bytes(supervisor.decoder.device)
-    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen, anew=resume)
+    predictor, free = Predictor(step), free_bytes(encoder.device)
+    if supervisor is None:
+        footprint = predictor.fit(free)
+    else:
+        chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen, anew=resume)
+        plan = dataclasses.asdict(supervisor.plan)
+        config = dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
-        print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
-    plan = dataclasses.asdict(supervisor.plan)
-    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
+        if supervisor:
+            print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
+    return config
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

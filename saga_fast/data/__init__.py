@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from saga_fast.data import aircraft, cars, cub, inat
+from saga_fast.data.augment import Augmentation, augmented
 from saga_fast.data.dataset import (
     ImageDataset,
     ImageFiles,
@@ -32,6 +33,7 @@ from saga_fast.utils.images import passed_over
 __all__ = [
     "DATASETS",
     "PUBLISHED",
+    "Augmentation",
     "Batch",
     "ClassBalancedSampler",
     "ImageDataset",
@@ -40,6 +42,7 @@ __all__ = [
     "PixelLoader",
     "Published",
     "Subset",
+    "augmented",
     "check_classes",
     "checksum",
     "class_folders",

@@ -81,7 +81,7 @@ class PixelLoader:
         classes = self.dataset.classes
         first = len(classes) - max(2, round(len(classes) / 10))
         if first < 2:
-            raise InputError(f"--log.evaluate-every: holds out 2 of {len(classes)} training classes; leave it out")
+            raise InputError(f"--log.evaluate-every: holds out 2 of {len(classes)} training classes; pass None")
         rest = first_classes(self.dataset, first)
         held_out = Subset(self.dataset, [i for i, label in enumerate(self.dataset.labels) if label >= first])
         halves = copy.copy(self), copy.copy(self)

@@ -105,7 +105,7 @@ class Step:
     encoder: Encoder
     decoder: FrozenDecoder | None
     prefix: PairPrefix | None
-    sampling: Sampling
+    sampling: Sampling | None
     batch: int
     pairs: int
     trained: nn.Module | None = None
@@ -149,13 +149,14 @@ class Predictor:
             head = step.decoder.head
             self.resident[LANGUAGE_MODEL[0]] = size_of([step.decoder.layers, step.decoder.norm])
             self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
-        self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
-        vit = getattr(tower.model.config, "vision_config", tower.model.config)
-        depth = getattr(vit, "depth", None) or vit.num_hidden_layers
         self.block = 0
-        if step.checkpointing:  # the residual stream before each block, and what one block keeps
-            self.block = self.per_image // depth
-            self.per_image = depth * (encoder.image_size // _side(vit.patch_size)) ** 2 * vit.hidden_size * 4
+        if step.checkpointing:  # what stands before each block, and what the largest block makes again
+            tower.checkpoint_blocks()
+            self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
+            self.block = made_again(tower, encoder.image_size, step.autocast)
+            tower.checkpoint_blocks(False)
+        else:
+            self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
         rows, columns = tower.grid(encoder.image_size, encoder.image_size)
         self.levels = len(getattr(getattr(tower.model, "config", None), "deepstack_visual_indexes", ()))
         self.image_features = rows * columns * tower.width * (1 + self.levels) * (2 if step.autocast else 4)
@@ -250,6 +251,13 @@ class Predictor:
         }
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
 
+    def fit(self, free: int) -> Footprint:
+        """Of a step without a supervisor. Raises InputError, with the numbers, if it does not fit into `free` bytes."""
+        footprint = self.footprint(Plan(1), 0)
+        if footprint.peak > free * (1 - MARGIN):
+            raise self._refusal(footprint, free)
+        return footprint
+
     def choose(
         self,
         free: int,
@@ -274,19 +282,19 @@ class Predictor:
                 return plan, count, footprint
         if anew and (token_budget or recompute or prefix_recompute or slots):
             return self.choose(free)
-        least = min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak)
+        raise self._refusal(min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak), free)
+
+    def _refusal(self, least: Footprint, free: int) -> InputError:
+        step = self.step
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
         mends = [] if step.checkpointing else ["--encoder.checkpointing"]
         mends += ["--optim.states 8bit"] if step.states_bits == 32 else []
-        raise InputError(
+        mends += ["fewer --rollout.max-new-tokens"] if step.decoder else []
+        mends += [f"{'or ' if mends else ''}fewer images with --data.classes-per-batch"]
+        return InputError(
             f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
-            f"which {MARGIN:.0%} is left alone: pass {', '.join(mends + ['fewer --rollout.max-new-tokens'])}, or fewer "
-            "images with --data.classes-per-batch"
+            f"which {MARGIN:.0%} is left alone: pass {', '.join(mends)}"
         )
-
-
-def _side(patch: int | Sequence[int]) -> int:
-    return patch if isinstance(patch, int) else patch[0]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -318,9 +326,28 @@ def cgroup_bytes(mine: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/
     return free
 
 
+def made_again(tower: VisionTower, image_size: int, autocast: bool) -> int:
+    """Bytes that the backward of a tower whose blocks are checkpointed takes for an image at most: what the largest
+    block keeps when it runs again, and the gradients in it. Seen on one image and on two."""
+    first = next(parameter for parameter in tower.parameters() if parameter.requires_grad)
+    device = first.device.type
+
+    def peak(images: int) -> int:
+        pixels = torch.zeros(images, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            levels = tower(pixels).levels
+        asked = [torch.ones_like(level) for level in levels]
+        with LiveBytes(device) as live:
+            # The gradient of what comes first goes through every block, and makes none of their weights'.
+            torch.autograd.grad(levels, first, asked)
+            return live.peak
+
+    return max(0, peak(2) - peak(1))
+
+
 def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of the forward of a tower whose blocks are not checkpointed: of any batch, and besides
-    of each image."""
+    """Bytes that autograd keeps of the forward of a tower, as its blocks are, checkpointed or not: of any batch, and
+    besides of each image."""
     device = next(tower.parameters()).device
     weights = {x.untyped_storage().data_ptr() for x in (*tower.parameters(), *tower.buffers())}
 

@@ -82,6 +82,8 @@ class Run:
         self.before: dict[str, float] = {}
         self.telemetry = Telemetry(next(encoder.parameters()).device)
         self.best: dict[str, float] | None = None
+        # At the held-out classes: the best figure so far, and how many looks there were since.
+        self.recall, self.stale = -1.0, 0
         self.health = Health(sampler.batches_per_epoch)
         self._troubles: set[str] = set()
         self._unwritten = dict.fromkeys(LINES, "")
@@ -185,13 +187,16 @@ class Run:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]
         self.balance.load_state_dict(state["balance"])
-        self.best = state["best"]
+        self.best, self.recall, self.stale = state["best"], state["recall"], state["stale"]
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The steps `numbers`, each followed by the checkpoint that is due. Raises Stopped after SIGTERM or Ctrl-C."""
+        """The steps `numbers`, each followed by the checkpoint that is due, until patience is at an end. Raises Stopped
+        after SIGTERM or Ctrl-C."""
         due = True
         with StopSignals() as stop:
             for step in numbers:
+                if self.stale == self.config.log.patience:
+                    break
                 yield step
                 asked = any(distributed.everyone(stop.requested))
                 due = asked or self.step % self.config.log.checkpoint_every == 0
@@ -227,6 +232,8 @@ class Run:
             "contributing": self.contributing,
             "best": self.best,
             "balance": self.balance.state_dict(),
+            "recall": self.recall,
+            "stale": self.stale,
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(self.batches),
@@ -258,6 +265,10 @@ class Run:
         """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
         best/, if it is the best."""
         self.step, self.batches = step + 1, self.batches + log["micro_batches"]
+        better = log.get(SELECTS, -1.0) > self.recall
+        if SELECTS in log:
+            self.recall = max(self.recall, log[SELECTS])
+            self.stale = 0 if better else self.stale + 1
         if distributed.rank() > 0:
             return
         self.health.look(step, log)
@@ -269,7 +280,7 @@ class Run:
                 self._unwritten[name] = ""
         with self._troubled("TensorBoard's events"):
             self.board.scalars(step, log | cost)
-        if SELECTS in log and (self.best is None or log[SELECTS] > self.best[SELECTS]):
+        if better:
             with self._troubled("best/"):
                 self._export("best")
                 self.best = {"step": self.step, SELECTS: log[SELECTS]}
@@ -296,6 +307,15 @@ class Run:
             raise OSError(str(error)) from error
         replace(aside, self.out / name)
 
+    def take_best(self) -> None:
+        """Makes the encoder the one in best/, where patience asks for it and there was a look. Raises InputError where
+        that cannot be read."""
+        if self.config.log.patience is None or self.recall < 0:
+            return
+        if not (folder := self.out / "best").is_dir():
+            raise InputError(f"{folder}: could not be written, so the best encoder is gone; run it again, with space")
+        self.encoder.load_state_dict(Encoder.from_pretrained(folder).state_dict())
+
     def finish(
         self, after: dict[str, float], supervisor: str | None, images: PixelLoader, embeddings: Tensor
     ) -> dict[str, Any]:
@@ -314,7 +334,8 @@ class Run:
         if distributed.rank() > 0:
             return final
         try:
-            self.encoder.card = model_card(self.config, self.before, after, self.step)
+            weights = getattr(self.encoder.tower.model.config, "weights", None)
+            self.encoder.card = model_card(self.config, self.before, after, self.step, weights)
             self._export("encoder")
             (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         except OSError as error:

@@ -4,15 +4,11 @@ batches already.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from saga_fast.towers.base import VisionTower, VisualFeatures, attend
+from saga_fast.towers.base import VisionTower, VisualFeatures, attend, checkpoint_layers
 from saga_fast.utils.errors import InputError
 
 ATTENTION = "images"  # the name under which transformers finds `attend`
@@ -43,11 +39,8 @@ class ProjectedTower(VisionTower):
             raise InputError(f"pixels: got {height}x{width}; this tower takes square images")
         return super().grid(height, width)
 
-    def checkpoint_blocks(self) -> None:
-        for layer in self.model.vision_tower.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        checkpoint_layers(self.model.vision_tower, on)
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
         rows, columns = self.grid(*pixels.shape[-2:])

@@ -38,8 +38,8 @@ class QwenTower(VisionTower):
         side = self.model.config.patch_size * self.model.config.spatial_merge_size
         return side, side
 
-    def checkpoint_blocks(self) -> None:
-        self._checkpointing = True
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        self._checkpointing = on
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
         model = self.model

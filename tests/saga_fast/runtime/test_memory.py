@@ -20,6 +20,7 @@ from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.towers import load_tower
 from saga_fast.utils.errors import InputError
 
 WHOLE = [Plan(1 << 16, policy) for policy in ("none", "mlp", "full")]
@@ -161,3 +162,34 @@ def test_a_rank_has_its_share_of_its_own_host(monkeypatch):
     assert memory.free_bytes(cpu) == 100
     monkeypatch.setattr(memory, "cgroup_bytes", lambda: 400)
     assert memory.free_bytes(cpu) == 50
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "tiny"])
+def test_a_checkpointed_tower_takes_what_is_foretold(tiny, name):
+    """Its inputs to all blocks, and the largest block's own activations with their gradients, for the whole batch."""
+    model = load_tower(name) if name != "tiny" else load_mllm(SUPERVISOR).visual
+    encoder = Encoder.from_tower(model, "mean", 64, 64 if name != "tiny" else 112)
+    pixels = torch.zeros(6, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
+    first = next(encoder.tower.parameters())
+    peaks = {}
+    for on in (False, True):
+        predictor = Predictor(Step(encoder, None, None, None, 6, 1, checkpointing=on, autocast=False))
+        encoder.tower.checkpoint_blocks(on)
+        with LiveBytes("cpu") as live:
+            tokens = encoder.tower(pixels).tokens
+            torch.autograd.grad(tokens.sum(), first)
+        peaks[on] = live.peak
+        assert predictor.footprint(Plan(1), 0).phases["A. embed"] == pytest.approx(live.peak, rel=0.35)
+        encoder.tower.checkpoint_blocks(False)
+        del tokens
+    assert peaks[True] < 0.6 * peaks[False]
+
+
+def test_a_step_without_a_supervisor_fits_or_is_refused_with_the_numbers():
+    encoder = Encoder.from_tower(load_tower("efficientnet-lite0"), "mean", 64, 64)
+    predictor = Predictor(Step(encoder, None, None, None, 8, 1, states_bits=8, checkpointing=True, autocast=False))
+    footprint = predictor.fit(GIB)
+    assert "C. replay" not in footprint.phases and footprint.peak < GIB
+    assert predictor.fit(int(footprint.peak * 1.12)) == footprint
+    with pytest.raises(InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass fewer images"):
+        predictor.fit(footprint.peak)
