@@ -367,7 +367,7 @@ def pictures(tmp_path) -> Path:
         (["--encoder.tower", "{tmp}/text-only"], "is a 'llama', which has no patches"),
         (["--encoder.tower", "timm:nothing"], "encoder.tower: timm has no 'nothing'"),
         (["--encoder.tower", "efficientnet-lite0", "--data.image-size", "40"], "multiples of patch x merge = 32"),
-        (["--augment.least-area", "0"], "augment.least-area: 0.0; give a share above 0"),
+        (["--augment.least-area", "0"], "augment.least-area: 0.0; give more than 0, up to 1"),
         (["--log.patience", "0"], "log.patience: 0; give 1 or more"),
         (["--supervisor.model", "{tmp}/empty"], "supervisor.model"),
         (["--supervisor.model", "{tmp}/text-only"], "is a 'llama', which reads no images"),
