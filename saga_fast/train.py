@@ -121,8 +121,8 @@ class Training:
 class Pair(NamedTuple):
     """A contributing pair, kept between roll-out and replay.
 
-    images: (2,) int64, their numbers in the data set. pixels: uint8 (2, 3, S, S). features: of both, as they were
-    rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`; log_probs: see
+    images: (2,) int64, what tells an image of the step from all others. pixels: uint8 (2, 3, S, S). features: of both,
+    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`; log_probs: see
     `Rollouts`.
     """
 
@@ -206,7 +206,7 @@ def optimizer_step(
         # ── B. Draw pairs and roll them out, without gradient, until K contribute ───────────────────────────────────
         wanted = config.rollout.pairs - len(buffer)
         rows, found = roll_out(t, batch, features, (step << 20) + len(draw.pairs), wanted, contribution_rate)
-        buffer += contributing(batch, features, rows, found)
+        buffer += contributing(batch, len(losses_dml), features, rows, found)
         draw.extend(found)
         if len(buffer) >= config.rollout.pairs or len(losses_dml) == config.rollout.max_batches:
             break
@@ -271,9 +271,9 @@ def roll_out(
     return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, credit)
 
 
-def contributing(batch: Batch, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
+def contributing(batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
     """The pairs that are kept for the replay."""
-    numbers = torch.tensor(batch.indices)
+    numbers = torch.tensor(batch.indices) + (micro_batch << 32)  # an image is augmented anew in each micro-batch
     return [
         Pair(
             numbers[two],
