@@ -122,8 +122,8 @@ class Pair(NamedTuple):
     """A contributing pair, kept between roll-out and replay.
 
     images: (2,) int64, what tells an image of the step from all others. pixels: uint8 (2, 3, S, S). features: of both,
-    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`; log_probs: see
-    `Rollouts`.
+    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`;
+    log_probs: see `Rollouts`.
     """
 
     images: Tensor
