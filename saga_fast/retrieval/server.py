@@ -14,21 +14,26 @@ import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.flags import COUNT
 from saga_fast.utils.images import read_rgb
 
-if TYPE_CHECKING:
-    from saga_fast.search import Searcher
-
 LOOPBACK = "127.0.0.1"
 MAX_BYTES = 32 * 2**20  # of an upload
 AT_ONCE = 8  # uploads in memory
 TIMEOUT = 30  # seconds, of a client that says nothing
 USAGE = 'POST a picture\'s file to /?k=10, k files are wanted: {"hits": [{"path": …, "similarity": …}, …]}'
+
+
+class Searcher(Protocol):
+    """What answers: `search.Searcher`."""
+
+    files: list
+
+    def search(self, queries: Any, k: int) -> list: ...
 
 
 class Server(ThreadingHTTPServer):
