@@ -188,6 +188,9 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
             grid = tower.grid(SIDE, SIDE)
             prefix, placed = ask(known, PROMPT, "images_first", grid, sampling)
         except InputError as error:
+            assert "still at it" not in str(
+                error
+            )  # `hunt` raises that where a case hangs, and all that is raised is told
             return refused(error)
         # What can be asked is in range, each image has its tokens, and pixels stay numbers.
         image = known.tokenizer.convert_tokens_to_ids(known.image_token)
