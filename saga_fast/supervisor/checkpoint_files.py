@@ -61,7 +61,7 @@ def find(name: str | Path, file: str) -> str | None:
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise refused(name, f"has a {file} that cannot be had ({first_line(error)})") from error
+        raise refused(name, f"gives no {file} ({first_line(error)})") from error
 
 
 def read_json(name: str | Path, file: str) -> dict[str, Any] | None:

@@ -169,7 +169,7 @@ def test_a_rank_that_fails_alone_is_heard_and_all_together_once(failing, told, t
     (tmp_path / "speaks.py").write_text(SPEAKS)
     done = subprocess.run(torchrun(3, str(tmp_path / "speaks.py"), failing), capture_output=True, text=True)
     assert done.returncode != 0
-    assert done.stderr.count("no such disk") == done.stderr.count(f"{told}: --out: no such disk") == 1
+    assert done.stderr.count("no such disk") == done.stderr.count(f"{told}: no such disk") == 1
 
 
 @pytest.mark.faults

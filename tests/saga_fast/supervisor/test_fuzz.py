@@ -21,6 +21,7 @@ from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor, ask
+from saga_fast.supervisor.weights import quiet
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
 
@@ -144,7 +145,7 @@ def damaged(seed: int, whole: dict[str, str]) -> dict[str, bytes | None]:
     for _ in range(chance.choice([0, 0, 1, 2])):
         as_older(chance, files)
     changed: dict[str, bytes | None] = {}
-    for name in chance.sample(sorted(files), chance.choice([0, 1, 1, 1, 1, 2, 3])):
+    for name in chance.sample(sorted(files), chance.choice([0, 0, 1, 1, 1, 1, 1, 2, 3])):
         text = files[name]
         match chance.randrange(8):
             case 0:
@@ -187,6 +188,9 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
             grid = tower.grid(SIDE, SIDE)
             prefix, placed = ask(known, PROMPT, "images_first", grid, sampling)
         except InputError as error:
+            assert "still at it" not in str(
+                error
+            )  # `hunt` raises that where a case hangs, and all that is raised is told
             return refused(error)
         # What can be asked is in range, each image has its tokens, and pixels stay numbers.
         image = known.tokenizer.convert_tokens_to_ids(known.image_token)
@@ -220,6 +224,6 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
 @cases(60, 6_000)
 def test_a_damaged_model_folder_is_refused_or_can_be_asked(count, tmp_path):
     seeds = st.tuples(st.sampled_from(FAMILIES), st.integers(0, 2**32))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet(progress=False):
         warnings.simplefilter("ignore")
         hunt(count, st.lists(seeds, min_size=BATCH, max_size=BATCH), folders_are_right(tmp_path))
