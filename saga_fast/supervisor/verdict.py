@@ -223,9 +223,3 @@ def tokens_by_attribute(
         return [i for i, piece in enumerate(pieces) if max(ends[i] - len(piece), start) < min(ends[i], end)]
 
     return tuple({name: positions(span) for name, span in item.items()} for item in attribute_spans(text, prompt))
-
-
-def attribute_tokens(token_ids: Sequence[int], tokenizer, prompt: Prompt) -> tuple[list[int], list[int]]:
-    """For item 1 and item 2: ascending positions in `token_ids` that write part of any attribute's value."""
-    by_attribute = tokens_by_attribute(token_ids, tokenizer, prompt)
-    return tuple(sorted({i for tokens in item.values() for i in tokens}) for item in by_attribute)

@@ -16,7 +16,6 @@ from saga_fast.supervisor.verdict import (
     Span,
     Verdict,
     attribute_spans,
-    attribute_tokens,
     parse,
     reward,
     tokens_by_attribute,
@@ -248,6 +247,12 @@ TOKENIZERS = {
 }
 
 
+def attribute_tokens(ids, tokenizer, prompt) -> tuple[list[int], ...]:
+    """Of both items, positions that write part of any attribute's value."""
+    items = tokens_by_attribute(ids, tokenizer, prompt)
+    return tuple(sorted({at for tokens in item.values() for at in tokens}) for item in items)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [*TOKENIZERS, "tiny supervisor"])
 @settings(max_examples=40, deadline=None)
@@ -256,8 +261,7 @@ def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a,
     tokenizer, text = TOKENIZERS.get(name, TINY), LAYOUTS[layout](answer(True, a, b))
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    found, flat = tokens_by_attribute(ids, tokenizer, PROMPT), attribute_tokens(ids, tokenizer, PROMPT)
-    for spans, tokens, everything in zip(attribute_spans(text, PROMPT), found, flat, strict=True):
+    for spans, tokens in zip(attribute_spans(text, PROMPT), tokens_by_attribute(ids, tokenizer, PROMPT), strict=True):
         expected = {
             attribute: [
                 i for i, (s, e) in enumerate(encoded["offset_mapping"]) if any(start <= c < end for c in range(s, e))
@@ -265,7 +269,6 @@ def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a,
             for attribute, (start, end) in spans.items()
         }
         assert tokens == expected
-        assert everything == sorted(set().union(*expected.values()))
 
 
 SPELLED = Prompt(role="expert", item="bird", verdict_key="same", attributes=("bill", "Größe 猫", 'the "leg"'))
