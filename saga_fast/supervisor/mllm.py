@@ -1,8 +1,7 @@
 """Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
 
-Three kinds, a folder or a hub id each: Qwen3-VL; InternVL as transformers ships it; and the plain case, a ViT with a
-projector (LLaVA) before a dense Llama, Qwen2 or Qwen3 decoder. What cannot be run is told from the
-configuration, before any weight is read.
+A model is a folder or a hub id, of one of `families`. What cannot be run is told from the configuration, before any
+weight is read.
 
 A model's folder may come from anywhere, and loading it runs nothing of it: weights are safetensors, never pickles, and
 code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the layers, so such code could not be obeyed.
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -32,25 +31,28 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor.families import FAMILIES, KINDS, Family, ImageText
+from saga_fast.towers import TOWERS
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
-TOWERS = ("qwen3_vl", "internvl", "llava")
-DECODERS = ("llama", "qwen2", "qwen3", "qwen3_vl_text")
+LAYERS = ("full_attention", "sliding_attention")
 ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence's length
 
 
 class Mllm(NamedTuple):
-    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in
-    the prompt, between `image_marks` where the model's processor puts such."""
+    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in the
+    prompt. image_text, newline, whole_images: see `Family`, of which newline (D,) is the vector itself."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     image_token: str
-    image_marks: tuple[str, str] | None
+    image_text: ImageText = ImageText()
+    newline: Tensor | None = None
+    whole_images: bool = False
 
 
 def load_mllm(
@@ -66,9 +68,10 @@ def load_mllm(
     head stay in `dtype`. quantize_head: embedding and head in NF4 too. A checkpoint in NF4 stays as it is.
     Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
     """
-    config = _configuration(name)
-    for reason in chain(_objections(config), _pickles(name)):
+    config = configuration(name)
+    for reason in chain(objections(config), _pickles(name)):
         raise InputError(f"supervisor.model: {name} {reason}")
+    family = KINDS[config.model_type]
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
             f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
@@ -85,7 +88,10 @@ def load_mllm(
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
+                llm_int8_skip_modules=[
+                    *(f"model.{part}" for part in parts if part != family.language_model),
+                    "lm_head",
+                ],
             )
         model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **settings)
         if missing := sorted(loaded["missing_keys"]):
@@ -101,18 +107,21 @@ def load_mllm(
     tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
     eos = model.generation_config.eos_token_id
     eos = eos if eos is not None else tokenizer.eos_token_id
-    decoder = FrozenDecoder(model.model.language_model, model.lm_head, quantize_head)
+    decoder = FrozenDecoder(getattr(model.model, family.language_model), model.lm_head, quantize_head)
+    newline = getattr(model.model, family.newline).detach() if family.newline else None
     return Mllm(
-        _visual(model, _pixel_statistics(name)),
+        _visual(model, family, _pixel_statistics(name)),
         decoder,
         tokenizer,
         tuple(eos) if isinstance(eos, list) else (eos,),
         tokenizer.convert_ids_to_tokens(config.image_token_id),
-        _image_marks(tokenizer),
+        family.image_text(tokenizer),
+        newline,
+        family.whole_images,
     )
 
 
-def _configuration(name: str | Path) -> PretrainedConfig:
+def configuration(name: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
@@ -152,27 +161,32 @@ def _pickles(name: str | Path) -> Iterator[str]:
                 yield f"names {bad[0]!r} among its weights; {_SAFETENSORS}"
 
 
-def _objections(config: PretrainedConfig) -> Iterator[str]:
+def objections(config: PretrainedConfig) -> Iterator[str]:
     """Why this model would not be run as it was trained, if it would not."""
     kind = config.model_type
     text = getattr(config, "text_config", None)
     if text is None or not (hasattr(config, "image_token_id") or hasattr(config, "video_token_id")):
-        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, Qwen3-VL, InternVL or LLaVA"
+        names = ", ".join(family.name for family in FAMILIES)
+        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, of {names}"
     if getattr(config, "image_token_id", None) is None:
         yield f"is a {kind!r}, which reads videos only; a model that reads images is needed"
     if experts := getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
         yield f"is a {kind!r} with {experts} experts a layer; a dense model is needed, such as Qwen3-VL 2B, 4B or 8B"
-    if text.model_type not in DECODERS:
-        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(DECODERS)}"
-    sliding = getattr(text, "sliding_window", None)
-    if sliding or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        yield f"attends within a sliding window of {sliding} tokens; a model with full attention is needed"
+    layers = set(getattr(text, "layer_types", None) or ()) - set(LAYERS)
+    if layers:
+        yield f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}"
+    family = KINDS.get(kind)
+    decoders = family.decoders if family else sorted({name for known in FAMILIES for name in known.decoders})
+    if text.model_type not in decoders:
+        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(decoders)}"
     if (rotary := text.rope_parameters.get("rope_type", "default")) not in ROTARY:
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
     if text.hidden_act != "silu":
         yield f"has {text.hidden_act!r} for its activation; a SwiGLU decoder is needed, with 'silu'"
-    if kind not in TOWERS:
-        yield f"is a {kind!r}; accepted are {', '.join(TOWERS)}"
+    if family is None:
+        yield f"is a {kind!r}; accepted are {', '.join(KINDS)}"
+    else:
+        yield from family.objections(config)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not (stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"):
@@ -191,14 +205,15 @@ def _expect_shapes(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
             raise OSError(f"{name} is {shape}, its configuration says {expected[name]}")
 
 
-def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTrainedModel:
+def _visual(model: PreTrainedModel, family: Family, statistics: dict[str, list[float]]) -> PreTrainedModel:
     """The vision model with its projector, dense, and with a configuration that stands without the language model."""
     base = model.model
-    if model.config.model_type == "qwen3_vl":
-        visual = base.visual
+    if family.visual:
+        visual = getattr(base, family.visual)
     else:
         visual, text = base, base.config.text_config
-        del visual.language_model
+        for part in TOWERS[base.config.model_type].not_vision:
+            delattr(visual, part)
         tokens = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         layers = {"num_hidden_layers": 0, "intermediate_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
         visual.config.text_config = type(text)(hidden_size=text.hidden_size, **tokens, **layers)
@@ -226,9 +241,3 @@ def _chat_template(name: str | Path) -> str | None:
     """The template of releases that kept it beside the tokenizer."""
     file = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(file).read_text())["chat_template"] if file else None
-
-
-def _image_marks(tokenizer) -> tuple[str, str] | None:
-    """InternVL's processor, not its template, writes these around an image's tokens; its tokenizer names them."""
-    marks = tuple(getattr(tokenizer, f"{end}_image_token", None) for end in ("start", "end"))
-    return marks if all(marks) else None

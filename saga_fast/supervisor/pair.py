@@ -17,7 +17,8 @@ class PairPrefix:
     """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), rotary.
 
     next_position: where every completion's positions begin, on all three axes. preamble: C, the tokens before the first
-    image; they are the same for every pair and nothing before them trains, see `Question`.
+    image; they are the same for every pair and nothing before them trains, see `Question`. newline: (D,), what stands
+    in the row behind each image's, where the model reads one there.
     """
 
     input_ids: Tensor
@@ -25,9 +26,16 @@ class PairPrefix:
     positions: Tensor
     next_position: int
     preamble: int
+    newline: Tensor | None = None
 
     @classmethod
-    def of(cls, prefix: Prefix, grid: tuple[int, int] | None, device: torch.device | str = "cpu") -> PairPrefix:
+    def of(
+        cls,
+        prefix: Prefix,
+        grid: tuple[int, int] | None,
+        device: torch.device | str = "cpu",
+        newline: Tensor | None = None,
+    ) -> PairPrefix:
         """`grid`: merged tokens per column and row of an image; their product is the length of each image span. None
         for a model without M-RoPE, where tokens of images and text are counted alike."""
         if grid is None:
@@ -37,6 +45,7 @@ class PairPrefix:
                 torch.arange(len(prefix.input_ids), device=device).expand(3, -1),
                 len(prefix.input_ids),
                 prefix.image_spans[0][0],
+                newline,
             )
         text, images, start, position = [], [], 0, 0
         for span in prefix.image_spans:
@@ -70,7 +79,10 @@ class PairPrefix:
 
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
         """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows."""
-        return decoder.embed(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+        h = decoder.embed(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+        if self.newline is not None:
+            h[visual_rows.view(len(tokens), -1)[:, -1] + 1] = self.newline
+        return h
 
 
 class Question:

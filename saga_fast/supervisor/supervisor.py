@@ -42,8 +42,9 @@ class Supervisor:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
         instruction, count = prompt.instruction(), grid[0] * grid[1]
-        prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_marks)
-        self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device)
+        newline = mllm.newline is not None
+        prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_text, newline)
+        self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device, mllm.newline)
         self.question = Question(self.decoder, self.prefix)
         depth = self.decoder.depth
         self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer

@@ -4,27 +4,28 @@ whoever needs visual tokens alone; imports utils alone.
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers import PreTrainedModel
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
+from saga_fast.towers.idefics3 import Idefics3Tower
+from saga_fast.towers.llava_onevision import OnevisionTower
 from saga_fast.towers.projected import ProjectedTower
-from saga_fast.towers.qwen3_vl import QwenTower
+from saga_fast.towers.qwen_vl import QwenTower
 
-__all__ = ["VisionTower", "VisualFeatures", "tower_from_config", "tower_of"]
+__all__ = ["TOWERS", "VisionTower", "VisualFeatures", "tower_from_config", "tower_of"]
+
+# By the model type of the configuration that stands beside the weights.
+TOWERS: dict[str, type[VisionTower]] = {
+    kind: tower for tower in (QwenTower, ProjectedTower, OnevisionTower, Idefics3Tower) for kind in tower.kinds
+}
 
 
 def tower_of(model: PreTrainedModel) -> VisionTower:
-    """The tower around a `Qwen3VLVisionModel`, or around a model that had its `language_model` taken out."""
-    return QwenTower(model) if isinstance(model, Qwen3VLVisionModel) else ProjectedTower(model)
+    """The tower around a vision model, or around a multimodal model that had its language model taken out."""
+    return TOWERS[model.config.model_type](model)
 
 
 def tower_from_config(config: dict) -> VisionTower:
     """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
-    if config.get("model_type", "qwen3_vl_vision") == "qwen3_vl_vision":
-        return QwenTower(Qwen3VLVisionModel(Qwen3VLVisionConfig(**config)))
-    model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    del model.language_model
-    return ProjectedTower(model)
+    tower = TOWERS[config.get("model_type", "qwen3_vl_vision")]
+    return tower(tower.model_from_config(config))
