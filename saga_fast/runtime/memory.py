@@ -29,6 +29,7 @@ from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
+from saga_fast.supervisor.whole_images import add_later
 from saga_fast.towers import VisionTower
 from saga_fast.utils.errors import InputError
 from saga_kernels import GroupLayout, NF4Weight, group_attention
@@ -146,11 +147,12 @@ class Predictor:
             self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
         self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
         vit = getattr(tower.model.config, "vision_config", tower.model.config)
+        stream = getattr(vit, "embed_dim", vit.hidden_size)
         depth = getattr(vit, "depth", None) or vit.num_hidden_layers
         self.block = 0
         if step.checkpointing:  # the residual stream before each block, and what one block keeps
             self.block = self.per_image // depth
-            self.per_image = depth * (encoder.image_size // _side(vit.patch_size)) ** 2 * vit.hidden_size * 4
+            self.per_image = depth * (encoder.image_size // _side(vit.patch_size)) ** 2 * stream * 4
         rows, columns = tower.grid(encoder.image_size, encoder.image_size)
         self.levels = len(getattr(getattr(tower.model, "config", None), "deepstack_visual_indexes", ()))
         self.image_features = rows * columns * tower.width * (1 + self.levels) * (2 if step.autocast else 4)
@@ -384,5 +386,13 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         h = torch.empty(layout.tokens, decoder.embedding.shape[1], dtype=decoder.dtype, device="meta")
         positions = torch.zeros(3, layout.tokens, dtype=torch.int64, device="meta")
         live.peak = before = live.bytes
-        decoder.forward(h, positions, lambda layer, q, k, v: group_attention(q, k, v, layout)[0])
+        images = on_meta(prefix).images_of(pairs, prefix.preamble)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o, lse = group_attention(q, k, v, layout)
+            if images is not None:
+                add_later(q, k, v, o, lse, images)
+            return o
+
+        decoder.forward(h, positions, attend)
         return live.peak - before

@@ -30,8 +30,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor.decoder import FrozenDecoder, activation
 from saga_fast.supervisor.families import FAMILIES, KINDS, Family, ImageText
+from saga_fast.supervisor.gates import GATES
 from saga_fast.towers import TOWERS
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
@@ -69,7 +70,7 @@ def load_mllm(
     Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
     """
     config = configuration(name)
-    for reason in chain(objections(config), _pickles(name)):
+    for reason in chain(objections(config), pickles(name)):
         raise InputError(f"supervisor.model: {name} {reason}")
     family = KINDS[config.model_type]
     if quantize_head and config.text_config.hidden_size % BLOCK:
@@ -97,28 +98,47 @@ def load_mllm(
         if missing := sorted(loaded["missing_keys"]):
             raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
         _expect_shapes(model, skeleton)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "file named model.safetensors" in str(error):
             raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {_SAFETENSORS}") from None
         raise InputError(f"supervisor.model: {name} is not whole ({first_line(error)}); restore the file") from None
-    tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
     eos = model.generation_config.eos_token_id
     eos = eos if eos is not None else tokenizer.eos_token_id
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    return take_apart(model, pixel_statistics(name), tokenizer, eos, quantize_head)
+
+
+def take_apart(
+    model: PreTrainedModel,
+    statistics: dict[str, list[float]],
+    tokenizer: Any,
+    eos_token_ids: tuple[int, ...],
+    quantize_head: bool = False,
+) -> Mllm:
+    """The parts of a model of one of `families`, which is of no use afterwards. On the meta device too."""
+    family = KINDS[model.config.model_type]
     decoder = FrozenDecoder(getattr(model.model, family.language_model), model.lm_head, quantize_head)
     newline = getattr(model.model, family.newline).detach() if family.newline else None
     return Mllm(
-        _visual(model, family, _pixel_statistics(name)),
+        _visual(model, family, statistics),
         decoder,
         tokenizer,
-        tuple(eos) if isinstance(eos, list) else (eos,),
-        tokenizer.convert_ids_to_tokens(config.image_token_id),
+        eos_token_ids,
+        tokenizer.convert_ids_to_tokens(model.config.image_token_id),
         family.image_text(tokenizer),
         newline,
         family.whole_images,
     )
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """With the chat template of the release, wherever that keeps it. Raises OSError or ValueError without one."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
+    return tokenizer
 
 
 def configuration(name: str | Path) -> PretrainedConfig:
@@ -128,11 +148,13 @@ def configuration(name: str | Path) -> PretrainedConfig:
         if getattr(config, "auto_map", None) or "AutoTokenizer" in get_tokenizer_config(name).get("auto_map", {}):
             raise ValueError("trust_remote_code")
         return config
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if "gated" in str(error):
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
             mend = _OWN_CODE
+        elif isinstance(error, ImportError):
+            mend = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
             mend = f"is no model ({first_line(error)}); give a folder or hub id"
         raise InputError(f"supervisor.model: {name} {mend}") from None
@@ -142,13 +164,14 @@ _OWN_CODE = (
     "brings code of its own, which is not run; "
     "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
 )
+_TIMM = "towers that transformers takes from timm are not read: give a model whose tower is transformers' own"
 _SAFETENSORS = (
     "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
     "or convert it by transformers' save_pretrained if you trust it"
 )
 
 
-def _pickles(name: str | Path) -> Iterator[str]:
+def pickles(name: str | Path) -> Iterator[str]:
     """Weight files that the index of a sharded checkpoint names, if they are not safetensors."""
     if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
         try:
@@ -162,12 +185,13 @@ def _pickles(name: str | Path) -> Iterator[str]:
 
 
 def objections(config: PretrainedConfig) -> Iterator[str]:
-    """Why this model would not be run as it was trained, if it would not."""
+    """Why this model would not be run as it was trained, if it would not; of what it is first, then of its details."""
     kind = config.model_type
     text = getattr(config, "text_config", None)
     if text is None or not (hasattr(config, "image_token_id") or hasattr(config, "video_token_id")):
         names = ", ".join(family.name for family in FAMILIES)
         yield f"is a {kind!r}, which reads no images; a vision-language model is needed, of {names}"
+        return
     if getattr(config, "image_token_id", None) is None:
         yield f"is a {kind!r}, which reads videos only; a model that reads images is needed"
     if experts := getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
@@ -179,10 +203,13 @@ def objections(config: PretrainedConfig) -> Iterator[str]:
     decoders = family.decoders if family else sorted({name for known in FAMILIES for name in known.decoders})
     if text.model_type not in decoders:
         yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(decoders)}"
-    if (rotary := text.rope_parameters.get("rope_type", "default")) not in ROTARY:
-        yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
-    if text.hidden_act != "silu":
-        yield f"has {text.hidden_act!r} for its activation; a SwiGLU decoder is needed, with 'silu'"
+    for rotary in _rotary(text):
+        if rotary not in ROTARY:
+            yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
+    if (gate := activation(text)) not in GATES:
+        yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
+    if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
+        yield f"has {getattr(config.vision_config, 'architecture', 'a model')!r} of timm for its tower; {_TIMM}"
     if family is None:
         yield f"is a {kind!r}; accepted are {', '.join(KINDS)}"
     else:
@@ -194,6 +221,13 @@ def objections(config: PretrainedConfig) -> Iterator[str]:
             f"is quantised already, by {stored.get('quant_method')!r}; "
             "of quantised checkpoints those of bitsandbytes in NF4 are read: take one, or the unquantised release"
         )
+
+
+def _rotary(text: PretrainedConfig) -> list[str]:
+    """How rotary positions are scaled: once, or for each kind of layer."""
+    said = text.rope_parameters
+    nested = [value for value in said.values() if isinstance(value, dict)]
+    return [parameters.get("rope_type", "default") for parameters in nested or [said]]
 
 
 def _expect_shapes(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
@@ -228,7 +262,7 @@ def _visual(model: PreTrainedModel, family: Family, statistics: dict[str, list[f
     return visual
 
 
-def _pixel_statistics(name: str | Path) -> dict[str, list[float]]:
+def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
     """`image_mean` and `image_std`, where the model's image processor says them."""
     try:
         said, _ = ImageProcessingMixin.get_image_processor_dict(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.prompt import Prefix
+from saga_fast.supervisor.whole_images import Images
 from saga_kernels import GroupLayout, group_attention
 
 
@@ -18,7 +19,8 @@ class PairPrefix:
 
     next_position: where every completion's positions begin, on all three axes. preamble: C, the tokens before the first
     image; they are the same for every pair and nothing before them trains, see `Question`. newline: (D,), what stands
-    in the row behind each image's, where the model reads one there.
+    in the row behind each image's, where the model reads one there. whole_images: the tokens of an image see each other
+    in both directions.
     """
 
     input_ids: Tensor
@@ -27,6 +29,7 @@ class PairPrefix:
     next_position: int
     preamble: int
     newline: Tensor | None = None
+    whole_images: bool = False
 
     @classmethod
     def of(
@@ -35,6 +38,7 @@ class PairPrefix:
         grid: tuple[int, int] | None,
         device: torch.device | str = "cpu",
         newline: Tensor | None = None,
+        whole_images: bool = False,
     ) -> PairPrefix:
         """`grid`: merged tokens per column and row of an image; their product is the length of each image span. None
         for a model without M-RoPE, where tokens of images and text are counted alike."""
@@ -46,6 +50,7 @@ class PairPrefix:
                 len(prefix.input_ids),
                 prefix.image_spans[0][0],
                 newline,
+                whole_images,
             )
         text, images, start, position = [], [], 0, 0
         for span in prefix.image_spans:
@@ -67,6 +72,8 @@ class PairPrefix:
             torch.cat(text, dim=1).to(device),
             position + after,
             prefix.image_spans[0][0],
+            newline,
+            whole_images,
         )
 
     def __len__(self) -> int:
@@ -76,6 +83,15 @@ class PairPrefix:
         """Packed rows (n·2·N,) of the visual tokens of pairs whose first image begins at `starts` (n,); image a, then
         b."""
         return (starts[:, None, None] + self.images - self.preamble).flatten()
+
+    def images_of(self, pairs: int, preamble: int) -> Images | None:
+        """Where the images of `pairs` packed prefixes stand, whose first `preamble` tokens have keys but no queries;
+        None where images are read in one direction."""
+        if not self.whole_images:
+            return None
+        starts = torch.arange(pairs, device=self.images.device)[:, None, None]
+        rows, columns = (self.images - skipped + starts * (len(self) - skipped) for skipped in (preamble, 0))
+        return Images(rows.flatten(0, 1), columns.flatten(0, 1))
 
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
         """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows."""

@@ -25,7 +25,7 @@ class Supervisor:
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
     plan: of replays. slots: pairs that roll out at once.
-    Raises InputError for an anchor layer the model does not have.
+    Raises InputError for an anchor layer the model does not have, and where a run could reach beyond a sliding window.
     """
 
     def __init__(
@@ -44,7 +44,11 @@ class Supervisor:
         instruction, count = prompt.instruction(), grid[0] * grid[1]
         newline = mllm.newline is not None
         prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_text, newline)
-        self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device, mllm.newline)
+        self.prefix = PairPrefix.of(
+            prefix, grid if self.decoder.mrope else None, self.decoder.device, mllm.newline, mllm.whole_images
+        )
+        if reason := beyond_window(self.decoder.window, len(self.prefix), sampling.max_new_tokens):
+            raise InputError(reason)
         self.question = Question(self.decoder, self.prefix)
         depth = self.decoder.depth
         self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
@@ -95,3 +99,14 @@ class Supervisor:
             self.anchor_layer,
             replace(self.plan, token_budget=token_budget or self.plan.token_budget),
         )
+
+
+def beyond_window(window: int | None, prefix: int, max_new_tokens: int) -> str | None:
+    """Why prompt and answer do not fit into a sliding window, which nothing here masks; None where they do. The last
+    token of an answer is never read."""
+    if window is None or prefix + max_new_tokens - 1 <= window:
+        return None
+    return (
+        f"rollout.max-new-tokens: {max_new_tokens} after a prompt of {prefix} tokens; layers of this model see no more "
+        f"than {window}: give at most {max(0, window + 1 - prefix)}, or a smaller data.image-size"
+    )

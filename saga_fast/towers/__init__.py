@@ -7,6 +7,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
+from saga_fast.towers.gemma3 import Gemma3Tower
 from saga_fast.towers.idefics3 import Idefics3Tower
 from saga_fast.towers.llava_onevision import OnevisionTower
 from saga_fast.towers.projected import ProjectedTower
@@ -16,7 +17,9 @@ __all__ = ["TOWERS", "VisionTower", "VisualFeatures", "tower_from_config", "towe
 
 # By the model type of the configuration that stands beside the weights.
 TOWERS: dict[str, type[VisionTower]] = {
-    kind: tower for tower in (QwenTower, ProjectedTower, OnevisionTower, Idefics3Tower) for kind in tower.kinds
+    kind: tower
+    for tower in (QwenTower, ProjectedTower, OnevisionTower, Idefics3Tower, Gemma3Tower)
+    for kind in tower.kinds
 }
 
 

@@ -68,10 +68,12 @@ class VisionTower(nn.Module, ABC):
 
     model: a transformers vision model with its projector, see `tower_of`. Its config may hold `image_mean` and
     `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if neither is known.
-    kinds: model types of the configurations that it is the tower of.
+    kinds: model types of the configurations that it is the tower of. not_vision: parts of the multimodal model that are
+    not the tower's, where it is the rest.
     """
 
     kinds: ClassVar[tuple[str, ...]]
+    not_vision: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: PreTrainedModel, vit: PretrainedConfig) -> None:
         super().__init__()

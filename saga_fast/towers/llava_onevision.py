@@ -1,4 +1,4 @@
-"""The tower of LLaVA-OneVision, whose images here come in twos: as in any prompt of several, each is one view, uncut."""
+"""The tower of LLaVA-OneVision, whose images come in twos here: as in any prompt of several, each is uncut."""
 
 from __future__ import annotations
 

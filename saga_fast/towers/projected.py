@@ -26,7 +26,7 @@ class ProjectedTower(VisionTower):
 
     kinds = ("internvl", "llava")
     vit_name = "vision_tower"
-    not_vision: tuple[str, ...] = ("language_model",)  # parts of the model that are the supervisor's
+    not_vision = ("language_model",)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, model.config.vision_config)

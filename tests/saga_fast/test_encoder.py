@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from transformers import LlamaConfig, LlavaConfig, LlavaModel, ViTConfig
+from transformers import Gemma3Config, Gemma3Model, LlamaConfig, LlavaConfig, LlavaModel, ViTConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -85,6 +84,24 @@ def test_windows_equal_transformers_at_every_edge(height, width):
     tower = tower_of(model)
     torch.testing.assert_close(tower(pixels).tokens.flatten(0, 1), theirs, rtol=1e-4, atol=1e-5)
     assert (tower._place(height, width, pixels.device).windows is None) == (height == width == 16)
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_gemma_averages_squares_at_any_size(side):
+    torch.manual_seed(3)
+    vit = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = Gemma3Config(
+        text_config=dict(hidden_size=24, num_hidden_layers=0, num_attention_heads=2, vocab_size=8),
+        vision_config=dict(**vit, image_size=16, patch_size=4, vision_use_head=False), mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = Gemma3Model(config).eval()
+    model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    ours = tower_of(model)(pixels).tokens
+    model.multi_modal_projector.patches_per_image = side // 4
+    x = pixels / 127.5 - 1
+    theirs = model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_tower_gradients_equal_transformers(visual, encoder):

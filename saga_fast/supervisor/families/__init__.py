@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from saga_fast.supervisor.families import idefics3, internvl, llava, llava_onevision, qwen_vl
+from saga_fast.supervisor.families import gemma3, idefics3, internvl, llava, llava_onevision, qwen_vl
 from saga_fast.supervisor.families.base import Family, ImageText
 
 __all__ = ["FAMILIES", "KINDS", "Family", "ImageText"]
 
-FAMILIES = (qwen_vl.FAMILY, internvl.FAMILY, llava.FAMILY, llava_onevision.FAMILY, idefics3.FAMILY)
+FAMILIES = (qwen_vl.FAMILY, internvl.FAMILY, llava.FAMILY, llava_onevision.FAMILY, idefics3.FAMILY, gemma3.FAMILY)
 KINDS = {kind: family for family in FAMILIES for kind in family.kinds}

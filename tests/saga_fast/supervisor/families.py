@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -47,6 +49,11 @@ LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}"
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "<bos>{% for m in messages %}<start_of_turn>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text | trim }}{% endif %}"
+    "{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 ONEVISION_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n")
 IDEFICS_TEMPLATE = (
@@ -201,6 +208,31 @@ def idefics3(smol: bool, **text) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
     return model(config), tokens, {}
 
 
+def gemma3(**text) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    """Windowed layers and whole ones, with rotary bases of their own; scores that are not scaled by head_dim."""
+    tokens = tokenizer(
+        ["<end_of_turn>", "<start_of_turn>", "<bos>"], GEMMA_TEMPLATE,
+        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
+    )  # fmt: skip
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3Config(
+        text_config=dict(
+            **TEXT, head_dim=16, query_pre_attn_scalar=24, sliding_window=1024, rope_parameters=rope,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"], **text,
+        ),
+        vision_config=dict(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32,
+            patch_size=4, vision_use_head=False,
+        ),
+        mm_tokens_per_image=16, image_token_index=tokens.convert_tokens_to_ids("<image_soft_token>"),
+        tie_word_embeddings=text.get("tie_word_embeddings", True),
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration(config), tokens, {}
+
+
 FAMILIES: dict[str, Callable] = {
     "qwen3-vl": qwen3_vl,
     "qwen3-vl-tied": lambda: qwen3_vl(tie_word_embeddings=True),
@@ -217,6 +249,8 @@ FAMILIES: dict[str, Callable] = {
     "llava-onevision-tied": lambda: llava_onevision(tie_word_embeddings=True),
     "smolvlm-tied": lambda: idefics3(True, tie_word_embeddings=True),
     "idefics3": lambda: idefics3(False),
+    "gemma3": lambda: gemma3(tie_word_embeddings=False),
+    "gemma3-tied": gemma3,
 }
 
 
@@ -229,6 +263,8 @@ def save(family: str, folder: Path, **save_settings) -> Path:
             parameter.data.normal_(std=0.2)
         elif "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
+        elif "projection" in name:
+            parameter.data.normal_(std=0.2)
         elif any(part in name for part in ("cls_token", "class_embedding", "position", "newline")):
             parameter.data.normal_(std=0.5)
     model.get_output_embeddings().weight.data[model.config.image_token_id] = 0  # a model does not write it

@@ -18,9 +18,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.prompt import Prompt
-from saga_fast.supervisor.replay import Group
+from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.utils.errors import InputError
 
 from ..test_encoder import qwen_patches
 from .families import FAMILIES, save
@@ -38,6 +39,7 @@ STATISTICS = {  # what each family's released processor subtracts and divides by
     "llava-onevision": ([0.5] * 3, [0.5] * 3),
     "smolvlm": ([0.5] * 3, [0.5] * 3),
     "idefics3": ([0.5] * 3, [0.5] * 3),
+    "gemma3": ([0.5] * 3, [0.5] * 3),
 }
 MARKS = {  # what stands around an image's tokens in the prompt
     "qwen": "<|vision_start|>{}<|vision_end|>",
@@ -45,6 +47,7 @@ MARKS = {  # what stands around an image's tokens in the prompt
     "llava": "{}\n",
     "llava-onevision": "{}<image>\n",
     "smolvlm": "<fake_token_around_image><global-img>{}<fake_token_around_image>",
+    "gemma3": "\n\n<start_of_image>{}<end_of_image>\n\n",
     "idefics3": "<fake_token_around_image><global-img>{}<fake_token_around_image>",
 }
 
@@ -83,7 +86,9 @@ class Case(NamedTuple):
 
     def asked(self, completion: list[int]) -> dict:
         ids = torch.cat([self.supervisor.prefix.input_ids, torch.tensor(completion, dtype=torch.int64)])[None]
-        return {"input_ids": ids} | ({"mm_token_type_ids": (ids == self.image_id).int()} if self.mrope else {})
+        kinds = (ids == self.image_id).int()
+        named = {"qwen": {"mm_token_type_ids": kinds}, "gemma3": {"token_type_ids": kinds}, "": {}}
+        return {"input_ids": ids, **of(self.family, named)}
 
     @property
     def image_id(self) -> int:
@@ -173,7 +178,7 @@ def encoded(case: Case, features: VisualFeatures):
         return BaseModelOutputWithDeepstackFeatures(
             pooler_output=tuple(features.tokens), deepstack_features=[tuple(level) for level in features.deepstack]
         )
-    tokens = features.tokens if case.family.startswith("internvl") else list(features.tokens)
+    tokens = features.tokens if case.family.startswith(("internvl", "gemma3")) else list(features.tokens)
     if case.mllm.newline is not None:
         tokens = [torch.cat([image, case.mllm.newline[None]]) for image in tokens]
     return BaseModelOutputWithPooling(pooler_output=tokens)
@@ -217,6 +222,19 @@ def test_replay_equals_transformers(case):
     for mine, other in zip((ours.tokens, *ours.deepstack), (theirs.tokens, *theirs.deepstack)):
         assert other.grad.norm() > 1e-3, "a gradient that vanishes says nothing"
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-2, atol=1e-3 * other.grad.abs().max().item())
+
+
+def test_a_replay_in_slices_that_computes_all_again_gives_the_same(case):
+    with torch.no_grad():
+        features = case.encoder.tower(case.pixels[:2])
+    whole, sliced = as_leaves(features), as_leaves(features)
+    groups = [Group([[50, 60, 70], [80, 90]], [torch.tensor([0.3, -1.0, 0.5]), torch.tensor([1.0, 2.0])], {})]
+    supervisor = copy.copy(case.supervisor)
+    supervisor.replay(whole, groups)
+    supervisor.plan = Plan(token_budget=1, recompute="full", prefix_recompute="mlp")
+    supervisor.replay(sliced, groups)
+    for mine, other in zip(sliced.levels, whole.levels):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item())
 
 
 def test_greedy_rollouts_equal_generate_from_pixels(case, monkeypatch):
@@ -263,3 +281,35 @@ def test_checkpointed_tower_has_the_same_gradients(case):
     expected, got = gradients(plain), gradients(checkpointed)
     for name, gradient in expected.items():
         assert (gradient is None) == (got[name] is None) and (gradient is None or torch.equal(gradient, got[name]))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava-mistral"])
+def test_runs_within_a_sliding_window_are_right_and_longer_ones_refused(family, tmp_path):
+    folder = save(family, tmp_path / family)
+    sampling = Sampling(group_size=1, temperature=1.0, max_new_tokens=6)
+    mllm = load_mllm(folder, quantize=False)
+    grid = Encoder.from_tower(mllm.visual, "mean", 8, SIZE).tower.grid(SIZE, SIZE)
+    reach = len(Supervisor(mllm, PROMPT, "images_first", grid, sampling).prefix) + 5
+    file = folder / "config.json"
+    found = []
+    for window in (reach, reach - 1):
+        said = json.loads(file.read_text())
+        said["text_config"]["sliding_window"] = window
+        file.write_text(json.dumps(said))
+        mllm = load_mllm(folder, quantize=False)
+        if window < reach:
+            with pytest.raises(InputError, match=f"max-new-tokens: 6 after a prompt of {reach - 5} .*: give at most 5"):
+                Supervisor(mllm, PROMPT, "images_first", grid, sampling)
+        else:
+            supervisor = Supervisor(mllm, PROMPT, "images_first", grid, sampling)
+            encoder = Encoder.from_tower(mllm.visual, "mean", 8, SIZE)
+            pixels = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+        case = Case(family, mllm, encoder, supervisor, load_oracle(folder, False), pixels)
+        completion = [50, 60, 70, 80, 90, 100]
+        with torch.no_grad():
+            pair = encoder.tower(pixels)
+            out = case.oracle(**case.asked(completion), mm_encoder_outputs={"image": encoded(case, pair)})
+        found.append(out.logits[0, len(supervisor.prefix) - 1 : -1].log_softmax(-1)[range(6), completion])
+    (ours,) = supervisor.replay(pair, [Group([completion], [torch.ones(6)], {})]).log_probs[0]
+    torch.testing.assert_close(ours, found[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found[0][-1], found[1][-1], atol=1e-4), "a window that cuts nothing says nothing"

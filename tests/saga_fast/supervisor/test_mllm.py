@@ -46,6 +46,19 @@ REFUSED = {
     ),
     "activation": (llava(hidden_act="gelu"), "has 'gelu' for its activation"),
     "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen2_vl, qwen2_5_vl"),
+    "timm": (
+        llava() | {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}},
+        "towers that transformers takes from timm are not read",
+    ),
+    "caps": (
+        {"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}},
+        "caps its numbers by attn_logit_softcapping 50.0",
+    ),
+    "both directions": (
+        {"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}},
+        "reads text in both directions",
+    ),
+    "later Gemma": ({"model_type": "gemma3n"}, "is a 'gemma3n'"),
     "GPTQ": (llava() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already, by 'gptq'"),
     "FP4": (
         llava() | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
