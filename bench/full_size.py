@@ -87,7 +87,7 @@ class Rig:
         self.model = model.eval()
         self.eos = tokens.eos_token_id
         decoder = FrozenDecoder(model.model.language_model, model.lm_head)
-        self.mllm = Mllm(model.model.visual, decoder, tokens, (self.eos,), record.SPECIAL[4], None)
+        self.mllm = Mllm(model.model.visual, decoder, tokens, (self.eos,), record.SPECIAL[4])
         asked = record.question(shape, tokens)
         self.supervisor = Given(self.mllm, asked, "images_first", shape.grid, Sampling(shape.group), plan=PLAN)
         self.prefix = build_prefix(tokens, asked.instruction(), shape.grid[0] * shape.grid[1])

@@ -32,6 +32,7 @@ from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
+from saga_fast.supervisor.whole_images import add_later
 from saga_fast.towers import VisionTower
 from saga_fast.utils.errors import InputError
 from saga_kernels import GroupLayout, NF4Weight, group_attention
@@ -445,5 +446,13 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         h = torch.empty(layout.tokens, decoder.embedding.shape[1], dtype=decoder.dtype, device="meta")
         positions = torch.zeros(3, layout.tokens, dtype=torch.int64, device="meta")
         live.peak = before = live.bytes
-        decoder.forward(h, positions, lambda layer, q, k, v: group_attention(q, k, v, layout)[0])
+        images = on_meta(prefix).images_of(pairs, prefix.preamble)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o, lse = group_attention(q, k, v, layout)
+            if images is not None:
+                add_later(q, k, v, o, lse, images)
+            return o
+
+        decoder.forward(h, positions, attend)
         return live.peak - before

@@ -1,8 +1,7 @@
 """Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
 
-Three kinds, a folder or a hub id each: Qwen3-VL; InternVL as transformers ships it; and the plain case, a ViT with a
-projector (LLaVA) before a dense Llama, Qwen2 or Qwen3 decoder. What cannot be run is told from the
-configuration, before any weight is read.
+A model is a folder or a hub id, of one of `families`. What cannot be run is told from the configuration, before any
+weight is read.
 
 A model's folder may come from anywhere, and loading it runs nothing of it: weights are safetensors, never pickles, and
 code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the layers, so such code could not be obeyed.
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -27,34 +26,35 @@ from transformers import (
 )
 
 from saga_fast.supervisor import checkpoint_files as files
-from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor.decoder import FrozenDecoder, activation
+from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageText
+from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
 from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
+from saga_fast.towers import tower_class
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
-TOWERS = ("qwen3_vl", "internvl", "llava")
-DECODERS = ("llama", "qwen2", "qwen3", "qwen3_vl_text")
+LAYERS = ("full_attention", "sliding_attention")
+DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
 # Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
 ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
-# Around the tokens of an image, where not the template but the family's processor writes them: the attributes by which
-# its tokenizer may name them, and what they are in its vocabulary.
-IMAGE_MARKS = {"internvl": (("start_image_token", "<img>"), ("end_image_token", "</img>"))}
-LAYERS = 512  # more than any model has: what a configuration asks for is built before weights are compared with it
 
 
 class Mllm(NamedTuple):
     """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
-    image_token: stands for one visual token in the prompt, between `image_marks` where the model's processor puts such.
-    positions: how many a run may use, None where any number."""
+    image_token: stands for one visual token in the prompt. image_text, newline, whole_images: see `Family`, of which
+    newline (D,) is the vector itself. positions: how many a run may use, None where any number."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     image_token: str
-    image_marks: tuple[str, str] | None
+    image_text: ImageText = PLAIN
+    newline: Tensor | None = None
+    whole_images: bool = False
     positions: int | None = None
 
 
@@ -68,33 +68,34 @@ class Pretrained(NamedTuple):
     mllm: Mllm
 
 
-def read_pretrained(name: str | Path) -> Pretrained:
-    """All of a model but its weights. Raises InputError for one that is missing, gated, not whole, or of a kind that
-    this engine cannot run, and for a file of it that is malformed."""
+def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pretrained:
+    """All of a model but its weights, which on the meta device are dense, in `dtype`. Raises InputError for one that is
+    missing, gated, not whole, or of a kind that this engine cannot run, and for a file of it that is malformed."""
     config = _configuration(name)
     files.expect_no_adapter(name)
     built = "has a config.json of which no model can be built ({})"
     with files.telling(name, built):
-        for reason in _objections(config):
-            raise files.refused(name, reason)
+        if reasons := list(_objections(config)):
+            raise files.refused(name, "; it ".join(reasons))
         positions = _positions(config.text_config)
         _settle(name, config)
     expect_safetensors(name)
+    family = KINDS[config.model_type]
     statistics = files.pixel_statistics(name)
     with files.telling(name, "has a tokenizer that cannot be read ({}); restore its files"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.chat_template = files.chat_template(name, tokenizer)
     image_token = _image_token(name, config, tokenizer)
-    marks = _image_marks(name, config.model_type, tokenizer)
+    image_text = family.image_text(*_marks(name, config.model_type, tokenizer))
     ends = files.end_tokens(name, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
         ends = tuple(dict.fromkeys((*ends, end)))
     with files.telling(name, built):
         with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
-        decoder = FrozenDecoder(skeleton.model.language_model, skeleton.lm_head)
-        visual = _visual(skeleton, statistics)
-    return Pretrained(name, config, statistics, Mllm(visual, decoder, tokenizer, ends, image_token, marks, positions))
+            skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
+        visual, decoder, newline = _take_apart(skeleton, statistics)
+    mllm = Mllm(visual, decoder, tokenizer, ends, image_token, image_text, newline, family.whole_images, positions)
+    return Pretrained(name, config, statistics, mllm)
 
 
 def load_mllm(
@@ -112,6 +113,7 @@ def load_mllm(
     """
     known = model if isinstance(model, Pretrained) else read_pretrained(model)
     name, config = known.name, known.config
+    language_model = KINDS[config.model_type].language_model
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
             f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
@@ -128,15 +130,14 @@ def load_mllm(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
+            llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != language_model), "lm_head"],
         )
     with files.telling(name, f"could not be loaded on {device} ({{}})"), quiet():
         whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
     expect_shapes(name, whole, skeleton)
-    if known.mllm.positions is not None:  # so far the frequencies are what they are now: nothing looks and changes them
-        whole.model.language_model.rotary_emb.rope_type = "default"
-    decoder = FrozenDecoder(whole.model.language_model, whole.lm_head, quantize_head)
-    return known.mllm._replace(visual=_visual(whole, known.statistics), decoder=decoder)
+    if known.mllm.positions is not None:
+        _hold(getattr(whole.model, language_model).rotary_emb)
+    return known.mllm._replace(**_take_apart(whole, known.statistics, quantize_head)._asdict())
 
 
 def _expect_device(device: str) -> None:
@@ -162,6 +163,8 @@ def _configuration(name: str | Path) -> PretrainedConfig:
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
             mend = _OWN_CODE
+        elif isinstance(error, ImportError):
+            mend = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             mend = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
@@ -177,32 +180,40 @@ _OWN_CODE = (
     "brings code of its own, which is not run; "
     "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
 )
+_TIMM = "towers that transformers takes from timm are not read: give a model whose tower is transformers' own"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
-    """Why this model would not be run as it was trained, if it would not."""
+    """Why this model would not be run as it was trained, if it would not; of what it is first, then of its details."""
     kind = config.model_type
     text = getattr(config, "text_config", None)
     if text is None or not (hasattr(config, "image_token_id") or hasattr(config, "video_token_id")):
-        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, Qwen3-VL, InternVL or LLaVA"
+        names = ", ".join(family.name for family in FAMILIES)
+        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, of {names}"
+        return
     if getattr(config, "image_token_id", None) is None:
         yield f"is a {kind!r}, which reads videos only; a model that reads images is needed"
     if experts := getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
         yield f"is a {kind!r} with {experts} experts a layer; a dense model is needed, such as Qwen3-VL 2B, 4B or 8B"
-    if text.model_type not in DECODERS:
-        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(DECODERS)}"
-    sliding = getattr(text, "sliding_window", None)
-    if sliding or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        yield f"attends within a sliding window of {sliding} tokens; a model with full attention is needed"
-    if (rotary := _rope(text).get("rope_type", "default")) not in ROTARY:
+    layers = set(getattr(text, "layer_types", None) or ()) - set(LAYERS)
+    if layers:
+        yield f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}"
+    if (family := KINDS.get(kind)) is None:
+        yield f"is a {kind!r}; accepted are {', '.join(KINDS)}"
+        return
+    if text.model_type not in family.decoders:
+        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(family.decoders)}"
+    for rotary in sorted({said.get("rope_type", "default") for said in _rotary(text)} - set(ROTARY)):
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
     for part in ("text_config", "vision_config"):
-        if (layers := getattr(getattr(config, part, None), "num_hidden_layers", 0)) > LAYERS:
-            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {LAYERS}"
-    if text.hidden_act != "silu":
-        yield f"has {text.hidden_act!r} for its activation; a SwiGLU decoder is needed, with 'silu'"
-    if kind not in TOWERS:
-        yield f"is a {kind!r}; accepted are {', '.join(TOWERS)}"
+        said = getattr(config, part, None)
+        if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
+            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+    if (gate := activation(text)) not in GATES:
+        yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
+    if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
+        yield f"has {getattr(config.vision_config, 'architecture', 'a model')!r} of timm for its tower; {_TIMM}"
+    yield from family.objections(config)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not (stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"):
@@ -212,18 +223,28 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         )
 
 
-def _rope(text: PretrainedConfig) -> dict[str, Any]:
-    return getattr(text, "rope_parameters", None) or {}
+def _rotary(text: PretrainedConfig) -> list[dict[str, Any]]:
+    """How rotary positions are scaled: once, or for each kind of layer."""
+    said = getattr(text, "rope_parameters", None) or {}
+    return [value for value in said.values() if isinstance(value, dict)] or [said]
 
 
 def _positions(text: PretrainedConfig) -> int | None:
     """How many positions the rotary frequencies hold for; None where for all."""
-    match _rope(text).get("rope_type"):
-        case "dynamic":
-            return text.max_position_embeddings
-        case "longrope":
-            return _rope(text)["original_max_position_embeddings"]
-    return None
+    limits = []
+    for said in _rotary(text):
+        match said.get("rope_type"):
+            case "dynamic":
+                limits.append(text.max_position_embeddings)
+            case "longrope":
+                limits.append(said["original_max_position_embeddings"])
+    return min(limits, default=None)
+
+
+def _hold(rotary: nn.Module) -> None:
+    """Up to `_positions` the frequencies are what they are now: nothing looks and changes them."""
+    kinds = rotary.rope_type
+    rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 def _settle(name: str | Path, config: PretrainedConfig) -> None:
@@ -250,13 +271,11 @@ def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
     return token
 
 
-def _image_marks(name: str | Path, kind: str, tokenizer) -> tuple[str, str] | None:
-    """What the family's processor writes around an image, by the tokenizer's names for it, else by the vocabulary."""
-    if kind not in IMAGE_MARKS:
-        return None
-    known = tokenizer.get_vocab()
-    marks = tuple(getattr(tokenizer, attribute, None) or usual for attribute, usual in IMAGE_MARKS[kind])
-    for (attribute, _), mark in zip(IMAGE_MARKS[kind], marks):
+def _marks(name: str | Path, kind: str, tokenizer) -> list[str]:
+    """The family's `marks`, by the tokenizer's names for them, else by the vocabulary."""
+    known, family = tokenizer.get_vocab(), KINDS[kind]
+    marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]
+    for (attribute, _), mark in zip(family.marks, marks):
         if mark not in known:
             raise files.refused(
                 name,
@@ -266,14 +285,30 @@ def _image_marks(name: str | Path, kind: str, tokenizer) -> tuple[str, str] | No
     return marks
 
 
-def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTrainedModel:
+class _Parts(NamedTuple):
+    visual: PreTrainedModel
+    decoder: FrozenDecoder
+    newline: Tensor | None
+
+
+def _take_apart(model: PreTrainedModel, statistics: dict[str, list[float]], quantize_head: bool = False) -> _Parts:
+    """What of a model of one of `families` its weights make; the model is of no use afterwards. On the meta device
+    too."""
+    family = KINDS[model.config.model_type]
+    decoder = FrozenDecoder(getattr(model.model, family.language_model), model.lm_head, quantize_head)
+    newline = getattr(model.model, family.newline).detach() if family.newline else None
+    return _Parts(_visual(model, family, statistics), decoder, newline)
+
+
+def _visual(model: PreTrainedModel, family: Family, statistics: dict[str, list[float]]) -> PreTrainedModel:
     """The vision model with its projector, dense, and with a configuration that stands without the language model."""
     base = model.model
-    if model.config.model_type == "qwen3_vl":
-        visual = base.visual
+    if family.visual:
+        visual = getattr(base, family.visual)
     else:
         visual, text = base, base.config.text_config
-        del visual.language_model
+        for part in tower_class(base.config.model_type).not_vision:
+            delattr(visual, part)
         tokens = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         layers = {"num_hidden_layers": 0, "intermediate_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
         visual.config.text_config = type(text)(hidden_size=text.hidden_size, **tokens, **layers)

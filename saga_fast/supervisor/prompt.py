@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from saga_fast.supervisor.families.base import PLAIN, ImageText
 from saga_fast.utils.errors import InputError, first_line
 
 IMAGE_PAD = "<|image_pad|>"
@@ -184,15 +185,16 @@ def build_prefix(
     tokens_per_image: int,
     order: Order = "images_first",
     image_token: str = IMAGE_PAD,
-    image_marks: tuple[str, str] | None = None,
+    image_text: ImageText = PLAIN,
+    newline: bool = False,
 ) -> Prefix:
     """Chat-templated token ids of one pair, each image standing as `tokens_per_image` pads.
 
-    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad, which the template writes
-    once per image. image_marks: tokens to put before and after an image's pads, where the template does not. Raises
-    InputError for an unknown order, a tokenizer without a chat template, a template that fails or does not write one
-    `image_token` per image, and an instruction that holds one of the tokenizer's special tokens. A template that can
-    ask for an answer without thoughts does.
+    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad. image_text: what the
+    template writes for an image, and what the model's processor puts in its place. newline: one pad more behind each
+    image, outside its span. Raises InputError for an unknown order, a tokenizer without a chat template, a template
+    that fails or does not write one image per image, and an instruction that holds one of the tokenizer's special
+    tokens. A template that can ask for an answer without thoughts does.
     """
     images, text = [{"type": "image"}] * 2, [{"type": "text", "text": instruction}]
     contents = {"images_first": images + text, "instruction_first": text + images}
@@ -205,9 +207,12 @@ def build_prefix(
         if token.special and token.content in instruction:
             raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
 
+    wrote = image_text.asked or image_token
     try:
         asked = _render(tokenizer, [{"role": "user", "content": contents[order]}])
-        # As the models' processors do: a template that does not begin the text itself leaves that to the tokenizer.
+        # As the models' processors do: text first, then tokens, and a template that does not begin the text itself
+        # leaves that to the tokenizer.
+        asked = asked.replace(wrote, f"{image_text.before}{image_token}{image_text.after}")
         begun = tokenizer.bos_token is not None and asked.startswith(tokenizer.bos_token)
         ids = tokenizer.encode(asked, add_special_tokens=not begun)
     except Exception as error:  # of any kind: a template is a program that came with the model
@@ -219,16 +224,14 @@ def build_prefix(
     found = [position for position, token in enumerate(ids) if token == pad]
     if len(found) != 2:
         raise InputError(
-            f"{name}: chat template wrote {len(found)} {image_token} for two images; "
+            f"{name}: chat template wrote {len(found)} {wrote} for two images; "
             "use the vision-language model's own template"
         )
-    before, after = ([mark] for mark in tokenizer.convert_tokens_to_ids(image_marks)) if image_marks else ([], [])
     first, second = found
     prefix, spans = ids[:first], []
     for rest in (ids[first + 1 : second], ids[second + 1 :]):
-        prefix += before
         spans.append((len(prefix), len(prefix) + tokens_per_image))
-        prefix += [pad] * tokens_per_image + after + rest
+        prefix += [pad] * (tokens_per_image + newline) + rest
     return Prefix(prefix, tuple(spans), asked.rfind(THINK) > asked.rfind(THOUGHT))
 
 

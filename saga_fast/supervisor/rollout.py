@@ -19,6 +19,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import Question
+from saga_fast.supervisor.whole_images import add_later
 from saga_kernels import GroupLayout, decode_attention, group_attention, sample_top_p
 
 LOOK_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
@@ -162,12 +163,18 @@ class Engine:
         )
         visual = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
         h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), visual, features.tokens)
+        images = prefix.images_of(pairs, start)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = self.question.with_preamble(layer, k, v, pairs)
             self.prefix_k[layer][slots] = k.unflatten(0, (pairs, -1)).permute(0, 2, 3, 1)
             self.prefix_v[layer][slots] = v.unflatten(0, (pairs, -1)).transpose(1, 2)
-            return group_attention(q, k, v, last if layer == decoder.depth - 1 else layout)[0]
+            if layer == decoder.depth - 1:
+                return group_attention(q, k, v, last)[0]
+            o, lse = group_attention(q, k, v, layout)
+            if images is not None:
+                add_later(q, k, v, o, lse, images)
+            return o
 
         deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
         asking = torch.arange(1, pairs + 1, device=decoder.device) * length - 1

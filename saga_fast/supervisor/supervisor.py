@@ -23,24 +23,35 @@ SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair con
 
 
 def ask(
-    mllm: Mllm, prompt: Prompt, order: Order, grid: tuple[int, int], sampling: Sampling
+    mllm: Mllm,
+    prompt: Prompt,
+    order: Order,
+    grid: tuple[int, int],
+    sampling: Sampling,
+    device: torch.device | str = "cpu",
 ) -> tuple[Prefix, PairPrefix]:
-    """The question about images of `grid` (rows, columns) tokens, on the CPU.
+    """The question about images of `grid` (rows, columns) tokens, placed on `device`.
 
     It needs no weights: what is wrong can be told before any is read, see `Pretrained`. Raises InputError as
-    `build_prefix` does, for tokens or positions that the model does not have, and where nothing ends an answer.
+    `build_prefix` does, for tokens or positions that the model does not have, where nothing ends an answer, and where
+    a run could reach beyond a sliding window.
     """
     name = f"supervisor.model: {mllm.tokenizer.name_or_path or 'model'}"
     if not mllm.eos_token_ids:
         raise InputError(f"{name} names no token that ends a turn; add eos_token_id to its generation_config.json")
     count, vocabulary = grid[0] * grid[1], mllm.decoder.embedding.shape[0]
-    prefix = build_prefix(mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_marks)
+    newline = mllm.newline is not None
+    prefix = build_prefix(
+        mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_text, newline
+    )
     if (most := max(prefix.input_ids)) >= vocabulary:
         raise InputError(
             f"{name} has a tokenizer that writes the prompt with token {most}, where its embedding has {vocabulary}; "
             "restore the tokenizer's files and config.json of one release"
         )
-    placed = PairPrefix.of(prefix, grid if mllm.decoder.mrope else None)
+    placed = PairPrefix.of(prefix, grid if mllm.decoder.mrope else None, device, mllm.newline, mllm.whole_images)
+    if reason := beyond_window(mllm.decoder.window, len(placed), sampling.max_new_tokens):
+        raise InputError(reason)
     # A rollout is looked at every LOOK_EVERY tokens, so it reaches a little beyond max_new_tokens.
     if mllm.positions is not None and placed.next_position + sampling.capacity + 1 > mllm.positions:
         left = (mllm.positions - placed.next_position - 1) // LOOK_EVERY * LOOK_EVERY + 1
@@ -64,7 +75,7 @@ class Supervisor:
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
     plan: of replays. slots: pairs that roll out at once.
-    Raises InputError for an anchor layer the model does not have.
+    Raises InputError as `ask` does, and for an anchor layer the model does not have.
     """
 
     def __init__(
@@ -80,9 +91,8 @@ class Supervisor:
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
-        prefix, _ = ask(mllm, prompt, order, grid, sampling)
+        prefix, self.prefix = ask(mllm, prompt, order, grid, sampling, self.decoder.device)
         self.thinks = prefix.thinks
-        self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device)
         self.question = Question(self.decoder, self.prefix)
         self.anchor_layer = anchor_of(anchor_layer, self.decoder.depth)
         self.plan, self.slots = plan, slots
@@ -128,3 +138,14 @@ class Supervisor:
             self.anchor_layer,
             replace(self.plan, token_budget=token_budget or self.plan.token_budget),
         )
+
+
+def beyond_window(window: int | None, prefix: int, max_new_tokens: int) -> str | None:
+    """Why prompt and answer do not fit into a sliding window, which nothing here masks; None where they do. The last
+    token of an answer is never read."""
+    if window is None or prefix + max_new_tokens - 1 <= window:
+        return None
+    return (
+        f"rollout.max-new-tokens: {max_new_tokens} after a prompt of {prefix} tokens; layers of this model see no more "
+        f"than {window}: give at most {max(0, window + 1 - prefix)}, or a smaller data.image-size"
+    )

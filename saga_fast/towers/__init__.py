@@ -6,14 +6,14 @@ Transformers' models take seconds to import, so the towers' files are imported w
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
 
-__all__ = ["VisionTower", "VisualFeatures", "load_tower", "tower_from_config", "tower_of"]
+__all__ = ["VisionTower", "VisualFeatures", "load_tower", "tower_class", "tower_from_config", "tower_of"]
 
 
 def load_tower(name: str | Path) -> nn.Module:
@@ -29,38 +29,32 @@ def load_tower(name: str | Path) -> nn.Module:
 
 
 def tower_of(model: nn.Module) -> VisionTower:
-    """The tower around a `Qwen3VLVisionModel`, a model that had its `language_model` taken out, or what `load_tower`
+    """The tower around a vision model, a multimodal model that had its language model taken out, or what `load_tower`
     gave."""
-    from saga_fast.towers.projected import ProjectedTower
-    from saga_fast.towers.qwen3_vl import Qwen3VLVisionModel, QwenTower
-    from saga_fast.towers.timm import TimmNetwork, TimmTower
-    from saga_fast.towers.vit import VitTower
-
-    if isinstance(model, Qwen3VLVisionModel):
-        return QwenTower(model)
-    if isinstance(model, TimmNetwork):
-        return TimmTower(model)
-    return ProjectedTower(model) if hasattr(model, "multi_modal_projector") else VitTower(model)
+    return tower_class(model.config.model_type)(model)
 
 
 def tower_from_config(config: dict) -> VisionTower:
     """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
-    kind = config.get("model_type", "qwen3_vl_vision")
-    if kind == "qwen3_vl_vision":
-        from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+    tower = tower_class(config.get("model_type", "qwen3_vl_vision"))
+    return tower(tower.model_from_config(config))
 
-        return tower_of(Qwen3VLVisionModel(Qwen3VLVisionConfig(**config)))
-    from saga_fast.towers.timm import TimmConfig, TimmNetwork
 
-    if kind == TimmConfig.model_type:
-        return tower_of(TimmNetwork(TimmConfig(**config)))
-    from transformers import AutoConfig, AutoModel
+def tower_class(model_type: str) -> type[VisionTower]:
+    """The class of towers, by the model type of the configuration that stands beside the weights."""
+    from saga_fast.towers.vit import VitTower
 
-    model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    if not hasattr(model, "language_model"):
-        from saga_fast.towers.vit import VitTower, bare
+    return _classes().get(model_type, VitTower)
 
-        return VitTower(bare(model))
-    del model.language_model
-    return tower_of(model)
+
+@functools.cache
+def _classes() -> dict[str, type[VisionTower]]:
+    from saga_fast.towers.gemma3 import Gemma3Tower
+    from saga_fast.towers.idefics3 import Idefics3Tower
+    from saga_fast.towers.llava_onevision import OnevisionTower
+    from saga_fast.towers.projected import ProjectedTower
+    from saga_fast.towers.qwen_vl import QwenTower
+    from saga_fast.towers.timm import TimmTower
+
+    towers = QwenTower, ProjectedTower, OnevisionTower, Idefics3Tower, Gemma3Tower, TimmTower
+    return {kind: tower for tower in towers for kind in tower.kinds}

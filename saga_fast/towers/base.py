@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,10 @@ STATISTICS = {
     "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD),
     "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "siglip_vision_model": (HALF, HALF),
+    "idefics3_vision": (HALF, HALF),
+    "smolvlm_vision": (HALF, HALF),
+    "qwen2_vl_vision": (CLIP_MEAN, CLIP_STD),
+    "qwen2_5_vl_vision": (CLIP_MEAN, CLIP_STD),
     "vit": (HALF, HALF),
     "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
     "dinov2_with_registers": (IMAGENET_MEAN, IMAGENET_STD),
@@ -72,7 +76,12 @@ class VisionTower(nn.Module, ABC):
     model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may hold
     `image_mean` and `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if
     neither is known.
+    kinds: model types of the configurations that it is the tower of. not_vision: parts of the multimodal model that are
+    not the tower's, where it is the rest.
     """
+
+    kinds: ClassVar[tuple[str, ...]]
+    not_vision: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: PreTrainedModel, vit: PretrainedConfig) -> None:
         super().__init__()
@@ -88,6 +97,11 @@ class VisionTower(nn.Module, ABC):
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         self.register_buffer("scale", (255 * std).float(), persistent=False)
         self.register_buffer("shift", (mean / std).float(), persistent=False)
+
+    @classmethod
+    @abstractmethod
+    def model_from_config(cls, config: dict) -> PreTrainedModel:
+        """What `model` is, with fresh weights in fp32, of its configuration as a dict."""
 
     @property
     @abstractmethod

@@ -65,9 +65,15 @@ class TimmTower(VisionTower):
     parts again.
     """
 
+    kinds = (TimmConfig.model_type,)
+
     def __init__(self, model: TimmNetwork) -> None:
         super().__init__(model, model.config)
         self.train()
+
+    @classmethod
+    def model_from_config(cls, config: dict) -> TimmNetwork:
+        return TimmNetwork(TimmConfig(**config))
 
     @property
     def width(self) -> int:

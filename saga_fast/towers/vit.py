@@ -23,11 +23,17 @@ class VitTower(VisionTower):
     model: as `bare` leaves it, with `patch_size` in its configuration.
     """
 
+    kinds = ()  # every vision model that no other tower names
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, model.config)
         resampled = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._sizes = {"interpolate_pos_encoding": True} if resampled else {}
         self.train()
+
+    @classmethod
+    def model_from_config(cls, config: dict) -> PreTrainedModel:
+        return bare(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
 
     @property
     def width(self) -> int:

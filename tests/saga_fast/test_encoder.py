@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import subprocess
@@ -14,6 +13,9 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
+from transformers import BeitConfig, Gemma3Config, Gemma3Model, LlamaConfig, LlavaConfig, LlavaModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -44,9 +46,9 @@ def encoder(visual) -> Encoder:
     return Encoder.from_tower(visual, "attention", 16, 32)
 
 
-def qwen_patches(pixels: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
+def qwen_patches(pixels: torch.Tensor, patch: int, merge: int, mean=base.HALF, std=base.HALF) -> torch.Tensor:
     """Patches as the released processor lays them out: by merge block, channel, time (the frame twice), row, column."""
-    x = pixels.float() / 127.5 - 1
+    x = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     rows = []
     for image in x:
         _, height, width = image.shape
@@ -70,6 +72,41 @@ def test_tower_equals_transformers(visual, height, width):
     assert len(ours.deepstack) == 2
     for mine, other in zip(ours.deepstack, theirs.deepstack_features):
         torch.testing.assert_close(mine.flatten(0, 1), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("height,width", [(32, 32), (24, 40), (8, 48), (16, 16), (16, 24)])
+def test_windows_equal_transformers_at_every_edge(height, width):
+    """Windows of 2 x 2 tokens, 8 pixels each: of odd numbers of tokens some are cut, and one image is a window."""
+    torch.manual_seed(2)
+    config = Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2, window_size=16,
+        out_hidden_size=24, fullatt_block_indexes=[1], initializer_range=0.2,
+    )  # fmt: skip
+    model = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+    pixels = torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8)
+    patches = qwen_patches(pixels, 4, 2, base.CLIP_MEAN, base.CLIP_STD)
+    theirs = model(patches, grid_thw=torch.tensor([[1, height // 4, width // 4]] * 3)).pooler_output
+    tower = tower_of(model)
+    torch.testing.assert_close(tower(pixels).tokens.flatten(0, 1), theirs, rtol=1e-4, atol=1e-5)
+    assert (tower._place(height, width, pixels.device).windows is None) == (height == width == 16)
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_gemma_averages_squares_at_any_size(side):
+    torch.manual_seed(3)
+    vit = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = Gemma3Config(
+        text_config=dict(hidden_size=24, num_hidden_layers=0, num_attention_heads=2, vocab_size=8),
+        vision_config=dict(**vit, image_size=16, patch_size=4, vision_use_head=False), mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = Gemma3Model(config).eval()
+    model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    ours = tower_of(model)(pixels).tokens
+    model.multi_modal_projector.patches_per_image = side // 4
+    x = pixels / 127.5 - 1
+    theirs = model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_tower_gradients_equal_transformers(visual, encoder):
@@ -104,11 +141,11 @@ def test_flash_attention_where_it_runs_is_the_same_attention(monkeypatch, scale)
     torch.testing.assert_close(base.attend(q, k, v, scale), plain)
 
 
-def test_a_tower_without_known_pixel_statistics_is_refused(visual):
-    visual = copy.deepcopy(visual)
-    visual.config.model_type = "unheard_of"
-    with pytest.raises(InputError, match="of a 'unheard_of' are unknown; add the model's preprocessor_config.json"):
-        tower_of(visual)
+def test_a_tower_without_known_pixel_statistics_is_refused():
+    with torch.device("meta"):
+        model = LlavaModel(LlavaConfig(text_config=LlamaConfig(num_hidden_layers=0), vision_config=BeitConfig()))
+    with pytest.raises(InputError, match="of a 'beit' are unknown; add the model's preprocessor_config.json"):
+        tower_of(model)
 
 
 def test_attention_pooler_is_its_formula():

@@ -43,18 +43,30 @@ REFUSED = {
     "text only": ({"model_type": "qwen3"}, "is a 'qwen3', which reads no images; a vision-language model is needed"),
     "video only": ({"model_type": "instructblipvideo"}, "is a 'instructblipvideo', which reads videos only"),
     "experts": ({"model_type": "qwen3_vl_moe"}, "experts a layer; a dense model is needed"),
-    "older Qwen": ({"model_type": "qwen2_5_vl"}, "whose language model is a 'qwen2_5_vl_text'; accepted are llama"),
-    "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
-    "window": (
-        llava(model_type="qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1),
-        "a sliding window of 32 tokens",
+    "hybrid": (
+        {"model_type": "qwen3_5"},
+        "is a 'qwen3_5' whose layers are of linear_attention too; accepted are full_",
     ),
+    "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
     "rotary": (
         llava(rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}),
         "scales its rotary positions by 'proportional'; accepted are default, linear",
     ),
     "activation": (llava(hidden_act="gelu"), "has 'gelu' for its activation"),
-    "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen3_vl, internvl, llava"),
+    "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen2_vl, qwen2_5_vl"),
+    "timm": (
+        llava() | {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}},
+        "towers that transformers takes from timm are not read",
+    ),
+    "caps": (
+        {"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}},
+        "caps its numbers by attn_logit_softcapping 50.0",
+    ),
+    "both directions": (
+        {"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}},
+        "reads text in both directions",
+    ),
+    "later Gemma": ({"model_type": "gemma3n"}, "is a 'gemma3n'"),
     "GPTQ": (llava() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already, by 'gptq'"),
     "FP4": (
         llava() | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS
+from saga_fast.supervisor.families import ImageText
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
@@ -147,7 +148,7 @@ def test_rotary_scaling_by_length_is_taken_up_to_where_it_begins(kind, copy):
     positions = torch.arange(question + 50)
     cos, sin = theirs.rotary_emb(torch.empty(0), positions[None])
     ours = mllm.decoder.rotate(positions.expand(3, -1), torch.float32)
-    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
+    assert all(torch.equal(layer[0], cos[0]) and torch.equal(layer[1], sin[0]) for layer in ours)
     beyond = theirs.rotary_emb(torch.empty(0), torch.arange(question + 51)[None])
     assert not torch.equal(beyond[0][0, :-1], cos[0]), "one position more and the model is another"
 
@@ -165,7 +166,7 @@ def test_a_question_longer_than_the_positions_says_so(copy):
 
 def test_image_marks_follow_from_the_family_and_the_vocabulary(copy):
     folder = copy("internvl")
-    assert read_pretrained(folder).mllm.image_marks == ("<img>", "</img>")
+    assert read_pretrained(folder).mllm.image_text == ImageText(None, "<img>", "</img>")
 
     def unname(config: dict) -> None:
         config["extra_special_tokens"] = ["<img>", "</img>", "<IMG_CONTEXT>"]
@@ -174,7 +175,7 @@ def test_image_marks_follow_from_the_family_and_the_vocabulary(copy):
 
     edit(folder / "tokenizer_config.json", unname)
     known = read_pretrained(folder).mllm
-    assert not hasattr(known.tokenizer, "start_image_token") and known.image_marks == ("<img>", "</img>")
+    assert not hasattr(known.tokenizer, "start_image_token") and known.image_text == ImageText(None, "<img>", "</img>")
     text = known.tokenizer.decode(asked(folder).input_ids)
     assert text.count("<img>" + "<IMG_CONTEXT>" * 4 + "</img>") == 2
 
@@ -182,7 +183,7 @@ def test_image_marks_follow_from_the_family_and_the_vocabulary(copy):
         (folder / file).write_text((folder / file).read_text().replace("</img>", "</picture>"))
     refused(folder, "has no '</img>' in its tokenizer's vocabulary, which a 'internvl' puts around an image")
     edit(folder / "tokenizer_config.json", lambda config: config.update(end_image_token="</picture>"))
-    assert read_pretrained(folder).mllm.image_marks == ("<img>", "</picture>")
+    assert read_pretrained(folder).mllm.image_text == ImageText(None, "<img>", "</picture>")
 
 
 def test_all_that_end_a_turn_end_it(copy):
