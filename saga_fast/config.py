@@ -296,11 +296,11 @@ PRESETS: dict[str, Config] = {
     # Chosen on held-out training classes of the emoji, see README.
     "folder": Config(
         data=DataConfig(image_size=160),
-        augment=AugmentConfig(least_area=0.8),
+        augment=AugmentConfig(least_area=0.5, light=0.4),
         encoder=EncoderConfig(tower="efficientnet-lite0", pooler="max", embedding_dim=512),
         lambda_=LambdaConfig(lm=0.0, kl=0.0),
         dml=DmlConfig(loss="multi-similarity"),
-        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=150, precision="fp32"),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=1e-3, steps=100, precision="fp32"),
         log=LogConfig(evaluate_every=25, patience=3),
     ),
 }
