@@ -383,8 +383,8 @@ def on_meta(value: Any, quantize: bool = False) -> Any:
         decoder.device = torch.device("meta")
         decoder.layers = [on_meta(layer, quantize) for layer in value.layers]
         decoder.rotary = copy.deepcopy(value.rotary).to("meta")
-        for name in ("embedding", "head", "norm"):
-            setattr(decoder, name, on_meta(getattr(value, name)))
+        decoder.norm, decoder.embedding = on_meta(value.norm), on_meta(value.embedding)
+        decoder.head = decoder.embedding if value.head is value.embedding else on_meta(value.head)
         return decoder
     if isinstance(value, Projection) and quantize and isinstance(value.weights[0], Tensor):
         return Projection(tuple(map(as_nf4, value.weights)), on_meta(value.bias))
@@ -396,13 +396,17 @@ def on_meta(value: Any, quantize: bool = False) -> Any:
     return value
 
 
-def as_nf4(weight: Tensor) -> NF4Weight:
-    """What an (out, in) matrix is in NF4 with nested absmax, without its numbers."""
+def as_nf4(weight: Tensor, nested: bool = True) -> NF4Weight:
+    """What an (out, in) matrix is in NF4, its absmax nested or, as embedding and head have it, not; without its
+    numbers."""
 
     def empty(count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device="meta")
 
     blocks = weight.numel() // BLOCK
+    if not nested:
+        packed, absmax = empty(weight.numel() // 2, torch.uint8), empty(blocks, torch.float32)
+        return NF4Weight(packed, absmax, None, None, None, tuple(weight.shape), weight.dtype)
     return NF4Weight(
         empty(weight.numel() // 2, torch.uint8), empty(blocks, torch.uint8), empty(256, torch.float32),
         empty(-(-blocks // NESTED_BLOCK), torch.float32), torch.empty((), device="meta"),
