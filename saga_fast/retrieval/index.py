@@ -94,8 +94,8 @@ def read_vectors(folder: Path, known: About) -> np.ndarray:
 
 
 def exact_vectors(index: faiss.Index) -> np.ndarray | None:
-    """float32 (n, D_e): the vectors as an exact index holds them in its own memory, for as long as it lives; None for any
-    other index."""
+    """float32 (n, D_e): the vectors as an exact index holds them in its own memory, for as long as it lives; None for
+    any other index."""
     index = faiss.downcast_index(index)
     if not isinstance(index, faiss.IndexFlat):
         return None
