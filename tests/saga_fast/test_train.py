@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch)
 
 def test_a_draw_without_contributing_pairs_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Supervisor, "judge", lambda self, completions, same: (torch.ones(len(same), 4),) * 2)
-    config = small(optim={"steps": 1})
+    config = small(optim={"steps": 1}, rollout={"credit": "verdict"})
     trainer.train(config, tmp_path / "run")
     (line,) = lines(tmp_path / "run")
     assert line["micro_batches"] == 2 and line["pairs_drawn"] == 16 and line["pairs_replayed"] == 0
@@ -500,6 +500,7 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     generator = torch.Generator().manual_seed(0)
     dml, rest = ([torch.randn(p.shape, generator=generator) for p in encoder.parameters()] for _ in range(2))
     t = training(encoder, None, small(lambda_={"adaptive": adaptive, "lm": 2.0}))
+    t.balance.hear([True, False] * 32, [0.75] * 64)
     a, b = [torch.cat([g.flatten() for g in gradients[:2]]).double() for gradients in (dml, rest)]
     scale = 2 * RATIO * a.norm() / b.norm() if adaptive else 1.0  # times λ_lm
     expected = [x + y * (scale if i < 2 else 1) for i, (x, y) in enumerate(zip(dml, rest))]
