@@ -34,7 +34,8 @@ from saga_fast.encoder import Encoder, Picture
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.blocks import Blocks
 from saga_fast.utils.errors import InputError, exit_on_input_error
-from saga_fast.utils.images import data_uri, open_rgb, shade
+from saga_fast.utils.images import open_rgb
+from saga_fast.utils.pages import data_uri, shade
 
 THUMBNAIL = 192  # pixels, the longer side
 SAMPLE = 4096  # vectors that tell what is typical of an index
@@ -99,7 +100,7 @@ class Searcher:
 
     encoder: the encoder, on the CPU unless moved; about: what the index says of itself; files: the indexed files, row i
     of the vectors is file i; faiss: the index of the vectors, in memory. An index that is embedded anew meanwhile is
-    searched as it was.
+    searched as it was; if it is not exact, its vectors must still be there when attributes are first asked for.
     """
 
     def __init__(self, index: str | Path, encoder: str | Path | None = None) -> None:

@@ -6,8 +6,6 @@ EPS named .jpg would start Ghostscript), only regular files (a pipe would hang),
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -69,21 +67,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_pixels(image: Image.Image, size: int) -> Tensor:
     """uint8 (3, size, size) of an RGB picture: Pillow's bicubic, the whole picture, aspect ratio not kept."""
     return torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-
-
-def data_uri(picture: Image.Image, format: str, **options: int) -> str:
-    """The picture inside an address, as a page holds it that needs no other file; options: as Pillow's `save` takes."""
-    picture.save(data := io.BytesIO(), format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-def shade(attention: np.ndarray) -> str:
-    """A PNG, as a data URI, of one pixel a token: what to lay over the image, darker where less is looked.
-
-    attention: (rows, columns), at least 0. Clear at the peak; a map that peaks below four times an even spread is dark
-    all over, as nothing stands out.
-    """
-    scale = max(attention.max(), 4 / attention.size)
-    alpha = np.rint(170 * (1 - attention / scale)).astype(np.uint8)
-    grey = Image.new("L", alpha.shape[::-1])
-    return data_uri(Image.merge("LA", (grey, Image.fromarray(alpha))), "PNG")

@@ -316,7 +316,7 @@ def test_the_card_goes_to_the_hub_with_the_encoder(encoder, tmp_path, monkeypatc
 
 
 def test_clear_errors(visual):
-    with pytest.raises(InputError, match="encoder.pooler: got 'median'; choose one of attention, mean, max"):
+    with pytest.raises(InputError, match="got 'median'; choose one of attributes, attention, mean, max"):
         Encoder.from_tower(visual, "median", 16, 32)
     with pytest.raises(InputError, match="got 30x30; both sides must be multiples of patch x merge = 8"):
         Encoder.from_tower(visual, "mean", 16, 30)

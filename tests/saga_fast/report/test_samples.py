@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saga_fast.encoder import Encoder
-from saga_fast.losses.alignment import attention_target
+from saga_fast.losses.alignment import attention_targets
 from saga_fast.report.samples import describe, overlays, sheet
 from saga_fast.supervisor.credit import gradient_at_tokens, gradient_by_attribute
 from saga_fast.supervisor.mllm import load_mllm
@@ -112,7 +112,12 @@ def test_maps_of_attributes_make_the_target_that_the_pooler_learns(step, describ
         counts = {of: len(at) for item, of, at in shown["rollouts"][g]["attributes"] if item == entry.image}
         assert maps.keys() == counts.keys()
         mean = sum(counts[of] * torch.tensor(weights) for of, weights in maps.items()) / sum(counts.values())
-        torch.testing.assert_close(mean, attention_target(entry.weights), rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(
+            mean,
+            attention_targets(entry.weights, torch.zeros(len(entry.weights), dtype=torch.long), 1)[0],
+            rtol=2e-3,
+            atol=1e-4,
+        )
         torch.testing.assert_close(torch.tensor(shown["beta"][entry.image]), beta[entry.image, 0], rtol=1e-3, atol=1e-4)
 
 

@@ -69,5 +69,6 @@ def test_a_small_index_is_compared_whole(vectors):
 
 
 def test_only_an_exact_index_holds_the_vectors(vectors):
-    np.testing.assert_array_equal(exact_vectors(build(vectors[:100], "Flat")[2]), vectors[:100])
+    exact = build(vectors[:100], "Flat")[2]
+    np.testing.assert_array_equal(exact_vectors(exact), vectors[:100])
     assert exact_vectors(build(vectors[:100], "HNSW8")[2]) is None
