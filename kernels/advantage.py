@@ -15,8 +15,8 @@ def group_advantage(rewards: Tensor, eps: float = 1e-4, population: bool = False
     """A = (r - mean r) / (std r + eps) in each group; a group whose rewards are all equal contributes nothing.
 
     Args:
-        rewards: (..., G) float32, finite (checked on CPU; a GPU is not waited for, and gives that group nan); (pairs, G)
-            of verdicts, or (pairs, 1 + C, G) of verdicts and C further rewards that are normalised in the same launch.
+        rewards: (..., G) float32, finite (checked on CPU; a GPU is not waited for, and gives that group nan). Several
+            rewards of a pair, as (pairs, 1 + C, G), are normalised in the one launch.
         eps: added to the standard deviation. population: divide by G instead of G - 1.
 
     Returns:

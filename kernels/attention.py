@@ -94,8 +94,6 @@ def group_attention(
     expect_tensor("v", v, tuple(k.shape), (q.dtype,))
     _expect_heads(q, k)
     expect_same_device(q=q, k=k, v=v, layout=layout.segment_offsets)
-    if q.is_cuda and q.dtype != torch.float64:
-        expect(q.shape[2] <= GPU_HEAD_DIM, "q", f"head_dim {q.shape[2]}", f"at most {GPU_HEAD_DIM} on a GPU")
     scale = q.shape[2] ** -0.5 if scale is None else scale
     expect(scale > 0, "scale", scale, "a number above 0")
     if onto is None:
@@ -325,9 +323,14 @@ if torch.ops.saga_kernels.has_avx2():
         return group_attention_backward_reference(do, *rest)
 
 
+def _too_wide(q: Tensor) -> bool:
+    """Whether the GPU's kernels are not for this: float64, in tests, and heads that do not fit."""
+    return q.dtype == torch.float64 or q.shape[2] > GPU_HEAD_DIM
+
+
 @_group_attention.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    if q.dtype == torch.float64:  # for tests; the kernels are for float32 and narrower
+    if _too_wide(q):
         return group_attention_reference(q, k, v, *rest)
     from .gpu import attention  # Triton is needed on a GPU alone
 
@@ -336,7 +339,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
 
 @_group_attention_backward.register_kernel("cuda")
 def _(do: Tensor, q: Tensor, *rest: Any) -> Any:
-    if q.dtype == torch.float64:
+    if _too_wide(q):
         return group_attention_backward_reference(do, q, *rest)
     from .gpu import attention
 

@@ -21,7 +21,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps:
     """x * cos + rotate_half(x) * sin, each token by its own angles; given a weight, of `rms_norm(x, weight, eps)`.
 
     Args:
-        x: (tokens, heads, head_dim), head_dim even; on a GPU a multiple of 16 up to 128, each token's heads contiguous.
+        x: (tokens, heads, head_dim), head_dim even; on a GPU a multiple of 16 up to 128, each token's heads contiguous,
+            or wider, which goes through the reference.
         cos, sin: (tokens, head_dim), of any floating dtype; contiguous on a GPU.
         weight: (head_dim,), of x's dtype, or None for no norm. eps: added to the mean square.
 
@@ -39,8 +40,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps:
         expect_tensor("weight", weight, (dim,), (x.dtype,))
         expect_same_device(x=x, weight=weight)
     if _on_gpu(x, cos):
-        accepted = f"a multiple of {STEP_ON_GPU} up to {WIDEST_ON_GPU} on a GPU"
-        expect(dim % STEP_ON_GPU == 0 and dim <= WIDEST_ON_GPU, "x", f"head_dim {dim}", accepted)
+        expect(
+            dim % STEP_ON_GPU == 0,
+            "x",
+            f"head_dim {dim}",
+            f"a multiple of {STEP_ON_GPU} up to {WIDEST_ON_GPU} on a GPU",
+        )
         dense = x.stride(2) == 1 and (x.stride(1) == dim or heads == 1)
         expect(dense, "x", f"strides {x.stride()}", "each token's heads contiguous on a GPU")
         expect_contiguous_on_gpu(cos=cos, sin=sin, **({} if weight is None else {"weight": weight}))
@@ -48,8 +53,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps:
 
 
 def _on_gpu(x: Tensor, cos: Tensor) -> bool:
-    """Whether the Triton kernel takes it: on a GPU and not in float64."""
-    return x.is_cuda and torch.float64 not in (x.dtype, cos.dtype)
+    """Whether the Triton kernel takes it: on a GPU, not in float64, and heads that fit."""
+    return x.is_cuda and torch.float64 not in (x.dtype, cos.dtype) and x.shape[2] <= WIDEST_ON_GPU
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -20,11 +20,12 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,16 +35,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from saga_fast.config import parse_flags
 from saga_fast.data import ImageFiles, cores
 from saga_fast.data.loader import Decoder, ahead
-from saga_fast.encoder import Encoder
+from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.index import File
 from saga_fast.runtime import distributed
-from saga_fast.utils.errors import InputError, exit_on_input_error, first_line
-from saga_fast.utils.files import hidden
-from saga_fast.utils.images import SUFFIXES
+from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, tell
+from saga_fast.utils.files import hidden, is_litter, locked
+from saga_fast.utils.flags import WORKERS, parse_flags
+from saga_fast.utils.images import SUFFIXES, is_image, kind_of, passed_over
 
 BATCH = 64  # images that go through the encoder at once
 CHUNK = 1024  # images, or
@@ -77,10 +78,11 @@ def embed(
     as it was.
     """
     index = Path(index).absolute()
-    with _processes():
+    with _processes(), contextlib.ExitStack() as stack:
         model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
             indices.make(faiss, model.embedding_dim)  # a wrong string is refused before the work
+        _on_first(lambda: stack.enter_context(locked(index, "--index")) and None)  # for all processes
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
             _collect(chunks)
@@ -158,7 +160,7 @@ class Chunks:
                 for rows, pixels, broken in stream if files else ():
                     whole = [i for i, row in enumerate(rows) if row not in broken]
                     if whole:
-                        embedded = encoder(pixels[whole]).cpu().numpy()
+                        embedded = expect_finite(encoder(pixels[whole])).cpu().numpy()
                         vectors.append(embedded)
                         done += [files[rows[i]] for i in whole]
                     faults += broken.values()
@@ -194,7 +196,10 @@ class Plan:
                 leftover.unlink()
         indexed = indices.read_files(index, known) if known else []
         embedded = {*indexed, *chunks.files()}
-        wanted = {os.path.abspath(path) for path in expand(images)}
+        skipped: Counter[str] = Counter()
+        wanted = {os.path.abspath(path) for path in expand(images, skipped)}
+        if skipped:
+            tell(f"IMAGES: passed over: {passed_over(skipped)}")
         files, missing = [], []
         earlier = {file.path for file in indexed}
         for path in sorted(wanted | {file.path for file in embedded}):
@@ -255,32 +260,43 @@ class Plan:
         return Embedded(*counts, line)
 
 
-def expand(images: Iterable[str | Path]) -> Iterator[str]:
+def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) -> Iterator[str]:
     """The image files in folders and under glob patterns, by their names; files as they are; `-`: lines of stdin.
 
-    Raises InputError for a path that is not there; one that stdin names is passed on all the same.
+    What else is in the folders, but litter, is counted in `skipped` by its kind. Raises InputError for a path that is
+    not there; one that stdin names is passed on all the same.
     """
+    skipped = Counter() if skipped is None else skipped
     for item in map(os.fspath, images):
         if item == "-":
             for line in sys.stdin.buffer.read().splitlines():
                 name = os.fsdecode(line)
-                yield from expand([name]) if os.path.isdir(name) else [name] if name else []
+                yield from expand([name], skipped) if os.path.isdir(name) else [name] if name else []
         elif os.path.isdir(item):
             for folder, inner, names in os.walk(item):
-                inner[:] = [name for name in inner if not name.startswith(".")]
-                yield from (os.path.join(folder, name) for name in names if _is_image(name))
+                inner[:] = [name for name in inner if not is_litter(name)]
+                yield from _images((os.path.join(folder, name) for name in names), skipped)
         elif os.path.lexists(item):
             yield item
         elif glob.has_magic(item):
-            yield from filter(_is_image, glob.iglob(item, recursive=True))
+            named = {"", *item.split(os.sep)}
+            matched = glob.iglob(item, recursive=True)
+            inside = (path for path in matched if not any(map(is_litter, set(path.split(os.sep)) - named)))
+            yield from _images((path for path in inside if not os.path.isdir(path)), skipped)
         else:
             raise InputError(
                 f"IMAGES: {item!r} is not there; accepted are folders, files, glob patterns, or - for stdin"
             )
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".") and not os.path.isdir(path)
+def _images(files: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+    for path in files:
+        if is_litter(os.path.basename(path)):
+            continue
+        if is_image(path):
+            yield path
+        else:
+            skipped[kind_of(path)] += 1
 
 
 @contextlib.contextmanager
@@ -342,7 +358,7 @@ class EmbedArguments:
     """Folder of the index, new or to be brought up to date."""
     faiss: str | None = None
     """Kind of index, a factory string of faiss; by default exact below 100,000 images, from there on IVF, tuned."""
-    workers: int | None = None
+    workers: Annotated[int | None, WORKERS] = None
     """Processes that decode images, 0 for none; default one a core up to 8."""
 
 
@@ -350,8 +366,6 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(EmbedArguments(), arguments, "python -m saga_fast.embed", "Embed images into an index.")
     if parsed.index is None:
         raise InputError("--index: missing; name the folder that the index shall be in")
-    if parsed.workers is not None and parsed.workers < 0:
-        raise InputError(f"--workers: {parsed.workers}; give 0 or more")
     done = embed(parsed.encoder, parsed.images, parsed.index, parsed.faiss, parsed.workers)
     if int(os.environ.get("RANK", 0)) == 0:  # the group is gone
         for fault in done.unreadable:

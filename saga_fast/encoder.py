@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,17 +26,20 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from saga_fast.towers import VisionTower, VisualFeatures, tower_from_config
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import sha256
-from saga_fast.utils.images import open_rgb, to_pixels, to_rgb
+from saga_fast.utils.images import as_rgb, open_rgb, to_pixels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["AttributePooler", "Encoder", "Pooler", "VisionTower", "VisualFeatures", "make_pooler"]
 
 POOLERS = ("attributes", "attention", "mean", "max")
 CONFIG, WEIGHTS, MANIFEST, CARD = "config.json", "model.safetensors", "manifest.json", "README.md"
+DIVERGED = "it is damaged, or its training diverged: take the encoder of an earlier checkpoint, or of another run"
 Picture = Image.Image | str | Path | Tensor
 
 
@@ -241,6 +244,9 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
             load_model(encoder, folder / WEIGHTS, strict=True)
         except (RuntimeError, SafetensorError) as error:
             raise InputError(f"{str(folder / WEIGHTS)!r}: not this encoder's weights ({first_line(error)})") from error
+        for name, values in encoder.state_dict().items():
+            if not values.isfinite().all():
+                raise InputError(f"{str(folder / WEIGHTS)!r}: {name} holds numbers that are not finite; {DIVERGED}")
         encoder.sha256 = hashlib.sha256("".join(hashes[name] for name in (CONFIG, WEIGHTS)).encode()).hexdigest()
         if (folder / CARD).is_file():
             encoder.card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
@@ -267,12 +273,19 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         return self.push_to_hub(repo_id or folder.name, **push) if push_to_hub else None
 
 
+def expect_finite(vectors: Tensor) -> Tensor:
+    """`vectors`. Raises InputError if they hold what is no number: nothing is near such a vector."""
+    if not vectors.isfinite().all():
+        raise InputError(f"encoder: gives vectors that are not finite; {DIVERGED}")
+    return vectors
+
+
 def _open(image: Picture) -> Image.Image:
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise InputError(f"images: got {image.dtype} {tuple(image.shape)}; accepted are uint8 tensors (3, H, W)")
         return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
-    return to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
+    return as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:

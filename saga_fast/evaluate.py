@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saga_fast.config import DataConfig, parse_flags
-from saga_fast.data import PixelLoader, cores, first_classes, load_dataset
-from saga_fast.encoder import Encoder
+from saga_fast.config import DataConfig
+from saga_fast.data import PixelLoader, checksum, cores, first_classes, load_dataset
+from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval.metrics import Scores, nmi, retrieval_metrics, retrieve, summary
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.flags import parse_flags
 
 COLUMNS = {
     "recall_at_1": "R@1",
@@ -39,11 +40,14 @@ SHOWN = 10  # classes and confusions in the terminal
 
 @torch.no_grad()
 def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor:
-    """(n, D_e) float32 unit vectors of all images, in order. Ranks embed a share each."""
+    """(n, D_e) float32 unit vectors of all images, in order. Ranks embed a share each.
+
+    Raises InputError, on every rank, if one is not finite.
+    """
     batches = distributed.rows(len(images)).split(batch)
     stream = images.stream([rows.tolist() for rows in batches])
     shown = tqdm(stream, "embedding", len(batches), leave=False, delay=2, disable=distributed.rank() > 0)
-    return distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images))
+    return expect_finite(distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images)))
 
 
 def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
@@ -52,7 +56,11 @@ def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:
-    """(train, test) as `data` describes them, at `image_size` pixels a side."""
+    """(train, test) as `data` describes them, at `image_size` pixels a side.
+
+    Raises InputError, on every rank, if the ranks do not hold the same: each reads for itself, and what one of them
+    skips, as its disk failed for a moment, would have it train on other batches than the rest.
+    """
     settings = {}
     if data.name == "drawn-birds":
         settings = {"species": data.species, "images_per_species": data.images_per_species, "seed": data.seed}
@@ -62,10 +70,33 @@ def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLo
     workers = data.workers
     if workers is None:
         workers = 0 if data.name == "drawn-birds" else min(8, cores())
-    return tuple(
+    halves = tuple(
         PixelLoader(part, image_size, workers, skip_unreadable=data.skip_unreadable, name=f"{data.name} {half}")
         for part, half in ((train, "train"), (test, "test"))
     )
+    for half, what in zip(halves, ("training", "test")):
+        _check_ranks(half, what)
+    return halves
+
+
+def _check_ranks(images: PixelLoader, what: str) -> None:
+    found = distributed.everyone((checksum(images.dataset), len(images), images.skipped))
+    held: dict[str, list[int]] = {}
+    unread: dict[str, list[int]] = {}
+    for rank, (images_held, _, skipped) in enumerate(found):
+        held.setdefault(images_held, []).append(rank)
+        for fault in skipped:
+            unread.setdefault(fault, []).append(rank)
+    if len(held) > 1:
+        counts = ", ".join(f"{found[same[0]][1]:,} on {_ranks(same)}" for same in held.values())
+        odd = next((f" (on {_ranks(some)}: {fault})" for fault, some in unread.items() if len(some) < len(found)), "")
+        raise InputError(
+            f"data: the ranks hold different {what} images, {counts}{odd}; start again, once every host reads the same"
+        )
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from saga_fast.config import parse_flags
 from saga_fast.encoder import Encoder
 from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_fast.utils.files import hidden
+from saga_fast.utils.flags import parse_flags
 
 TOLERANCE = 1e-4  # of each number of a unit vector
 OPSET = 18

@@ -1,10 +1,12 @@
 """Find the indexed images most like a picture.
 
     python -m saga_fast.search --index DIR QUERY… [-k 10] [--json | --html] [--encoder DIR]
-                               [--explain] [--attribute "NAME=WEIGHT" … | --only NAME] [--show NAME]
+                                [--explain] [--attribute "NAME=WEIGHT" … | --only NAME] [--show NAME]
+    python -m saga_fast.search --index DIR --serve PORT [--host 127.0.0.1]
 
 Prints the nearest files of each query with their similarity, the inner product of the unit vectors; `--json` as JSON,
 `--html` as one page with thumbnails that needs no other file. The encoder is the one the index was made with.
+`--serve` loads both once and answers over HTTP, see `retrieval.server`.
 
 If that keeps attributes apart (pooler `attributes`), the similarity is the mean of a cosine an attribute. `--explain`
 tells these, those that agree best first; on the page as bars, and the pictures are dark where an attribute is not
@@ -29,11 +31,13 @@ import torch
 import tyro
 from PIL import Image
 
-from saga_fast.config import parse_flags
-from saga_fast.encoder import Encoder, Picture
+from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.blocks import Blocks
+from saga_fast.retrieval.server import LOOPBACK, serve
+from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.flags import COUNT, Range, parse_flags
 from saga_fast.utils.images import open_rgb
 from saga_fast.utils.pages import data_uri, shade
 
@@ -84,6 +88,10 @@ class Hit(NamedTuple):
     path: str
     similarity: float
     attributes: dict[str, float] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What is known of it by name, as JSON holds it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Look(NamedTuple):
@@ -142,7 +150,7 @@ class Searcher:
         """
         blocks = self.blocks if explain or weights or only is not None else None
         weighed = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
-        z, k = self.encoder(queries).cpu().numpy(), min(k, len(self.files))
+        z, k = expect_finite(self.encoder(queries)).cpu().numpy(), min(k, len(self.files))
         if blocks and weighed is not None:
             products, rows = indices.nearest(self.faiss, self._vectors, blocks.scaled(z, weighed), k)
         else:
@@ -280,7 +288,7 @@ class SearchArguments:
     """Image files to find the like of."""
     index: Path | None = None
     """Folder of the index."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    k: Annotated[int, COUNT, tyro.conf.arg(aliases=["-k"])] = 10
     """How many to find for each."""
     json: bool = False
     """Print JSON."""
@@ -297,15 +305,24 @@ class SearchArguments:
     show: str | None = None
     """With --explain --html: the attribute that pictures are lit by; default the most decisive one."""
 
+    serve: Annotated[int | None, Range(0, 65535)] = None
+    """Answer over HTTP on this port, 0 for one that is free, until Ctrl-C."""
+    host: str = LOOPBACK
+    """Address to serve on; by default nobody but this machine can ask."""
+
 
 def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(SearchArguments(), arguments, "python -m saga_fast.search", "Find the nearest indexed images.")
     if parsed.index is None:
         raise InputError("--index: missing; name the folder of an index")
+    if parsed.serve is not None:
+        if parsed.queries:
+            raise InputError(f"--serve: given with QUERY {parsed.queries[0]!r}; pictures come with the requests")
+        searcher = Searcher(parsed.index, parsed.encoder)
+        searcher.encoder.to(distributed.device())
+        return serve(searcher, parsed.serve, parsed.host)
     if not parsed.queries:
         raise InputError("QUERY: missing; name one or several image files")
-    if parsed.k < 1:
-        raise InputError(f"-k: {parsed.k}; give 1 or more")
     if parsed.json and parsed.html:
         raise InputError("--json: given with --html; choose one")
     if parsed.show is not None and not (parsed.explain and parsed.html):
@@ -321,7 +338,7 @@ def main(arguments: Sequence[str]) -> None:
             looks = [searcher.look(query, hits, show, weights) for query, hits in zip(parsed.queries, results)]
         sys.stdout.write(page(parsed.queries, results, looks))
     elif parsed.json:
-        found = [{"query": q, "hits": [_fields(hit) for hit in hits]} for q, hits in zip(parsed.queries, results)]
+        found = [{"query": q, "hits": [hit.fields() for hit in hits]} for q, hits in zip(parsed.queries, results)]
         print(json.dumps(found, indent=2))
     else:
         for query, hits in zip(parsed.queries, results):
@@ -347,10 +364,6 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
                 'an attribute once, as in --attribute "crown color=2"'
             ) from None
     return weights
-
-
-def _fields(hit: Hit) -> dict[str, Any]:
-    return {name: value for name, value in hit._asdict().items() if value is not None}
 
 
 def _lines(attributes: Mapping[str, float]) -> str:

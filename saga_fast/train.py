@@ -2,10 +2,11 @@
 
     python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
 
-One optimizer step has three phases. A embeds a class-balanced micro-batch and takes the metric loss's gradient. B draws
-pairs from it and lets the frozen language model describe and judge each pair G times; pairs it judges both right and
-wrong are kept, until there are K. C replays those with gradient: GRPO into the vision tower, attention alignment into
-the pooler. Left out, as the one update per draw is on policy: importance ratio, clipping, a reference model.
+`optimizer_step` is the method (Algorithm 1, arXiv 2606.15134). A embeds a class-balanced micro-batch and takes the
+metric loss's gradient. B draws pairs from it and lets the frozen language model describe and judge each pair G times;
+pairs that differ in what they earn are kept, until there are K. C replays those with gradient: GRPO into the vision
+tower, attention alignment into the pooler. Left out, as the one update per draw is on policy: importance ratio,
+clipping, a reference model.
 
 A run's folder: config.json, metrics.jsonl (a line a step), final.json, encoder/, checkpoint/, report.html and what it
 shows, TensorBoard events.
@@ -13,27 +14,37 @@ shows, TensorBoard events.
 
 from __future__ import annotations
 
+import sys
+
+from saga_fast.config import TINY, Config, parse
+from saga_fast.utils.errors import exit_on_input_error
+
+if __name__ == "__main__":  # --help, and what is wrong with the flags, before the seconds that PyTorch takes to import
+    with exit_on_input_error():
+        parse(sys.argv[1:])
+
 import dataclasses
 import math
 import shlex
-import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saga_fast.config import TINY, Config, parse
-from saga_fast.data import ClassBalancedSampler
+from saga_fast.data import Augmentation, Batch, ClassBalancedSampler, PixelLoader, augmented
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.evaluate import embed_all, load_images, score, table
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_targets
+from saga_fast.losses.balance import Balance
 from saga_fast.losses.policy import add_attribute_credit, token_coefficients
 from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
@@ -41,19 +52,19 @@ from saga_fast.runtime import distributed
 from saga_fast.runtime.health import spread
 from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
-from saga_fast.runtime.run import SELECTS, Run
+from saga_fast.runtime.run import SELECTS, Run, held
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
-from saga_fast.supervisor.mllm import load_mllm
+from saga_fast.supervisor.mllm import Mllm, load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
-from saga_fast.supervisor.replay import Group, Replay
+from saga_fast.supervisor.replay import AnchorAttention, Group, Replay
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor
-from saga_fast.supervisor.verdict import attribute_tokens
+from saga_fast.supervisor.supervisor import Supervisor, Written, anchor_of, ask
+from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
-from saga_fast.utils.errors import exit_on_input_error
+from saga_fast.towers import load_tower, tower_of
 
 MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, before the run gives up
 
@@ -62,34 +73,399 @@ class Diverged(RuntimeError):
     """Losses or gradients stayed non-finite; what was saved before stands."""
 
 
-class Pair(NamedTuple):
-    """A contributing pair, kept between roll-out and replay. pixels: uint8 (2, 3, S, S); features: of both images, as
-    they were rolled out with; the rest per rollout."""
+@dataclass(eq=False)
+class Training:
+    """What stands for a whole run. autocast: makes a fresh context; it covers tower and pooler, never the supervisor.
 
+    supervisor: None where neither of its terms has a weight; frozen: the SHA-256 of its weights, which no step changes.
+    batches: endless micro-batches of the training half.
+    """
+
+    config: Config
+    encoder: Encoder
+    supervisor: Supervisor | None
+    dml: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    autocast: Callable[[], AbstractContextManager]
+    batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    frozen: str | None = None
+    balance: Balance = field(default_factory=Balance)
+    oom: Fits = field(default_factory=Fits)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    @property
+    def voice(self) -> float:
+        """The share, in 0..1, of λ_lm and λ_kl that the supervisor has earned."""
+        return self.balance.voice if self.config.lambda_.adaptive else 1.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """Of uint8 pixels (B, 3, S, S) the levels that the language model reads: tokens (B, N, D), then DeepStack's."""
+        with self.autocast():
+            return list(self.encoder.tower(pixels).levels)
+
+    def embed(self, pixels: Tensor) -> list[Tensor]:
+        """The embeddings (B, D_e) of `pixels`, then those levels."""
+        levels = self.encode(pixels)
+        with self.autocast():
+            return [self.encoder.pooler(levels[0]), *levels]
+
+
+class Pair(NamedTuple):
+    """A contributing pair, kept between roll-out and replay.
+
+    images: (2,) int64, what tells an image of the step from all others. pixels: uint8 (2, 3, S, S). features: of both,
+    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`;
+    log_probs: see `Rollouts`.
+    """
+
+    images: Tensor
     pixels: Tensor
     features: VisualFeatures
     completions: list[list[int]]
     rewards: Tensor
     advantages: Tensor
-    credit: Tensor | None
+    credit: Tensor | None = None
+    log_probs: dict[tuple[int, int], float] = {}
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`; returns what final.json holds. Raises InputError, Diverged."""
+    t, run, (validation_images, test_images) = set_up(config, out, resume)
+    config, supervisor = t.config, t.supervisor
+    sampled = sampled_steps(run.total, config.log.samples_every)
+    t.encoder.train()
+    progress = tqdm(
+        range(run.step, run.total),
+        "training",
+        run.total,
+        initial=run.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=distributed.rank() > 0,
+    )
+    for step in run.steps(progress):
+
+        def sample(buffer: list[Pair], step: int = step) -> None:
+            if buffer and step in sampled and distributed.rank() == 0:
+                run.sample(step, describe(supervisor, t.encoder, buffer, t.autocast()), sheet(buffer))
+
+        log = optimizer_step(t, step, run.contribution_rate, sample)
+        log |= run.count(log)
+        if config.log.evaluate_every and (step + 1) % config.log.evaluate_every == 0:
+            held_out = embed_all(t.encoder.eval(), validation_images)
+            log[SELECTS] = score(held_out, validation_images.labels)["recall_at_1"]
+            t.encoder.train()
+        run.record(step, log)
+        shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
+        progress.set_postfix(
+            {short: f"{log[name]:.3g}" for short, name in shown.items() if name in log}
+            | {"pairs": f"{log['pairs_replayed']}/{log.get('pairs_drawn', 0)}"}
+        )
+        if log["skipped_now"] == MAX_SKIPPED:
+            raise Diverged(
+                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint stands: "
+                "lower the learning rates"
+            )
+
+    if supervisor and supervisor.decoder.fingerprint() != t.frozen:
+        raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
+    run.take_best()
+    embeddings = embed_all(t.encoder.eval(), test_images)
+    after = score(embeddings, test_images.labels)
+    return run.finish(after, t.frozen, test_images, embeddings)
+
+
+def optimizer_step(
+    t: Training, step: int, contribution_rate: float, sample: Callable[[list[Pair]], None]
+) -> dict[str, float]:
+    """One update of the encoder. Returns the step's line of metrics.jsonl, without what a run counts over its steps.
+
+    contribution_rate: share of the pairs drawn so far that contributed. sample: shown the buffer, under the weights
+    that rolled it out.
+    """
+    config, started = t.config, time.perf_counter()
+    t.optimizer.zero_grad(set_to_none=True)
+    buffer: list[Pair] = []
+    draw, losses_dml = Draw(), []
+    while True:
+        # ── A. Embed a micro-batch; metric loss, with its gradient ──────────────────────────────────────────────────
+        batch = next(t.batches)
+        embeddings, features, loss_dml = embed(t, batch)
+        losses_dml.append(loss_dml)
+        if t.supervisor is None:
+            break
+
+        # ── B. Draw pairs and roll them out, without gradient, until K contribute ───────────────────────────────────
+        wanted = config.rollout.pairs - len(buffer)
+        rows, found = roll_out(t, batch, features, (step << 20) + len(draw.pairs), wanted, contribution_rate)
+        buffer += contributing(batch, len(losses_dml), features, rows, found)
+        draw.extend(found)
+        if len(buffer) >= config.rollout.pairs or len(losses_dml) == config.rollout.max_batches:
+            break
+    # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
+    gradient_dml = take_gradients(t.parameters, len(losses_dml))
+    t.balance.hear(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
+    log = {
+        "loss_dml": sum(losses_dml) / len(losses_dml),
+        "micro_batches": len(losses_dml),
+        **spread(embeddings),
+        **draw.summary(),
+        "pairs_replayed": len(buffer),
+        "seconds_embed_and_roll_out": (rolled_out := time.perf_counter()) - started,
+    }
+
+    # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler ──────────────────────────────────────────
+    if buffer:
+        log |= replay(t, buffer)
+    gradient_supervisor = take_gradients(t.parameters)
+    sample(buffer)
+
+    # ── Add up, clip, update ────────────────────────────────────────────────────────────────────────────────────────
+    log |= combine(t, gradient_dml, gradient_supervisor)
+    norm = nn.utils.clip_grad_norm_(t.parameters, config.optim.clip).item()
+    losses = [value for name, value in log.items() if name.startswith("loss_")]
+    finite = all(map(math.isfinite, [norm, *losses]))
+    if finite:
+        t.optimizer.step()
+    log |= {**t.oom.log(), "grad_norm": norm, "lr": t.optimizer.param_groups[0]["lr"], "applied": finite}
+    t.schedule.step()
+    return log | {"seconds_replay_and_update": time.perf_counter() - rolled_out}
+
+
+def embed(t: Training, batch: Batch) -> tuple[Tensor, VisualFeatures, float]:
+    """Phase A: the embeddings (B, D_e) of a micro-batch and its features, both detached and whole on every rank, and
+    L_DML, whose gradient, times λ_dml, is in the parameters."""
+    weight, count = t.config.lambda_.dml, len(batch.pixels)
+    labels, mine = batch.labels.to(t.device), batch.pixels[distributed.rows(count)].to(t.device)
+    with torch.set_grad_enabled(weight > 0):  # without the metric loss there is no graph to keep through the roll-out
+        embedded = Encoded(t.oom, "embed", t.embed, mine, list(t.encoder.parameters()))
+        embeddings, *levels = embedded.outputs
+        # Every rank takes the loss of the whole batch, and a share of it: gradients of all ranks are added up.
+        embeddings = distributed.gather(embeddings, count)
+        loss = t.dml(embeddings, labels)
+        if weight > 0:
+            (weight * loss / distributed.ranks()).backward()
+            embedded.backward()
+    features = VisualFeatures.of(levels).detach().map(partial(distributed.gather, count=count))
+    return embeddings.detach(), features, loss.item()
+
+
+def roll_out(
+    t: Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
+) -> tuple[Tensor, Draw]:
+    """Phase B: rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute. The rows
+    (n, 2) of the batch that are pairs, and of the first of them what became of them. Pair i has the id first_id + i,
+    unique in the run."""
+    config = t.config
+    pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, (config.seed << 40) + first_id)
+    same = (batch.labels[pairs[:, 0]] == batch.labels[pairs[:, 1]]).tolist()
+    credit, rate = config.rollout.credit == "attributes", contribution_rate
+    return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, credit)
+
+
+def contributing(batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
+    """The pairs that are kept for the replay."""
+    numbers = torch.tensor(batch.indices) + (micro_batch << 32)  # an image is augmented anew in each micro-batch
+    return [
+        Pair(
+            numbers[two],
+            batch.pixels[two],
+            features.select(two.to(features.tokens.device)),
+            pair.completions,
+            pair.rewards,
+            pair.advantages,
+            pair.credit,
+            pair.log_probs,
+        )
+        for two, pair in zip(rows, draw.pairs)
+        if pair.contributes
+    ]
+
+
+def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
+    """Phase C: adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share
+    of the buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
+    tokens = [sum(map(len, pair.completions)) for pair in buffer]
+    packed = [len(t.supervisor.prefix) + count for count in tokens]
+    shares = distributed.balance(packed, distributed.ranks())
+    mine = [buffer[i] for i in shares[distributed.rank()]]
+    written = (
+        [t.supervisor.written(pair.completions) for pair in mine] if t.config.reads_attributes else [[] for _ in mine]
+    )
+    described = (
+        [rewarded_descriptions(pair, found) for pair, found in zip(mine, written)]
+        if t.config.lambda_.kl > 0
+        else [{} for _ in mine]
+    )
+    rewarded = sum(distributed.everyone(sum(map(len, described))))
+    loss_lm = loss_kl = 0.0
+    drift: list[float] = []
+    if mine:
+        # The features that the pairs were rolled out with: no weight has changed since.
+        leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in mine))])
+        groups = [make_group(t, pair, *found, sum(tokens)) for pair, *found in zip(mine, written, described)]
+        result = policy_gradient(t, mine, leaves, groups)
+        loss_lm = result.loss.item()
+        for pair, found in zip(mine, result.log_probs):
+            drift += [abs(found[g][place].item() - sampled) for (g, place), sampled in pair.log_probs.items()]
+        if result.attention:
+            loss_kl = align(t, leaves.tokens, result.attention, described, rewarded)
+    losses_lm, losses_kl, drifts = zip(*distributed.everyone((loss_lm, loss_kl, drift)))
+    loads = [sum(packed[i] for i in share) for share in shares]
+    log = {"loss_lm": sum(losses_lm), "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
+    if drift := [value for each in drifts for value in each]:  # the ratio is taken for 1: here is how nearly it is
+        log["log_prob_drift"] = sum(drift) / len(drift)
+    return log | ({"loss_kl": sum(losses_kl)} if rewarded else {})
+
+
+def rewarded_descriptions(pair: Pair, written: Sequence[Written]) -> dict[int, Written]:
+    """The rollouts with reward 1 that describe both images, g → where: what L_KL learns from."""
+    return {
+        g: items for g, items in enumerate(written) if pair.rewards[g] and all(any(item.values()) for item in items)
+    }
+
+
+def make_group(
+    t: Training, pair: Pair, written: Sequence[Written], described: dict[int, Written], total_tokens: int
+) -> Group:
+    """A pair as it is replayed: c of each token with L_GRPO = Σ c log π, and the tokens whose attention is wanted."""
+    lengths = [len(completion) for completion in pair.completions]
+    coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
+    if pair.credit is not None:
+        scale = t.config.rollout.credit_weight / total_tokens
+        add_attribute_credit(coefficients, pair.credit, written, t.supervisor.prompt.attributes, scale)
+    spans = {
+        g: tuple([at for tokens in item.values() for at in tokens] for item in items) for g, items in described.items()
+    }
+    return Group(pair.completions, coefficients, spans)
+
+
+def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> Replay:
+    """The gradient of λ_lm L_GRPO: through the frozen language model into the features, and on through the tower."""
+    weight = t.config.lambda_.lm * t.voice
+    for leaf in leaves.levels:
+        leaf.requires_grad_(weight > 0)
+
+    def replay_within(token_budget: int) -> Replay:
+        for leaf in leaves.levels:
+            leaf.grad = None
+        return t.supervisor.replay(leaves, groups, token_budget)
+
+    prefix = len(t.supervisor.prefix)
+    packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
+    result = t.oom.run("replay", min(packed, t.supervisor.plan.token_budget), replay_within, least=prefix)
+    if weight > 0:
+        # An image may be in several pairs: it goes through the tower once, with the gradient of all.
+        numbers, image = torch.cat([pair.images for pair in buffer]).unique(return_inverse=True)
+        first = torch.stack([(image == i).nonzero()[0, 0] for i in range(len(numbers))])
+        pixels = torch.cat([pair.pixels for pair in buffer])[first].to(t.device)
+        wanted = [
+            leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_add_(0, image.to(t.device), weight * leaf.grad)
+            for leaf in leaves.levels
+        ]
+
+        def back(rows: slice) -> None:
+            with gradients_all_or_none(list(t.encoder.tower.parameters())):
+                torch.autograd.backward(t.encode(pixels[rows]), [level[rows] for level in wanted])
+
+        t.oom.pieces("encode", len(pixels), back)
+    return result
+
+
+def align(
+    t: Training, tokens: Tensor, attention: list[AnchorAttention], described: list[dict[int, Written]], rewarded: int
+) -> float:
+    """The gradient of λ_kl L_KL into the pooler: each of its queries should look where the supervisor looked while it
+    described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share."""
+    with t.autocast():
+        beta = t.encoder.pooler.attention(tokens.detach())  # (images, queries, N)
+    queries, names = beta.shape[1], t.supervisor.prompt.attributes
+    targets = []
+    for entry in attention:
+        found = described[entry.group][entry.rollout][entry.image]
+        # The paper's pooler has one query, which learns from all attributes.
+        query = [names.index(name) if queries > 1 else 0 for name, tokens in found.items() for _ in tokens]
+        targets.append(attention_targets(entry.weights, torch.tensor(query, device=beta.device), queries))
+    beta = beta[[2 * entry.group + entry.image for entry in attention]]
+    # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
+    loss = alignment_kl(torch.stack(targets), beta).sum() / rewarded
+    (t.config.lambda_.kl * t.voice * loss).backward()
+    return loss.item()
+
+
+def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[Tensor | None]:
+    """The parameters' gradients, summed over the ranks and divided by `count`; the parameters are left with none."""
+    distributed.add_up_gradients(parameters)
+    taken = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return [gradient if gradient is None or count == 1 else gradient.div_(count) for gradient in taken]
+
+
+def combine(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None]) -> dict[str, float]:
+    """Puts the sum of both terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
+    first. Returns norms, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
+    log: dict[str, float] = {}
+    tower = {id(parameter) for parameter in t.encoder.tower.parameters()}
+    pooler = {id(parameter) for parameter in t.encoder.pooler.parameters()}
+    scale = 1.0
+    for part, other, owned in (("tower", "lm", tower), ("pooler", "kl", pooler)):
+        pairs = [(a, b) for p, a, b in zip(t.parameters, dml, supervisor) if id(p) in owned]
+        if all(b is None for _, b in pairs):
+            continue
+        norm_dml, norm_other, product = products(pairs)
+        log[f"grad_{part}_dml"], log[f"grad_{part}_{other}"] = norm_dml, norm_other
+        log[f"cosine_{part}_dml_{other}"] = product / (norm_dml * norm_other) if norm_dml * norm_other else 0.0
+        if part == "tower" and t.config.lambda_.adaptive:
+            # λ_lm and the voice are in the gradient already: they set the quotient that is left.
+            weight = t.config.lambda_.lm * t.voice
+            log["scale_lm"] = scale = weight * t.balance.scale(norm_dml, norm_other)
+    for parameter, a, b in zip(t.parameters, dml, supervisor):
+        if b is not None and id(parameter) in tower and scale != 1:
+            b = b.mul_(scale)
+        parameter.grad = b if a is None else a if b is None else a.add_(b)
+    if t.config.lambda_.adaptive and t.balance.informedness is not None:
+        log |= {"informedness": t.balance.informedness, "voice": t.voice}
+    return log
+
+
+def products(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[float, float, float]:
+    """|a|, |b| and a·b of two lists of gradients, fp64; None is zero. A parameter at a time: another copy of all would
+    not fit everywhere."""
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def dot(x: Tensor | None, y: Tensor | None) -> Tensor:
+        return zero if x is None or y is None else torch.linalg.vecdot(x.flatten(), y.flatten()).double()
+
+    sums = [torch.stack([dot(a, a), dot(b, b), dot(a, b)]) for a, b in pairs]
+    aa, bb, ab = torch.stack([s.cpu() for s in sums]).sum(0).tolist()
+    return math.sqrt(aa), math.sqrt(bb), ab
+
+
+def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tuple[PixelLoader | None, PixelLoader]]:
+    """Everything that an optimizer step needs, the run's folder, and the images of validation and test. Raises
+    InputError for what cannot be run, before the folder is made."""
     torch.manual_seed(config.seed)
     device = distributed.device()
-    dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=config.optim.precision == "bf16", cache_enabled=False
-    )
+    bf16 = config.optim.precision == "bf16"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     # The question: a resumed run asks what it began with, whatever became of its file.
     prompt = None
-    if config.uses_supervisor:
+    if config.uses_prompt:
         prompt = stored_prompt(out / "config.json") if resume else load_prompt(config.supervisor.prompt)
 
     # Data, split by class: no class of the test half is ever trained on.
     train_images, test_images = load_images(config.data, config.data.image_size)
+    validation_images = None
     if config.log.evaluate_every:
         train_images, validation_images = train_images.hold_out()
     sampler = ClassBalancedSampler(
@@ -97,26 +473,23 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     )
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
-    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor.
-    name = SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model
-    mllm = load_mllm(name, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-    encoder = Encoder.from_tower(
-        mllm.visual,
-        config.encoder.pooler,
-        config.encoder.embedding_dim,
-        config.data.image_size,
-        load_prompt(config.supervisor.prompt).attributes,
-    ).to(device)
-    supervisor = make_supervisor(config, mllm, encoder, prompt) if prompt else None
-    frozen = supervisor and supervisor.decoder.fingerprint()
+    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone.
+    mllm = None
+    if config.encoder.tower is None:
+        pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
+        if config.uses_supervisor:
+            check_question(config, pretrained.mllm, prompt)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
+    encoder = make_encoder(config, mllm, prompt).to(device)
+    supervisor = make_supervisor(config, mllm, encoder, prompt) if config.uses_supervisor else None
     settings = {}
     if config.dml.loss == "potential-field":
         settings = dict(alpha=config.dml.alpha, delta=config.dml.delta, proxies_per_class=config.dml.proxies_per_class)
     classes = len(train_images.dataset.classes)
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
     del mllm
-    if supervisor:
-        config = plan_memory(config, supervisor, encoder, dml)
+    config = plan_memory(config, supervisor, encoder, dml, resume)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
 
@@ -125,358 +498,104 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
         {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
     ]
-    adamw = bitsandbytes.optim.AdamW8bit if config.optim.states == "8bit" else torch.optim.AdamW
+    adamw = torch.optim.AdamW
+    if config.optim.states == "8bit":
+        from bitsandbytes.optim import AdamW8bit as adamw  # seconds to import
     optimizer = adamw([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
     )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    run = Run(out, config, encoder, dml, optimizer, schedule, sampler)
+    t = Training(config, encoder, supervisor, dml, optimizer, schedule, autocast)
+    t.frozen = supervisor and supervisor.decoder.fingerprint()
+    run = Run(out, config, encoder, dml, optimizer, schedule, sampler, t.balance, steps)
     if resume:
-        run.restore()
+        run.restore(t.frozen)
     else:
         embeddings = embed_all(encoder.eval(), test_images)
-        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt)
+        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt, t.frozen)
     distributed.check_alike(encoder, dml)
-    fits = Fits()
-    encoder.train()
-    batches = train_images.stream(sampler)
-    sampled = sampled_steps(steps, config.log.samples_every)
-    progress = tqdm(
-        range(run.step, steps),
-        "training",
-        steps,
-        initial=run.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=distributed.rank() > 0,
+    augmentation = Augmentation(**dataclasses.asdict(config.augment))
+    t.batches = augmented(train_images.stream(sampler), augmentation, config.seed, run.batches)
+    return t, run, (validation_images, test_images)
+
+
+def make_encoder(config: Config, mllm: Mllm | None, prompt: Prompt | None) -> Encoder:
+    """The encoder to train, around the tower that the configuration names, or, where it names none, the MLLM's own."""
+    visual = mllm.visual if config.encoder.tower is None else load_tower(config.encoder.tower)
+    attributes = prompt.attributes if prompt else ()
+    return Encoder.from_tower(
+        visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size, attributes
     )
 
-    for step in run.steps(progress):
-        started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        buffer: list[Pair] = []
-        draw, used = Draw(), 0
-        loss_dml = torch.zeros((), device=device)
-        while True:
-            # ── A. Embed ────────────────────────────────────────────────────────────────────────────────────────────
-            batch = next(batches)
-            used += 1
-            pixels, labels = batch.pixels.to(device), batch.labels.to(device)
-            mine = pixels[distributed.rows(len(pixels))]
-            embedded = Encoded(fits, "embed", partial(embed, encoder, autocast), mine, list(encoder.parameters()))
-            embeddings, *features = embedded.outputs
-            # Every rank takes the loss of the whole batch, and a share of it: gradients of all ranks are added up.
-            embeddings = distributed.gather(embeddings, len(pixels))
-            batch_loss = dml(embeddings, labels)
-            if config.lambda_.dml > 0:
-                (config.lambda_.dml * batch_loss / distributed.ranks()).backward()
-                embedded.backward()
-            loss_dml += batch_loss.detach()
-            if supervisor is None:
-                break
 
-            # ── B. Roll out, no gradient ────────────────────────────────────────────────────────────────────────────
-            wanted = config.rollout.pairs - len(buffer)
-            features = VisualFeatures.of(features).detach().map(partial(distributed.gather, count=len(pixels)))
-            buffer += roll_out(config, supervisor, features, pixels, labels, step, wanted, draw, run, fits)
-            if len(buffer) >= config.rollout.pairs or used == config.rollout.max_batches:
-                break
-        # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= used
-        log = {
-            "loss_dml": loss_dml.item() / used,
-            "micro_batches": used,
-            **spread(embeddings.detach()),
-            **draw.summary(),
-        }
-        rolled_out = time.perf_counter()
-
-        # ── C. Replay, with gradient ────────────────────────────────────────────────────────────────────────────────
-        measured = step % config.log.gradients_every == 0
-        gradient_dml = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters if measured]
-        if measured:
-            distributed.add_up(gradient_dml)
-            gradient_dml = [gradient.cpu() for gradient in gradient_dml]  # replay has need of the device's memory
-        if buffer:
-            log |= replay(config, supervisor, encoder, buffer, autocast, fits)
-        distributed.add_up_gradients(parameters)
-        if measured:
-            log |= gradient_terms(encoder, parameters, gradient_dml)
-
-        if buffer and step in sampled and distributed.rank() == 0:
-            run.sample(step, describe(supervisor, encoder, buffer, autocast), sheet(buffer))
-
-        # ── Update ──────────────────────────────────────────────────────────────────────────────────────────────────
-        norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip).item()
-        losses = [value for name, value in log.items() if name.startswith("loss_")]
-        finite = all(map(math.isfinite, [norm, *losses]))
-        if finite:
-            optimizer.step()
-        log |= {**fits.log(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-        schedule.step()
-        run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
-        run.skipped += not finite
-
-        log |= {
-            "pairs_replayed": len(buffer),
-            "skipped": run.skipped,
-            "skipped_now": run.skipped_in_a_row,
-            "seconds_embed_and_roll_out": rolled_out - started,
-            "seconds_replay_and_update": time.perf_counter() - rolled_out,
-        }
-        if config.log.evaluate_every and (step + 1) % config.log.evaluate_every == 0:
-            held_out = embed_all(encoder.eval(), validation_images)
-            log[SELECTS] = score(held_out, validation_images.labels)["recall_at_1"]
-            encoder.train()
-        run.record(step, used, log)
-        shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
-        progress.set_postfix(
-            {short: f"{log[name]:.3g}" for short, name in shown.items() if name in log}
-            | {"pairs": f"{len(buffer)}/{len(draw.pairs)}"}
-        )
-        if run.skipped_in_a_row == MAX_SKIPPED:
-            raise Diverged(
-                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint stands: "
-                "lower the learning rates"
-            )
-
-    if supervisor and supervisor.decoder.fingerprint() != frozen:
-        raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
-    embeddings = embed_all(encoder.eval(), test_images)
-    after = score(embeddings, test_images.labels)
-    return run.finish(after, frozen, test_images, embeddings)
-
-
-def make_supervisor(config: Config, mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
+def sampling_of(config: Config) -> Sampling:
     rollout = config.rollout
+    return Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
+
+
+def check_question(config: Config, mllm: Mllm, prompt: Prompt) -> None:
+    """Raises InputError, before any weight is read, for a question that the model could not be asked. mllm: on the meta
+    device, see `Pretrained`."""
+    asked = prompt.as_generic() if config.supervisor.generic else prompt
+    grid = tower_of(mllm.visual).grid(config.data.image_size, config.data.image_size)
+    prefix, _ = ask(mllm, asked, config.supervisor.order, grid, sampling_of(config))
+    anchor_of(config.supervisor.anchor_layer, mllm.decoder.depth)
+    if config.reads_attributes:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
+        tokens_by_attribute(prefix.input_ids, mllm.tokenizer, asked)
+
+
+def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
+    """The MLLM's language model and its question, whose lengths it prints."""
     supervisor = Supervisor(
         mllm,
         prompt.as_generic() if config.supervisor.generic else prompt,
         config.supervisor.order,
         encoder.tower.grid(config.data.image_size, config.data.image_size),
-        Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
+        sampling_of(config),
         config.supervisor.anchor_layer,
     )
-    if config.lambda_.kl > 0:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
-        attribute_tokens(supervisor.prefix.input_ids.tolist(), supervisor.tokenizer, supervisor.prompt)
     lengths = measure(supervisor)
     if distributed.rank() == 0:
-        print(lengths.line(rollout.max_new_tokens))
-        if shortage := lengths.shortage(rollout.max_new_tokens):
+        print(lengths.line(config.rollout.max_new_tokens))
+        if shortage := lengths.shortage(config.rollout.max_new_tokens):
             warnings.warn(shortage, stacklevel=2)
     return supervisor
 
 
-def plan_memory(config: Config, supervisor: Supervisor, encoder: Encoder, dml: nn.Module) -> Config:
+def plan_memory(
+    config: Config, supervisor: Supervisor | None, encoder: Encoder, dml: nn.Module, resume: bool
+) -> Config:
     """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
-    that a resumed run does the same. Raises InputError, with the numbers, where a step does not fit."""
+    that a resumed run does the same where that fits. Raises InputError, with the numbers, where a step does not fit."""
     ranks, rollout = distributed.ranks(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
         encoder,
-        supervisor.decoder,
-        supervisor.prefix,
-        supervisor.sampling,
+        supervisor and supervisor.decoder,
+        supervisor and supervisor.prefix,
+        supervisor and supervisor.sampling,
         -(-batch // ranks),
         -(-rollout.pairs // ranks),
         dml,
         8 if config.optim.states == "8bit" else 32,
         config.encoder.checkpointing,
         config.optim.precision == "bf16",
+        config.lambda_.dml > 0,
     )
-    chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-    free = free_bytes(supervisor.decoder.device)
-    supervisor.plan, supervisor.slots, footprint = Predictor(step).choose(free, *chosen)
+    predictor, free = Predictor(step), free_bytes(encoder.device)
+    if supervisor is None:
+        footprint = predictor.fit(free)
+    else:
+        chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen, anew=resume)
+        plan = dataclasses.asdict(supervisor.plan)
+        config = dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
-        print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
-    plan = dataclasses.asdict(supervisor.plan)
-    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
-
-
-def roll_out(
-    config: Config,
-    supervisor: Supervisor,
-    features: VisualFeatures,
-    pixels: Tensor,
-    labels: Tensor,
-    step: int,
-    wanted: int,
-    draw: Draw,
-    run: Run,
-    fits: Fits,
-) -> list[Pair]:
-    """Rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute; returns those."""
-    pairs = draw_pairs(labels, config.rollout.pairs_per_batch, (config.seed << 40) + (step << 20) + len(draw.pairs))
-    same = (labels[pairs[:, 0]] == labels[pairs[:, 1]]).tolist()
-    first_id = (step << 20) + len(draw.pairs)
-    found = draw_contributing(
-        supervisor,
-        features,
-        pairs,
-        same,
-        first_id,
-        wanted,
-        run.contribution_rate,
-        fits,
-        config.rollout.credit == "attributes",
-    )
-    draw.extend(found)
-    run.drawn, run.contributing = run.drawn + len(found.pairs), run.contributing + found.contributing
-    return [
-        Pair(pixels[images], features.select(images), pair.completions, pair.rewards, pair.advantages, pair.credit)
-        for images, pair in zip(pairs, found.pairs)
-        if pair.contributes
-    ]
-
-
-def encode(encoder: Encoder, autocast, pixels: Tensor) -> list[Tensor]:
-    """The levels that the language model reads of `pixels`."""
-    with autocast:
-        features = encoder.tower(pixels)
-    return list(features.levels)
-
-
-def embed(encoder: Encoder, autocast, pixels: Tensor) -> list[Tensor]:
-    """The embeddings of `pixels`, and those levels."""
-    levels = encode(encoder, autocast, pixels)
-    with autocast:
-        return [encoder.pooler(levels[0]), *levels]
-
-
-def replay(
-    config: Config, supervisor: Supervisor, encoder: Encoder, buffer: list[Pair], autocast, fits: Fits
-) -> dict[str, float]:
-    """Adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share of the
-    buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
-    tokens = [sum(map(len, pair.completions)) for pair in buffer]
-    packed = [len(supervisor.prefix) + count for count in tokens]
-    shares = distributed.balance(packed, distributed.ranks())
-    mine = [buffer[i] for i in shares[distributed.rank()]]
-    wanted = config.lambda_.kl > 0 or config.rollout.credit == "attributes"
-    written = [supervisor.written(pair.completions) if wanted else [] for pair in mine]
-    described = [
-        {
-            g: items
-            for g, items in enumerate(found)
-            if config.lambda_.kl > 0 and pair.rewards[g] and all(any(item.values()) for item in items)
-        }
-        for pair, found in zip(mine, written)
-    ]
-    rewarded = sum(distributed.everyone(sum(map(len, described))))
-    losses = replay_share(config, supervisor, encoder, mine, written, described, sum(tokens), rewarded, autocast, fits)
-    loss_lm, loss_kl = map(sum, zip(*distributed.everyone(losses)))
-    loads = [sum(packed[i] for i in share) for share in shares]
-    log = {"loss_lm": loss_lm, "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
-    return log | ({"loss_kl": loss_kl} if rewarded else {})
-
-
-def replay_share(
-    config: Config,
-    supervisor: Supervisor,
-    encoder: Encoder,
-    buffer: list[Pair],
-    written: list[list],
-    described: list[dict],
-    total_tokens: int,
-    rewarded: int,
-    autocast,
-    fits: Fits,
-) -> tuple[float, float]:
-    """Backward of the part that these pairs have in (L_GRPO, L_KL), whose denominators are the last two numbers."""
-    if not buffer:
-        return 0.0, 0.0
-    weight = config.lambda_
-    # The features that the pairs were rolled out with: no weight has changed since.
-    leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in buffer))])
-    for leaf in leaves.levels:
-        leaf.requires_grad_(weight.lm > 0)
-
-    groups = []
-    names = supervisor.prompt.attributes
-    for pair, places, rewarded_places in zip(buffer, written, described):
-        lengths = [len(completion) for completion in pair.completions]
-        coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
-        if pair.credit is not None:
-            add_attribute_credit(coefficients, pair.credit, places, names, config.rollout.credit_weight / total_tokens)
-        spans = {g: tuple(sum(item.values(), []) for item in items) for g, items in rewarded_places.items()}
-        groups.append(Group(pair.completions, coefficients, spans))
-
-    def replay_within(token_budget: int) -> Replay:
-        for leaf in leaves.levels:
-            leaf.grad = None
-        return supervisor.replay(leaves, groups, token_budget)
-
-    prefix = len(supervisor.prefix)
-    packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
-    result = fits.run("replay", min(packed, supervisor.plan.token_budget), replay_within, least=prefix)
-    if weight.lm > 0:
-        # An image may be in several pairs: it goes through the tower once, with the gradient of all.
-        pixels, image = distinct(torch.cat([pair.pixels for pair in buffer]))
-        asked = [
-            leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_put_((image,), weight.lm * leaf.grad, accumulate=True)
-            for leaf in leaves.levels
-        ]
-
-        def back(rows: slice) -> None:
-            with gradients_all_or_none(list(encoder.tower.parameters())):
-                torch.autograd.backward(encode(encoder, autocast, pixels[rows]), [level[rows] for level in asked])
-
-        fits.pieces("encode", len(pixels), back)
-    if not result.attention:
-        return result.loss.item(), 0.0
-    with autocast:
-        beta = encoder.pooler.attention(leaves.tokens.detach())
-    queries, targets = beta.shape[1], []
-    for entry in result.attention:
-        counts = [len(tokens) for tokens in described[entry.group][entry.rollout][entry.image].values()]
-        which = [names.index(name) for name in described[entry.group][entry.rollout][entry.image]]
-        query = torch.tensor(which, device=beta.device).repeat_interleave(torch.tensor(counts, device=beta.device))
-        targets.append(attention_targets(entry.weights, query if queries > 1 else query * 0, queries))
-    targets = torch.stack(targets)
-    beta = beta[[2 * entry.group + entry.image for entry in result.attention]]
-    # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
-    loss_kl = alignment_kl(targets, beta).sum() / rewarded
-    (weight.kl * loss_kl).backward()
-    return result.loss.item(), loss_kl.item()
-
-
-def distinct(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The different ones among uint8 images (n, 3, S, S), in the order of their bytes, and which of them each is (n,).
-
-    On the host: for a GPU, whose threads would compare whole images one by one, `torch.unique` takes seconds.
-    """
-    contents = [image.numpy().tobytes() for image in images.cpu()]
-    order = {content: i for i, content in enumerate(sorted(set(contents)))}
-    image = torch.tensor([order[content] for content in contents])
-    first = torch.tensor([contents.index(content) for content in order])
-    return images[first.to(images.device)], image.to(images.device)
-
-
-def gradient_terms(encoder: Encoder, parameters: list[nn.Parameter], gradient_dml: list[Tensor]) -> dict[str, float]:
-    """Norms of the terms' gradients, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
-    terms = {}
-    for part, other, owned in (("tower", "lm", encoder.tower), ("pooler", "kl", encoder.pooler)):
-        mine = {id(parameter) for parameter in owned.parameters()}
-        pairs = [(p.grad, g) for p, g in zip(parameters, gradient_dml) if id(p) in mine and p.grad is not None]
-        if not pairs:
-            continue
-        # A parameter at a time: of all gradients together another copy would not fit everywhere.
-        products = torch.stack([_products(g := dml.to(total.device), total - g) for total, dml in pairs]).sum(0)
-        dml, rest, both = products.tolist()
-        terms[f"grad_{part}_dml"], terms[f"grad_{part}_{other}"] = math.sqrt(dml), math.sqrt(rest)
-        terms[f"cosine_{part}_dml_{other}"] = both / math.sqrt(dml * rest) if dml * rest > 0 else 0.0
-    return terms
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """(3,) fp64: a·a, b·b and a·b."""
-    pairs = (a, a), (b, b), (a, b)
-    return torch.stack([torch.linalg.vecdot(x.flatten(), y.flatten()).double() for x, y in pairs])
+        if supervisor:
+            print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
+    return config
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -489,11 +608,12 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 def main() -> None:
     with exit_on_input_error(), distributed.process_group():
-        config, out, resume = parse(sys.argv[1:], distributed.restarted())
+        config, out, resume = parse(sys.argv[1:])
         speaks = distributed.rank() == 0
         again = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:
-            final = train(config, out, resume)
+            with held(out):
+                final = train(config, out, resume)
         except Stopped as stopped:
             if speaks:
                 print(f"\n{stopped}; go on with\n{again}")

@@ -1,4 +1,5 @@
-"""Data sets by name. Each comes as (train, test) with no class in both; one file a data set.
+"""Data sets by name. Each comes as (train, test), with no class in both unless a split of one's own has it so; one file
+a data set.
 
 The drawn birds live with the tiny supervisor that is taught on drawings; they are the one thing here imported from
 outside, and only when asked for.
@@ -7,28 +8,32 @@ outside, and only when asked for.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from saga_fast.data import aircraft, cars, cub, inat
+from saga_fast.data.augment import Augmentation, augmented
 from saga_fast.data.dataset import (
     ImageDataset,
     ImageFiles,
     Published,
     Subset,
     check_classes,
+    checksum,
     first_classes,
     split_classes,
 )
 from saga_fast.data.folder import ImageFolder, class_folders, load_folder
 from saga_fast.data.loader import Batch, PixelLoader, cores
 from saga_fast.data.sampler import ClassBalancedSampler
-from saga_fast.utils.errors import InputError
+from saga_fast.utils.errors import InputError, tell
+from saga_fast.utils.images import passed_over
 
 __all__ = [
     "DATASETS",
     "PUBLISHED",
+    "Augmentation",
     "Batch",
     "ClassBalancedSampler",
     "ImageDataset",
@@ -37,12 +42,15 @@ __all__ = [
     "PixelLoader",
     "Published",
     "Subset",
+    "augmented",
     "check_classes",
+    "checksum",
     "class_folders",
     "cores",
     "first_classes",
     "load_dataset",
     "load_folder",
+    "notes",
     "split_classes",
 ]
 
@@ -75,16 +83,30 @@ def load_dataset(
 ) -> tuple[ImageDataset, ImageDataset]:
     """(train, test) of the data set `name`. root: the folder of its files, None if it is drawn; settings: its own.
 
-    Warns if there is more or less of it than was published: figures are then not comparable.
+    Tells what its reader passed over, if there is more or less of it than was published, as figures are then not
+    comparable, and if a split of one's own has classes in both halves.
     """
     if name not in DATASETS:
         raise InputError(f"--data.name: {name!r} is unknown; accepted are {', '.join(DATASETS)}")
-    if root is None and name != "drawn-birds":
+    if not root and name != "drawn-birds":
         raise InputError(f"--data.root: missing; {name!r} needs the folder that holds its images")
     train, test = DATASETS[name](root, **settings)
     if name in PUBLISHED and (differences := PUBLISHED[name].differences(train, test)):
-        warnings.warn(
-            f"{name}: {differences[0]}; what is wrong: python -m saga_fast.data check {name} --root {root}",
-            stacklevel=2,
-        )
+        tell(f"{name}: {differences[0]}; what is wrong: python -m saga_fast.data check {name} --root {root}")
+    for line in notes(train, test):
+        tell(f"{name}: {line}")
     return train, test
+
+
+def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
+    """What is right, but should be known of the two halves, a line each."""
+    skipped: Counter[str] = Counter()
+    for half in (train, test):
+        skipped.update(getattr(half, "skipped", {}))
+    if told := passed_over(skipped):
+        yield f"passed over: {told}"
+    if seen := set(train.classes) & set(test.classes):
+        yield (
+            f"{len(seen):,} of {len(test.classes):,} test classes are in the training half too, so the figures are not "
+            "of classes never seen"
+        )

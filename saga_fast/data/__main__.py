@@ -17,11 +17,12 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from saga_fast.data import DATASETS, PUBLISHED, cores
+from saga_fast.data import DATASETS, PUBLISHED, cores, notes
 from saga_fast.data.dataset import ImageFiles, Subset, check_classes
 from saga_fast.data.loader import ahead
 from saga_fast.utils.errors import InputError, exit_on_input_error
-from saga_fast.utils.images import SUFFIXES, open_rgb
+from saga_fast.utils.files import is_litter
+from saga_fast.utils.images import is_image, open_rgb
 
 
 class _Faults(Dataset):
@@ -50,7 +51,8 @@ def unlisted(train: ImageFiles, test: ImageFiles) -> Iterator[Path]:
     known = {*train.paths, *test.paths}
     for folder in {*train.folders, *test.folders}:
         for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path not in known:
+            inside = path.relative_to(folder).parts
+            if is_image(path.name) and path not in known and not any(map(is_litter, inside)) and not path.is_dir():
                 yield path
 
 
@@ -77,6 +79,8 @@ def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
     for difference in differences:
         print(difference)
     wrong += len(differences)
+    for note in notes(train, test):
+        print(note)
     print(f"\n{'':12}{'classes':>9}{'images':>9}")
     for half, data in (("train", train), ("test", test)):
         print(f"{half:12}{len(data.classes):9,}{len(data):9,}")
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="count it and open it all")
     command.add_argument("name", choices=[name for name in DATASETS if name != "drawn-birds"], help="the data set")
-    command.add_argument("--root", type=Path, required=True, help="the folder of its files")
+    command.add_argument("--root", type=Path, required=True, help="the folder of its files, or a list of one's own")
     command.add_argument(
         "--skip-unreadable", action="store_true", help="as --data.skip-unreadable will: list broken images, go on"
     )

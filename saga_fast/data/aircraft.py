@@ -3,6 +3,8 @@ cut across variants, are pooled. Pictures are taken whole, with the photographer
 
     ROOT/data/images_variant_train.txt, images_variant_val.txt, images_variant_test.txt      1025794 707-320
     ROOT/data/images/1025794.jpg
+
+ROOT may also be that data/, or the folder around it.
 """
 
 from __future__ import annotations
@@ -11,22 +13,21 @@ import os
 from pathlib import Path
 
 from saga_fast.data.dataset import ImageFiles, Published
-from saga_fast.data.lists import Listed, read_list, split_list
+from saga_fast.data.lists import Listed, find_home, read_list, split_list
 
 PUBLISHED = Published(classes=100, train_images=5_000, test_images=5_000)
 
 
 def load_aircraft(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
     """(train, test). Raises InputError, naming file and line, for lists that are missing or malformed."""
-    root = Path(root)
-    lists = [
-        read_list(root / "data" / f"images_variant_{part}.txt", "IMAGE VARIANT") for part in ("train", "val", "test")
-    ]
+    root = find_home(Path(root), "data/images_variant_train.txt", "images_variant_train.txt")
+    data = "" if (root / "images_variant_train.txt").exists() else "data/"
+    lists = [read_list(root / f"{data}images_variant_{part}.txt", "IMAGE VARIANT") for part in ("train", "val", "test")]
     classes = sorted({entry.value for entries in lists for entry in entries.values()})
     labels = {name: label for label, name in enumerate(classes)}
     listed = [
-        Listed(f"data/images/{image}.jpg", labels[variant], place)
+        Listed(f"{data}images/{image}.jpg", labels[variant], place)
         for entries in lists
         for image, (variant, place) in entries.items()
     ]
-    return split_list(root, listed, classes, ["data/images"])
+    return split_list(root, listed, classes, [f"{data}images"])

@@ -8,19 +8,29 @@ which cut across models, are pooled. It was released twice, and both are read:
     ROOT/[devkit/]cars_test_annos_withlabels.mat
     ROOT/[devkit/]cars_meta.mat                 class_names
     ROOT/cars_train/00001.jpg, cars_test/00001.jpg
+
+A third is passed around, a folder a model. Sorted by name its halves are those of the release, whose numbering is not
+sorted within a make, but between makes, and the cut lies between two (after Eagle):
+
+    ROOT/car_data/train/AM General Hummer SUV 2000/00001.jpg, car_data/test/…
+
+Folders may stand once more within themselves (cars_train/cars_train/), the devkit in car_devkit/, and ROOT may be the
+folder around it.
 """
 
 from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
 from saga_fast.data.dataset import ImageFiles, Published
-from saga_fast.data.lists import MAX_BYTES, Listed, split_list
+from saga_fast.data.folder import class_folders, images_in
+from saga_fast.data.lists import MAX_BYTES, Listed, find_home, split_list
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import read_regular
 
@@ -29,30 +39,58 @@ PUBLISHED = Published(classes=196, train_images=8_054, test_images=8_131)
 
 def load_cars(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
     """(train, test) of whichever release ROOT holds. Raises InputError, naming file and entry, for broken lists."""
-    root = Path(root)
+    root = find_home(Path(root), "car_ims", "cars_train", "car_data", "train")
     if (root / "car_ims").is_dir():
         names = root / "cars_annos.mat"
         folders = ["car_ims"]
         lists = [(names, "", "relative_im_path")]
     elif (root / "cars_train").is_dir():
         names = _find(root, "cars_meta.mat")
-        folders = ["cars_train", "cars_test"]
+        folders = [_innermost(root, "cars_train"), _innermost(root, "cars_test")]
         lists = [
-            (_find(root, "cars_train_annos.mat"), "cars_train/", "fname"),
+            (_find(root, "cars_train_annos.mat"), f"{folders[0]}/", "fname"),
             # The devkit's own cars_test_annos.mat names no classes.
-            (_find(root, "cars_test_annos_withlabels.mat"), "cars_test/", "fname"),
+            (_find(root, "cars_test_annos_withlabels.mat"), f"{folders[1]}/", "fname"),
         ]
+    elif (root / (data := _innermost(root, "car_data")) / "train").is_dir():
+        return _by_folder(root / data)
+    elif (root / "train").is_dir():
+        return _by_folder(root)
     else:
-        raise InputError(f"{str(root)!r}: neither car_ims nor cars_train is a folder in it; check --data.root")
+        raise InputError(
+            f"{str(root)!r}: none of car_ims, cars_train and car_data is a folder in it; check --data.root"
+        )
     classes = [str(name) for name in _variable(names, "class_names")]
     listed = [image for path, folder, field in lists for image in _listed(path, folder, field, len(classes))]
     return split_list(root, listed, classes, folders)
 
 
 def _find(root: Path, name: str) -> Path:
-    """ROOT/devkit/NAME, or ROOT/NAME if only that is there."""
-    inner, outer = root / "devkit" / name, root / name
-    return outer if outer.exists() and not inner.exists() else inner
+    """ROOT/devkit/NAME, or where else it may be; a browser adds ` (1)` to what it has downloaded before."""
+    homes = [root / "devkit", root / "car_devkit" / "devkit", root / "car_devkit", root]
+    names = [name, name.replace(".mat", " (1).mat")]
+    return next((path for home in homes for name in names if (path := home / name).exists()), root / "devkit" / name)
+
+
+def _innermost(root: Path, name: str) -> str:
+    """The folder `name`, or the one of that name in it, from `root`."""
+    return f"{name}/{name}" if (root / name / name).is_dir() else name
+
+
+def _by_folder(root: Path) -> tuple[ImageFiles, ImageFiles]:
+    """Both partitions, pooled."""
+    parts = [part for part in ("train", "test") if (root / part).is_dir()]
+    folders = [(part, name) for part in parts for name in class_folders(root / part)]
+    labels = {name: label for label, name in enumerate(sorted({name for _, name in folders}))}
+    skipped: Counter[str] = Counter()
+    listed = [
+        Listed(f"{part}/{name}/{path.name}", labels[name], repr(str(path)))
+        for part, name in folders
+        for path in images_in(root / part / name, skipped)
+    ]
+    halves = split_list(root, listed, list(labels), parts)
+    halves[0].skipped = skipped
+    return halves
 
 
 def _variable(path: Path, name: str) -> np.ndarray:

@@ -4,6 +4,8 @@ ROOT/classes.txt               1 001.Black_footed_Albatross
 ROOT/images.txt                1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg
 ROOT/image_class_labels.txt    1 1
 ROOT/images/
+
+ROOT may also be the folder around it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 from pathlib import Path
 
 from saga_fast.data.dataset import ImageFiles, Published
-from saga_fast.data.lists import Listed, read_list, split_list
+from saga_fast.data.lists import Listed, find_home, read_list, split_list
 from saga_fast.utils.errors import InputError
 
 PUBLISHED = Published(classes=200, train_images=5_864, test_images=5_924)
@@ -20,7 +22,7 @@ PUBLISHED = Published(classes=200, train_images=5_864, test_images=5_924)
 
 def load_cub(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
     """(train, test). Raises InputError, naming file and line, for lists that are missing, malformed or disagree."""
-    root = Path(root)
+    root = find_home(Path(root), "images.txt")
     names = read_list(root / "classes.txt", "NUMBER NAME")
     images = read_list(root / "images.txt", "NUMBER FOLDER/FILE")
     labels = read_list(root / "image_class_labels.txt", "NUMBER CLASS-NUMBER")

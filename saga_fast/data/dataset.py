@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.images import SUFFIXES, open_rgb
+from saga_fast.utils.images import SUFFIXES, open_rgb, passed_over
 
 
 class ImageDataset(Protocol):
@@ -25,16 +28,31 @@ class ImageDataset(Protocol):
 
 
 class ImageFiles:
-    """Image files and their labels, decoded when asked for. `folders` should hold no image but these."""
+    """Image files and their labels, decoded when asked for. `folders` should hold no image but these.
+
+    skipped: what its reader passed over, by kind.
+    """
 
     def __init__(self, paths: list[Path], labels: list[int], classes: list[str], folders: Sequence[Path] = ()):
         self.paths, self.labels, self.classes, self.folders = paths, labels, classes, folders
+        self.skipped: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_rgb(self.paths[index]), self.labels[index]
+
+
+def checksum(dataset: ImageDataset) -> str:
+    """SHA-256 of which images it holds, in what order, and their labels: equal where a seed draws the same batches."""
+
+    images = list(range(len(dataset)))
+    data = dataset
+    while isinstance(data, Subset):
+        images, data = [data.indices[i] for i in images], data.dataset
+    names = [os.fspath(data.paths[i]) for i in images] if isinstance(data, ImageFiles) else images
+    return hashlib.sha256(json.dumps([dataset.classes, dataset.labels, names]).encode()).hexdigest()
 
 
 class Published(NamedTuple):
@@ -96,9 +114,11 @@ def split_classes(names: Sequence[str]) -> tuple[list[str], list[str]]:
 def check_classes(dataset: ImageDataset, source: str | Path) -> None:
     """Raise InputError, naming `source` and the class, if a class has fewer than two images: a query needs a match."""
     counts = Counter(dataset.labels)
+    skipped = passed_over(getattr(dataset, "skipped", {}))
     for label, name in enumerate(dataset.classes):
         if counts[label] < 2:
             raise InputError(
                 f"{str(source)!r}: class {name!r} has {counts[label]} readable image{'s' * (counts[label] != 1)}"
                 f" ({' '.join(SUFFIXES)}), retrieval needs 2 or more; add images or remove the class"
+                + (f"; in all classes, passed over: {skipped}" if skipped else "")
             )

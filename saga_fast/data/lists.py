@@ -6,16 +6,19 @@ outside the data set's folder is refused.
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from saga_fast.data.dataset import ImageFiles, check_classes
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import read_regular
+from saga_fast.utils.files import is_litter, read_regular
 
 MAX_BYTES = 2**26  # of a list; the longest released is 1 MB
+WRAPPERS = 20  # more folders side by side are classes, not what an archive was unpacked to
 
 
 class Entry(NamedTuple):
@@ -33,30 +36,68 @@ class Listed(NamedTuple):
 
 def read_list(path: Path, form: str) -> dict[str, Entry]:
     """The lines `KEY VALUE` of a text file, by key, in order; a value may hold spaces, blank lines are passed over.
+    Between the two stand spaces or tabs.
 
     form: what a line should look like, for errors. Raises InputError for a file that cannot be read, a line without a
     value and a key that comes twice.
     """
     entries: dict[str, Entry] = {}
-    try:
-        lines = read_regular(path, MAX_BYTES).decode().split("\n")
-    except OSError as error:
-        raise InputError(
-            f"{str(path)!r}: cannot be read ({error.strerror}); it is part of the release: check --data.root"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{str(path)!r}: not a text file; take it from the release again") from error
-    for number, line in enumerate(lines, 1):
+    text = read_text(path, MAX_BYTES, "take it from the release again")
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if not (line := line.strip()):
             continue
         place = f"{str(path)!r} line {number}"
-        key, _, value = line.partition(" ")
+        key, value, *_ = *re.split(r"[ \t]+", line, maxsplit=1), ""
         if not value:
             raise InputError(f"{place}: found {line!r}, accepted is `{form}`; take the file from the release again")
         if key in entries:
             raise InputError(f"{place}: {key!r} again, first in {entries[key].place}; take one of the two out")
-        entries[key] = Entry(value.lstrip(), place)
+        entries[key] = Entry(value, place)
     return entries
+
+
+def read_text(path: Path, limit: int, mend: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 if it starts with that mark; the mark is left out.
+
+    Raises InputError, which ends in `mend`, for one that cannot be read, is no text or has more than `limit` bytes.
+    """
+    try:
+        content = read_regular(path, limit)
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{str(path)!r}: cannot be read ({error.strerror}); check --data.root; {mend}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(path)!r}: not a text file in UTF-8; {mend}") from error
+
+
+def find_home(root: Path, *marks: str) -> Path:
+    """The folder in which one of `marks` is: `root`, or one at most two deeper, as archives unpack; else `root`.
+
+    Raises InputError if there are several.
+    """
+    level = [root]
+    for _ in range(3):
+        found = [folder for folder in level if any((folder / mark).exists() for mark in marks)]
+        if len(found) > 1:
+            raise InputError(
+                f"{str(root)!r}: both {str(found[0])!r} and {str(found[1])!r} look like the data set; give one of them "
+                "as --data.root"
+            )
+        if found:
+            return found[0]
+        level = [path for folder in level for path in _folders(folder)]
+        if len(level) > WRAPPERS:
+            break
+    return root
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry) for entry in entries if not is_litter(entry.name) and entry.is_dir())
+    except OSError:
+        return []
 
 
 def split_list(

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_classes
-from saga_fast.utils.errors import InputError
+from saga_fast.utils.errors import InputError, tell
 from saga_fast.utils.images import to_pixels
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept, of each half of a data set
@@ -66,7 +65,7 @@ class PixelLoader:
                 progress.update(len(indices))
         self.skipped = [faults[index] for index in sorted(faults)]
         if faults:
-            warnings.warn(f"{name}: {len(faults)} of {count} images skipped, the first {self.skipped[0]}", stacklevel=2)
+            tell(f"{name}: {len(faults)} of {count} images skipped, the first {self.skipped[0]}")
             readable = [index for index in range(count) if index not in faults]
             self.dataset = Subset(dataset, readable)
             check_classes(self.dataset, name)
@@ -82,7 +81,7 @@ class PixelLoader:
         classes = self.dataset.classes
         first = len(classes) - max(2, round(len(classes) / 10))
         if first < 2:
-            raise InputError(f"--log.evaluate-every: holds out 2 of {len(classes)} training classes; leave it out")
+            raise InputError(f"--log.evaluate-every: holds out 2 of {len(classes)} training classes; pass None")
         rest = first_classes(self.dataset, first)
         held_out = Subset(self.dataset, [i for i, label in enumerate(self.dataset.labels) if label >= first])
         halves = copy.copy(self), copy.copy(self)

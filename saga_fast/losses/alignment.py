@@ -24,9 +24,10 @@ def attention_targets(attention: Tensor, query: Tensor, queries: int) -> Tensor:
 
 
 def alignment_kl(target: Tensor, beta: Tensor) -> Tensor:
-    """KL(target || beta) in nats, averaged over the queries that were described. target, beta: (R, queries, N), each row
-    a distribution or, in target, zeros for a query that was not described. Returns (R,), fp32 (fp64 for fp64). Gradient
-    into beta only. Zeros are safe on either side: 0 log 0 = 0, and beta is floored at the smallest normal number."""
+    """KL(target || beta) in nats, averaged over the queries that were described. target, beta: (R, queries, N), each
+    row a distribution or, in target, zeros for a query that was not described. Returns (R,), fp32 (fp64 for fp64).
+    Gradient into beta only. Zeros are safe on either side: 0 log 0 = 0, and beta is floored at the smallest normal
+    number."""
     dtype = torch.promote_types(beta.dtype, torch.float32)
     target, beta = target.detach().to(dtype), beta.to(dtype)
     divergence = torch.xlogy(target, target) - target * beta.clamp_min(torch.finfo(dtype).tiny).log()

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 58, 8, 10, 34  # room around the axes
+LARGEST = 1e290  # what is larger, or no number, is not drawn
 POINTS = 240  # a line's, at most: longer runs are averaged
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, steps, values
@@ -60,7 +61,7 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", zero: bool = False)
 
 
 def _thinned(steps: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
-    points = [(s, v) for s, v in zip(steps, values) if math.isfinite(v)]
+    points = [(s, v) for s, v in zip(steps, values) if math.isfinite(s) and abs(v) < LARGEST]
     size = -(-len(points) // POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(v for _, v in part) / len(part)) for part in parts]

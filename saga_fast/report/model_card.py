@@ -60,16 +60,24 @@ Every image of the second half queries all its others; per cent:
 """
 
 
-def model_card(config: Config, before: dict[str, float], after: dict[str, float], steps: int) -> str:
-    """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: trained."""
-    own, model = config.data, config.supervisor.model
+def model_card(
+    config: Config,
+    before: dict[str, float],
+    after: dict[str, float],
+    steps: int,
+    weights: dict[str, str] | None = None,
+) -> str:
+    """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: trained;
+    weights: `source` and `license` of a tower's that is no MLLM's."""
+    own, tower = config.data, config.encoder.tower
+    model = config.supervisor.model if tower is None else (weights or {}).get("source", tower)
     published = model != TINY and not Path(model).exists()  # a folder's name says nothing to others
     metadata = ModelCardData(
         license=config.encoder.license,
         library_name="saga_fast",
         pipeline_tag="image-feature-extraction",
         tags=["image-retrieval", "metric-learning", "saga"],
-        base_model=model if published else None,
+        base_model=model if published and " " not in model else None,
     )
     supervisor = "the metric loss alone, without a supervisor."
     if config.uses_supervisor:
@@ -80,7 +88,8 @@ def model_card(config: Config, before: dict[str, float], after: dict[str, float]
     settings = config.to_dict()
     # Where things lay on the machine that trained is nobody's business.
     settings["data"]["root"] = None
-    settings["supervisor"]["model"] = model if published or model == TINY else None
+    settings["supervisor"]["model"] = model if tower is None and (published or model == TINY) else None
+    settings["encoder"]["tower"] = tower if tower is None or not Path(tower).exists() else None
     return CARD.format(
         metadata=metadata.to_yaml(),
         embedding_dim=config.encoder.embedding_dim,
@@ -89,7 +98,7 @@ def model_card(config: Config, before: dict[str, float], after: dict[str, float]
         image_size=own.image_size,
         data=DATA[own.name].format(species=own.species, images_per_species=own.images_per_species),
         table="\n".join([f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|", *rows]),
-        license=_terms(config.encoder.license),
+        license=_terms(config.encoder.license) + (_began(weights) if weights else ""),
         config=json.dumps(settings, indent=2),
     )
 
@@ -98,3 +107,9 @@ def _terms(license: str) -> str:
     if license == "unknown":
         return "Not stated. The terms of the model whose vision tower this was, and of the images, bind it."
     return f"{license}; the terms of the model whose vision tower this was, and of the images, bind it too."
+
+
+def _began(weights: dict[str, str]) -> str:
+    license = weights["license"]
+    terms = "whose licence is on its page" if license == "unknown" else f"under {license}"
+    return f"\nThe tower's weights were at first those of {weights['source']}, {terms}."

@@ -8,17 +8,19 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
 from saga_fast.report.chart import Chart, chart, short
-from saga_fast.utils.errors import InputError
+from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.files import read_regular
 from saga_fast.utils.pages import shade
 
 FIGURES = {
@@ -69,6 +71,12 @@ MENDED = 3  # attributes named beside a query that training mended
 SHADES = 5  # of a token's share in the gradient, each half of the next
 
 
+MAX_BYTES = 2**29  # of a file of the run
+STUMBLES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError, UndefinedError,
+)  # fmt: skip
+
+
 class Sprite(NamedTuple):
     """A sheet of equal pictures, embedded once as the CSS class `name`; `rule` is that class."""
 
@@ -88,38 +96,68 @@ def write_report(run: Path) -> Path:
     """Writes `run`/report.html and returns its path. Raises InputError if `run` is no run, or names its broken file."""
     if not (run / "config.json").is_file():
         raise InputError(f"{run}: holds no config.json; give the folder of a run")
-    described, final = _read(run / "config.json"), _read(run / "final.json")
-    metrics, telemetry = _lines(run / "metrics.jsonl"), _lines(run / "telemetry.jsonl")
     sprites: list[Sprite] = []
-    samples = [_sample(path, sprites) for path in sorted((run / "samples").glob("step-*.json"))]
+    with _reading(run / "config.json") as path:
+        described = _read(path)
+        config = json.dumps(described.get("config"), indent=2)
+    with _reading(run / "final.json") as path:
+        final = _read(path)
+        figures = _figures(final) if final else []
+    with _reading(run / "telemetry.jsonl") as path:
+        telemetry = _lines(path)
+        machine = _machine(telemetry)
+    with _reading(run / "metrics.jsonl") as path:
+        metrics = _lines(path)
+        charts = [drawn for drawn in (_chart(metrics + telemetry, *one) for one in CHARTS) if drawn]
+        phases, phase_chart = _phases(metrics), _phase_chart(metrics)
+    samples = []
+    for sample in sorted((run / "samples").glob("step-*.json")):
+        with _reading(sample):
+            samples.append(_sample(sample, sprites))
+    with _reading(run / "gallery" / "gallery.json"):
+        shown = _gallery(run / "gallery", sprites)
 
     folder = Environment(
         loader=PackageLoader("saga_fast.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     script = folder.loader.get_source(folder, "page.js")[0]
-    page = folder.get_template("page.html").render(
-        name=run.resolve().name,
-        described=described,
-        config=json.dumps(described.get("config"), indent=2),
-        final=final,
-        figures=_figures(final) if final else [],
-        gallery=_gallery(run / "gallery", sprites),
-        charts=[drawn for drawn in (_chart(metrics + telemetry, *one) for one in CHARTS) if drawn],
-        samples=samples,
-        steps=len(metrics),
-        phases=_phases(metrics),
-        phase_chart=_phase_chart(metrics),
-        machine=_machine(telemetry),
-        sprites=sprites,
-        style=Markup(folder.loader.get_source(folder, "page.css")[0]),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        shades=range(1, SHADES + 1),
-    )
+    values = {
+        "name": run.resolve().name,
+        "described": described,
+        "config": config,
+        "final": final,
+        "figures": figures,
+        "gallery": shown,
+        "charts": charts,
+        "samples": samples,
+        "steps": len(metrics),
+        "phases": phases,
+        "phase_chart": phase_chart,
+        "machine": machine,
+        "sprites": sprites,
+        "style": Markup(folder.loader.get_source(folder, "page.css")[0]),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "shades": range(1, SHADES + 1),
+    }
+    with _reading(run / "config.json"):  # whose fields are read there alone
+        page = folder.get_template("page.html").render(values)
     aside = run / ".report.html.partial"
-    aside.write_text(page, encoding="utf-8")
+    aside.write_text(page, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, run / "report.html")
     return run / "report.html"
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Whatever `path`, damaged or written by hand, makes the code in here stumble over is one line that names it."""
+    try:
+        yield path
+    except InputError:
+        raise
+    except STUMBLES as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path}: not what a run writes ({cause}); restore it, or remove it and try again") from error
 
 
 def _read(path: Path) -> Any:
@@ -127,20 +165,31 @@ def _read(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_regular(path, MAX_BYTES).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        cause = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"{path}: cannot be read ({error}); restore it, or remove it and make the report again"
+            f"{path}: cannot be read ({cause}); restore it, or remove it and make the report again"
         ) from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """A file with a JSON object a line. A run that is still going, or was killed, may leave half a line at the end."""
     try:
-        whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise InputError(f"{path}: a line is no JSON ({error}); remove that line") from None
+        whole = read_regular(path, MAX_BYTES).decode().split("\n")[:-1] if path.exists() else []
+        lines = [json.loads(line) for line in whole]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: a line is no JSON ({first_line(error)}); remove that line") from None
+    for number, line in enumerate(lines, 1):
+        if not (isinstance(line, dict) and "step" in line and all(map(_is_number, line.values()))):
+            raise InputError(f"{path}: line {number} is no step and its numbers; remove that line")
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _sprite(path: Path, columns: int, sprites: list[Sprite]) -> Sprite:
@@ -301,6 +350,8 @@ def mean_attention(look: Mapping[str, list[float]] | list[float]) -> list[float]
 
 
 def _shade(weights: list[float], grid: tuple[int, int]) -> str:
+    if len(weights) != grid[0] * grid[1]:
+        raise ValueError(f"{len(weights)} weights for a grid of {grid[1]}x{grid[0]}")
     return shade(np.reshape(weights, grid))
 
 

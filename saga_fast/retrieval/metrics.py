@@ -13,7 +13,6 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import torch
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 KS = (1, 2, 4, 8)
@@ -82,6 +81,8 @@ def summary(scores: Scores, ks: Sequence[int] = KS) -> dict[str, float]:
 
 def nmi(embeddings: Tensor, labels: Tensor, seed: int = 0) -> float:
     """Normalised mutual information of `labels` and as many clusters by seeded k-means."""
+    from sklearn.metrics import normalized_mutual_info_score  # a second to import, for this alone
+
     return float(normalized_mutual_info_score(labels.cpu(), kmeans(embeddings, len(labels.unique()), seed)))
 
 

@@ -7,6 +7,7 @@ import warnings
 
 from torch import Tensor
 
+DRIFTED = 0.2  # nats, mean |Δ log π| between what was sampled and what is replayed: a ratio of 1.2 where 1 is assumed
 COLLAPSED = 0.99  # mean cosine between a batch's embeddings: beyond it all images look alike
 
 
@@ -47,6 +48,22 @@ class Health:
                 f"the encoder collapses: mean cosine between embeddings {log['pairwise_cosine']:.4f}, standard "
                 f"deviation of a coordinate {log['embedding_std']:.2g}; lower the learning rates, or take another "
                 "--dml.loss",
+            )
+        if log.get("log_prob_drift", 0) > DRIFTED:
+            self._tell(
+                "drifted",
+                step,
+                f"log π of replayed tokens is {log['log_prob_drift']:.2f} nats from what it was when they were "
+                "sampled, in the mean; GRPO takes the policy for the same: try --optim.precision fp32, or "
+                "--supervisor.no-quantize",
+            )
+        if log.get("voice", 1) < 1:
+            self._tell(
+                "voice",
+                step,
+                f"the supervisor's verdicts depend little on the truth (informedness {log['informedness']:.2f}; 0 is "
+                f"chance): its weights λ_lm and λ_kl are multiplied by {log['voice']:.2f}, and by what it earns from "
+                "now on; look at --supervisor.model and --supervisor.prompt",
             )
         if log.get("pairs_drawn"):
             self.barren = [] if log["pairs_contributing"] else [*self.barren, log]

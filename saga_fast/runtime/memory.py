@@ -8,12 +8,15 @@ What the allocator keeps of what was freed is not foretold.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import psutil
@@ -29,6 +32,7 @@ from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
+from saga_fast.supervisor.whole_images import add_later
 from saga_fast.towers import VisionTower
 from saga_fast.utils.errors import InputError
 from saga_kernels import GroupLayout, NF4Weight, group_attention
@@ -96,18 +100,20 @@ class Step:
     """What a step is made of, as `train` has it. trained: modules beside the encoder that learn (proxies).
 
     states_bits: of each of AdamW's two moments. checkpointing: of the tower. pairs: K. batch: images of a micro-batch.
+    embeds: whether a loss on embeddings keeps the tower's graph; without one a micro-batch leaves its features alone.
     """
 
     encoder: Encoder
     decoder: FrozenDecoder | None
     prefix: PairPrefix | None
-    sampling: Sampling
+    sampling: Sampling | None
     batch: int
     pairs: int
     trained: nn.Module | None = None
     states_bits: int = 32
     checkpointing: bool = False
     autocast: bool = True
+    embeds: bool = True
 
 
 class Footprint(NamedTuple):
@@ -144,13 +150,14 @@ class Predictor:
             head = step.decoder.head
             self.resident[LANGUAGE_MODEL[0]] = size_of([step.decoder.layers, step.decoder.norm])
             self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
-        self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
-        vit = getattr(tower.model.config, "vision_config", tower.model.config)
-        depth = getattr(vit, "depth", None) or vit.num_hidden_layers
         self.block = 0
-        if step.checkpointing:  # the residual stream before each block, and what one block keeps
-            self.block = self.per_image // depth
-            self.per_image = depth * (encoder.image_size // _side(vit.patch_size)) ** 2 * vit.hidden_size * 4
+        if step.checkpointing:  # what stands before each block, and what the largest block makes again
+            tower.checkpoint_blocks()
+            self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
+            self.block = made_again(tower, encoder.image_size, step.autocast)
+            tower.checkpoint_blocks(False)
+        else:
+            self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
         rows, columns = tower.grid(encoder.image_size, encoder.image_size)
         self.levels = len(getattr(getattr(tower.model, "config", None), "deepstack_visual_indexes", ()))
         self.image_features = rows * columns * tower.width * (1 + self.levels) * (2 if step.autocast else 4)
@@ -163,7 +170,8 @@ class Predictor:
         step = self.step
         # A backward's own gradients, until they are whole and join those that stand: they grow as activations go.
         added = self.resident["their gradients"]
-        phases = {"A. embed": max(self._tower(step.batch), added), "update": self.update}
+        embed = max(self._tower(step.batch), added) if step.embeds else 2 * step.batch * self.image_features
+        phases = {"A. embed": embed, "update": self.update}
         resident = dict(self.resident)
         if step.decoder is not None:
             cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
@@ -244,6 +252,13 @@ class Predictor:
         }
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
 
+    def fit(self, free: int) -> Footprint:
+        """Of a step without a supervisor. Raises InputError, with the numbers, if it does not fit into `free` bytes."""
+        footprint = self.footprint(Plan(1), 0)
+        if footprint.peak > free * (1 - MARGIN):
+            raise self._refusal(footprint, free)
+        return footprint
+
     def choose(
         self,
         free: int,
@@ -251,9 +266,13 @@ class Predictor:
         recompute: Recompute | None = None,
         prefix_recompute: Recompute | None = None,
         slots: int | None = None,
+        anew: bool = False,
     ) -> tuple[Plan, int, Footprint]:
-        """The fastest plan and number of slots, up to twice K, that fit into `free` bytes. Raises InputError, with the
-        numbers, where none does."""
+        """The fastest plan and number of slots, up to twice K, that fit into `free` bytes.
+
+        anew: what is fixed may be given up where it does not fit: a resumed run may be on another machine. Raises
+        InputError, with the numbers, where none fits.
+        """
         step, room = self.step, int(free * (1 - MARGIN))
         counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
         ways = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
@@ -262,31 +281,74 @@ class Predictor:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
                 return plan, count, footprint
-        least = min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak)
+        if anew and (token_budget or recompute or prefix_recompute or slots):
+            return self.choose(free)
+        raise self._refusal(min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak), free)
+
+    def _refusal(self, least: Footprint, free: int) -> InputError:
+        step = self.step
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
         mends = [] if step.checkpointing else ["--encoder.checkpointing"]
         mends += ["--optim.states 8bit"] if step.states_bits == 32 else []
-        raise InputError(
+        mends += ["fewer --rollout.max-new-tokens"] if step.decoder else []
+        mends += [f"{'or ' if mends else ''}fewer images with --data.classes-per-batch"]
+        return InputError(
             f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
-            f"which {MARGIN:.0%} is left alone: pass {', '.join(mends + ['fewer --rollout.max-new-tokens'])}, or fewer "
-            "images with --data.classes-per-batch"
+            f"which {MARGIN:.0%} is left alone: pass {', '.join(mends)}"
         )
 
 
-def _side(patch: int | Sequence[int]) -> int:
-    return patch if isinstance(patch, int) else patch[0]
-
-
 def free_bytes(device: torch.device) -> int:
-    """Of the device: what is free, and what this process holds already; of the host's memory, this rank's share."""
+    """Of the device: what is free, and what this process holds already; of the host's memory, this rank's share of
+    what is free there, and of what this process's control groups (a container's limit) leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available // distributed.ranks()
+    return min(psutil.virtual_memory().available, cgroup_bytes()) // distributed.local_ranks()
+
+
+def cgroup_bytes(mine: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the control groups of the process (versions 1 and 2), and those around them, let it take besides; infinite
+    where nothing limits it. Page cache counts as free, as it does for the host."""
+    free = math.inf
+    for line in mine.read_text().splitlines() if mine.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = mounted, ("memory.max", "memory.current")
+        if controllers:
+            root, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        # In a container the path may be the host's, of which only the root is seen.
+        inner = root / path.lstrip("/")
+        for group in (inner, *(outer for outer in inner.parents if outer.is_relative_to(root))):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # not there; "max", which is no limit
+                limit, used = (int((group / name).read_text()) for name in names)
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                free = min(free, max(0, limit - used + int(stat["active_file"]) + int(stat["inactive_file"])))
+    return free
+
+
+def made_again(tower: VisionTower, image_size: int, autocast: bool) -> int:
+    """Bytes that the backward of a tower whose blocks are checkpointed takes for an image at most: what the largest
+    block keeps when it runs again, and the gradients in it. Seen on one image and on two."""
+    first = next(parameter for parameter in tower.parameters() if parameter.requires_grad)
+    device = first.device.type
+
+    def peak(images: int) -> int:
+        pixels = torch.zeros(images, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            levels = tower(pixels).levels
+        asked = [torch.ones_like(level) for level in levels]
+        with LiveBytes(device) as live:
+            # The gradient of what comes first goes through every block, and makes none of their weights'.
+            torch.autograd.grad(levels, first, asked)
+            return live.peak
+
+    return max(0, peak(2) - peak(1))
 
 
 def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of the forward of a tower whose blocks are not checkpointed: of any batch, and besides
-    of each image."""
+    """Bytes that autograd keeps of the forward of a tower, as its blocks are, checkpointed or not: of any batch, and
+    besides of each image."""
     device = next(tower.parameters()).device
     weights = {x.untyped_storage().data_ptr() for x in (*tower.parameters(), *tower.buffers())}
 
@@ -321,8 +383,8 @@ def on_meta(value: Any, quantize: bool = False) -> Any:
         decoder.device = torch.device("meta")
         decoder.layers = [on_meta(layer, quantize) for layer in value.layers]
         decoder.rotary = copy.deepcopy(value.rotary).to("meta")
-        for name in ("embedding", "head", "norm"):
-            setattr(decoder, name, on_meta(getattr(value, name)))
+        decoder.norm, decoder.embedding = on_meta(value.norm), on_meta(value.embedding)
+        decoder.head = decoder.embedding if value.head is value.embedding else on_meta(value.head)
         return decoder
     if isinstance(value, Projection) and quantize and isinstance(value.weights[0], Tensor):
         return Projection(tuple(map(as_nf4, value.weights)), on_meta(value.bias))
@@ -334,13 +396,17 @@ def on_meta(value: Any, quantize: bool = False) -> Any:
     return value
 
 
-def as_nf4(weight: Tensor) -> NF4Weight:
-    """What an (out, in) matrix is in NF4 with nested absmax, without its numbers."""
+def as_nf4(weight: Tensor, nested: bool = True) -> NF4Weight:
+    """What an (out, in) matrix is in NF4, its absmax nested or, as embedding and head have it, not; without its
+    numbers."""
 
     def empty(count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device="meta")
 
     blocks = weight.numel() // BLOCK
+    if not nested:
+        packed, absmax = empty(weight.numel() // 2, torch.uint8), empty(blocks, torch.float32)
+        return NF4Weight(packed, absmax, None, None, None, tuple(weight.shape), weight.dtype)
     return NF4Weight(
         empty(weight.numel() // 2, torch.uint8), empty(blocks, torch.uint8), empty(256, torch.float32),
         empty(-(-blocks // NESTED_BLOCK), torch.float32), torch.empty((), device="meta"),
@@ -384,5 +450,13 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         h = torch.empty(layout.tokens, decoder.embedding.shape[1], dtype=decoder.dtype, device="meta")
         positions = torch.zeros(3, layout.tokens, dtype=torch.int64, device="meta")
         live.peak = before = live.bytes
-        decoder.forward(h, positions, lambda layer, q, k, v: group_attention(q, k, v, layout)[0])
+        images = on_meta(prefix).images_of(pairs, prefix.preamble)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o, lse = group_attention(q, k, v, layout)
+            if images is not None:
+                add_later(q, k, v, o, lse, images)
+            return o
+
+        decoder.forward(h, positions, attend)
         return live.peak - before

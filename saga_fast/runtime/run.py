@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from saga_fast.config import Config
+from saga_fast.config import Config, record_of
 from saga_fast.data import PixelLoader
 from saga_fast.encoder import Encoder
+from saga_fast.losses.balance import Balance
 from saga_fast.report import write_report
 from saga_fast.report.model_card import model_card
 from saga_fast.report.samples import overlays
@@ -38,32 +39,51 @@ from saga_fast.runtime import checkpoint, distributed
 from saga_fast.runtime.health import Health
 from saga_fast.runtime.signals import Stopped, StopSignals
 from saga_fast.runtime.telemetry import Telemetry
-from saga_fast.runtime.trackers import Board
+from saga_fast.runtime.trackers import Board, Guest
 from saga_fast.supervisor.prompt import Prompt
-from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import hidden, replace
+from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.files import flush, hidden, locked, replace
 
 LINES = "metrics.jsonl", "telemetry.jsonl"
 SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by
 
 
+def held(out: Path) -> AbstractContextManager[None]:
+    """Holds the folder of a run for this process, the first rank's for all. Raises InputError if another has it."""
+    return locked(out, "--out") if distributed.rank() == 0 else nullcontext()
+
+
 class Run:
-    """A run's folder and its place in it: what `--resume` needs to go on to the same bytes.
+    """A run's folder and its place in it: what `--resume` needs to go on to the same bytes. So it is on a CPU, with as
+    many ranks and the same plan for memory; a GPU adds some gradients up in no fixed order (`index_add_`, the backward
+    of attention), and another plan in another, so that there a resumed run is the same up to rounding.
 
     Of several ranks the first alone writes, and all read: the folder is one that every host sees. Nothing saved is of a
     rank, so any number of them can go on.
     """
 
     def __init__(
-        self, out: Path, config: Config, encoder: Encoder, dml: nn.Module, optimizer, schedule, sampler
+        self,
+        out: Path,
+        config: Config,
+        encoder: Encoder,
+        dml: nn.Module,
+        optimizer,
+        schedule,
+        sampler,
+        balance: Balance,
+        total: int,
     ) -> None:
         self.out, self.config = out, config
         self.encoder, self.dml, self.optimizer, self.schedule, self.sampler = encoder, dml, optimizer, schedule, sampler
+        self.balance, self.total = balance, total
         self.step = self.batches = self.skipped = self.skipped_in_a_row = 0
         self.drawn = self.contributing = 0
         self.before: dict[str, float] = {}
         self.telemetry = Telemetry(next(encoder.parameters()).device)
         self.best: dict[str, float] | None = None
+        # At the held-out classes: the best figure so far, and how many looks there were since.
+        self.recall, self.stale = -1.0, 0
         self.health = Health(sampler.batches_per_epoch)
         self._troubles: set[str] = set()
         self._unwritten = dict.fromkeys(LINES, "")
@@ -73,10 +93,13 @@ class Run:
         """Share of the pairs drawn so far that contributed; half before anything is known."""
         return (self.contributing + 1) / (self.drawn + 2)
 
-    def begin(self, before: dict[str, float], neighbours: Tensor, prompt: Prompt | None) -> None:
+    def begin(
+        self, before: dict[str, float], neighbours: Tensor, prompt: Prompt | None, supervisor: str | None = None
+    ) -> None:
         """Makes the folder, with a checkpoint of step 0. Raises InputError where that cannot be written.
 
-        neighbours: what the gallery compares with; prompt: what the supervisor is asked, if there is one.
+        neighbours: what the gallery compares with; prompt: what the supervisor is asked, if there is one; supervisor:
+        its fingerprint.
         """
         self.before, self.id = before, secrets.token_hex(8)
         if distributed.rank() > 0:
@@ -86,36 +109,74 @@ class Run:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        described = {
+        said = {
             "run": self.id,
             "config": self.config.to_dict(),
             "prompt": prompt and dataclasses.asdict(prompt),
+            "supervisor_sha256": supervisor,
             "versions": versions,
             "commit": git_commit(),
         }
+        guest = Guest(self.config.tracker, self.out.name, said)
         # Made aside and renamed, as checkpoints are: a folder that is there can be resumed.
         aside = hidden(self.out, "partial")
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            (aside / "config.json").write_text(json.dumps(said, indent=2) + "\n")
             (aside / "gallery").mkdir()
             np.save(aside / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
             self._checkpoint(aside)
             aside.rename(self.out)
-            self.board = Board(self.out, self.config.tracker, described)
+            self.board = Board(self.out, guest)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or name another") from error
 
-    def restore(self) -> None:
-        """Goes to the newest whole checkpoint. Raises InputError if there is none or the folder cannot be written."""
-        described = json.loads((self.out / "config.json").read_text())
-        self.id = described["run"]
+    def restore(self, supervisor: str | None = None) -> None:
+        """Goes to the newest whole checkpoint. supervisor: its fingerprint.
+
+        Raises InputError if there is none, if it is of another configuration or supervisor, or if the folder cannot be
+        written.
+        """
+        said = record_of(self.out)
+        self.id = said.get("run", "")
+        if supervisor and said.get("supervisor_sha256", supervisor) != supervisor:
+            raise InputError(
+                f"supervisor.model: {self.config.supervisor.model!r} is another model, or another version of it, than "
+                f"{self.out} began with; give that one's folder"
+            )
         folder = checkpoint.latest(self.out / "checkpoint", self.id)
         if folder is None:
             raise InputError(f"--resume: {self.out} holds no checkpoint; start again with another --out")
-        parts, state = checkpoint.load(folder, self.id)
+        try:
+            self._load(*checkpoint.load(folder, self.id))
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"{str(folder)!r}: does not fit the run's configuration ({first_line(error)}); remove it to resume "
+                "from the one before, or start again with another --out"
+            ) from error
+        if distributed.rank() > 0:
+            return
+        try:
+            # Steps after the checkpoint are run again, so their lines go, whole or not.
+            for name in LINES:
+                with open(self.out / name, "a+b") as file:
+                    file.seek(0)
+                    file.truncate(sum(map(len, file.readlines()[: self.step])))
+            if said["config"] != self.config.to_dict():
+                said["config"] = self.config.to_dict()
+                aside = hidden(self.out / "config.json", "partial")
+                aside.write_text(json.dumps(said, indent=2) + "\n")
+                flush(aside)
+                os.replace(aside, self.out / "config.json")
+            self.board = Board(self.out, Guest(self.config.tracker, self.out.name, said), self.step)
+        except OSError as error:
+            raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
+
+    def _load(self, parts: checkpoint.Parts, state: dict[str, Any]) -> None:
         self.encoder.load_state_dict(parts["encoder"])
         self.dml.load_state_dict(parts["dml"])
         checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
@@ -125,24 +186,17 @@ class Run:
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]
-        self.best = state["best"]
-        if distributed.rank() > 0:
-            return
-        try:
-            # Steps after the checkpoint are run again, so their lines go, whole or not.
-            for name in LINES:
-                with open(self.out / name, "a+b") as file:
-                    file.seek(0)
-                    file.truncate(sum(map(len, file.readlines()[: self.step])))
-            self.board = Board(self.out, self.config.tracker, described, self.step)
-        except OSError as error:
-            raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
+        self.balance.load_state_dict(state["balance"])
+        self.best, self.recall, self.stale = state["best"], state["recall"], state["stale"]
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The steps `numbers`, each followed by the checkpoint that is due. Raises Stopped after SIGTERM or Ctrl-C."""
+        """The steps `numbers`, each followed by the checkpoint that is due, until patience is at an end. Raises Stopped
+        after SIGTERM or Ctrl-C."""
         due = True
         with StopSignals() as stop:
             for step in numbers:
+                if self.stale == self.config.log.patience:
+                    break
                 yield step
                 asked = any(distributed.everyone(stop.requested))
                 due = asked or self.step % self.config.log.checkpoint_every == 0
@@ -177,6 +231,9 @@ class Run:
             "drawn": self.drawn,
             "contributing": self.contributing,
             "best": self.best,
+            "balance": self.balance.state_dict(),
+            "recall": self.recall,
+            "stale": self.stale,
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(self.batches),
@@ -185,20 +242,33 @@ class Run:
         checkpoint.save(out / "checkpoint", self.step, parts, state, self.config.log.keep, self.id)
 
     @contextmanager
-    def _troubled(self, what: str) -> Iterator[None]:
-        """An OSError in here is told, once until `what` can be written again."""
+    def _troubled(self, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError) -> Iterator[None]:
+        """An error of these kinds in here is told, once until `what` can be written again."""
         try:
             yield
             self._troubles.discard(what)
-        except OSError as error:
+        except kinds as error:
             if what not in self._troubles:
                 warnings.warn(f"step {self.step}: {what} could not be written ({error}); the run goes on", stacklevel=3)
             self._troubles.add(what)
 
-    def record(self, step: int, batches: int, log: dict[str, float]) -> None:
+    def count(self, log: dict[str, float]) -> dict[str, int]:
+        """Takes in how many pairs a step drew and whether its update was applied; what is logged of that."""
+        self.drawn += log.get("pairs_drawn", 0)
+        self.contributing += log.get("pairs_contributing", 0)
+        applied = log.pop("applied")
+        self.skipped += not applied
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        return {"skipped": self.skipped, "skipped_now": self.skipped_in_a_row}
+
+    def record(self, step: int, log: dict[str, float]) -> None:
         """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
         best/, if it is the best."""
-        self.step, self.batches = step + 1, self.batches + batches
+        self.step, self.batches = step + 1, self.batches + log["micro_batches"]
+        better = log.get(SELECTS, -1.0) > self.recall
+        if SELECTS in log:
+            self.recall = max(self.recall, log[SELECTS])
+            self.stale = 0 if better else self.stale + 1
         if distributed.rank() > 0:
             return
         self.health.look(step, log)
@@ -210,7 +280,7 @@ class Run:
                 self._unwritten[name] = ""
         with self._troubled("TensorBoard's events"):
             self.board.scalars(step, log | cost)
-        if SELECTS in log and (self.best is None or log[SELECTS] > self.best[SELECTS]):
+        if better:
             with self._troubled("best/"):
                 self._export("best")
                 self.best = {"step": self.step, SELECTS: log[SELECTS]}
@@ -237,6 +307,15 @@ class Run:
             raise OSError(str(error)) from error
         replace(aside, self.out / name)
 
+    def take_best(self) -> None:
+        """Makes the encoder the one in best/, where patience asks for it and there was a look. Raises InputError where
+        that cannot be read."""
+        if self.config.log.patience is None or self.recall < 0:
+            return
+        if not (folder := self.out / "best").is_dir():
+            raise InputError(f"{folder}: could not be written, so the best encoder is gone; run it again, with space")
+        self.encoder.load_state_dict(Encoder.from_pretrained(folder).state_dict())
+
     def finish(
         self, after: dict[str, float], supervisor: str | None, images: PixelLoader, embeddings: Tensor
     ) -> dict[str, Any]:
@@ -255,12 +334,13 @@ class Run:
         if distributed.rank() > 0:
             return final
         try:
-            self.encoder.card = model_card(self.config, self.before, after, self.step)
+            weights = getattr(self.encoder.tower.model.config, "weights", None)
+            self.encoder.card = model_card(self.config, self.before, after, self.step, weights)
             self._export("encoder")
             (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"{self.out}: the encoder could not be written ({error}); --resume writes it") from error
-        with self._troubled("the report"):
+        with self._troubled("the report", (OSError, ValueError)):  # what it reads may have been damaged meanwhile
             before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
             encoder = self.encoder
 
@@ -273,8 +353,9 @@ class Run:
             )
             thumbnails.save(self.out / "gallery" / "gallery.jpg", quality=85)
             (self.out / "gallery" / "gallery.json").write_text(json.dumps(described))
-            self.board.image(self.step, "retrieval", as_rows(described, thumbnails))
-            self.board.close()
+            with self._troubled("TensorBoard's events"):
+                self.board.image(self.step, "retrieval", as_rows(described, thumbnails))
+                self.board.close()
             write_report(self.out)
         return final
 

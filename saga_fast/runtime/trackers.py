@@ -6,35 +6,69 @@ trackio and wandb are no dependencies; of both only `init`, `log`, `Image` and `
 from __future__ import annotations
 
 import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
+
+from saga_fast.utils.errors import first_line
+
+
+class Guest:
+    """A tracker, or nobody: what it raises is told, and then it is left alone. No run ends, or stays undone, by it.
+
+    name: a module's; run: what the tracker shall call the run, which in it is a new one after a resume.
+    """
+
+    def __init__(self, name: str | None, run: str, config: dict[str, Any]) -> None:
+        self.name = name
+        self._module: Any = None
+        if name:
+            with self._spared():
+                module = importlib.import_module(name)
+                module.init(project="saga_fast", name=run, config=config)
+                self._module = module
+
+    def ask(self, what: Callable[[Any], object]) -> None:
+        """`what` of the tracker's module, if there still is one."""
+        if self._module:
+            with self._spared():
+                what(self._module)
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self._module = None
+            warnings.warn(
+                f"--tracker: {self.name} failed ({first_line(error)}); the run goes on without it, and TensorBoard has "
+                "it all",
+                stacklevel=4,
+            )
 
 
 class Board:
-    """tracker: a module's name. step: where a resumed run goes on; in a tracker it is a run of its own."""
+    """TensorBoard's events in `out`, and the guest. step: where a resumed run goes on."""
 
-    def __init__(self, out: Path, tracker: str | None, config: dict[str, Any], step: int | None = None) -> None:
-        self._writer = SummaryWriter(out, purge_step=step)
-        self._tracker = importlib.import_module(tracker) if tracker else None
-        if self._tracker:
-            self._tracker.init(project="saga_fast", name=out.name, config=config)
+    def __init__(self, out: Path, guest: Guest, step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a while, and nobody else has need of it
+
+        self._writer, self._guest = SummaryWriter(out, purge_step=step), guest
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._guest.ask(lambda tracker: tracker.log(values, step=step))
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        if self._tracker:
-            self._tracker.log(values, step=step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self._guest.ask(lambda tracker: tracker.log({name: tracker.Image(picture)}, step=step))
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-        if self._tracker:
-            self._tracker.log({name: self._tracker.Image(picture)}, step=step)
 
     def close(self) -> None:
+        self._guest.ask(lambda tracker: tracker.finish())
         self._writer.close()
-        if self._tracker:
-            self._tracker.finish()

@@ -8,7 +8,7 @@ is rewarded.
 
 from __future__ import annotations
 
-import os
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def agreement(a: str, b: str) -> float:
 
 
 def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -> Tensor:
-    """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute, the
-    mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
+    """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute,
+    the mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
 
     All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
     item 2 what it has written in item 1. A value that is missing agrees with nothing.
@@ -37,8 +37,17 @@ def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -
         said = [[described[item].get(name) for described in group] for item in (0, 1)]
         known = {(a, b): agreement(a, b) for a in set(said[0]) - {None} for b in set(said[1]) - {None}}
         table = torch.tensor([[known.get((a, b), 0.0) for b in said[1]] for a in said[0]])
-        if os.environ.get("CREDIT") == "pair":
-            rewards[:, m] = table.diagonal()
-        else:
-            rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
+        rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
     return rewards
+
+
+def value_entropy(groups: Sequence[Sequence[Described]], attributes: Sequence[str]) -> float:
+    """Entropy, in nats, of the values that the rollouts of all pairs give an attribute, in the mean of the attributes.
+    It falls to zero where tokens come to read alike everywhere."""
+    total = 0.0
+    for name in attributes:
+        values = (item[name] for group in groups for rollout in group for item in rollout if name in item)
+        counts = Counter(value.casefold() for value in values)
+        shares = [count / counts.total() for count in counts.values()]
+        total -= sum(share * math.log(share) for share in shares)
+    return total / max(1, len(attributes))

@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_matmul, rms_norm, rope, swiglu
+from saga_fast.supervisor.gates import GATES
+from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_matmul, rms_norm, rope
 from saga_kernels.nf4 import BLOCK
+
+ONE_LESS = ("gemma3_text",)  # model types of language models whose norms multiply by one more than their weight
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -74,31 +78,46 @@ class Projection:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer's frozen weights. `q_norm` and `k_norm` (head_dim,) are None in models without them."""
+    """One layer's frozen weights. None in models without them: `q_norm` and `k_norm` (head_dim,), and `o_norm` and
+    `down_norm` (D,), of what attention and MLP give, before it joins the residual."""
 
     input_norm: Tensor
     qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Projection
+    o_norm: Tensor | None
     mlp_norm: Tensor
     gate_up: Projection
     down: Projection
+    down_norm: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> DecoderLayer:
+    def of(cls, layer: nn.Module, offset: float = 0.0) -> DecoderLayer:
+        """offset: what is added to the norms' weights. Scores are scaled by head_dim ** -0.5 in all our ops; where a
+        model scales them otherwise, its q_norm takes the rest. Raises ValueError where it has none."""
         attention, mlp = layer.self_attn, layer.mlp
-        head_norm = [
-            norm.weight.detach() if (norm := getattr(attention, name, None)) else None for name in ("q_norm", "k_norm")
-        ]
+
+        def norm(of: nn.Module, name: str) -> Tensor | None:
+            return _norm_weight(getattr(of, name), offset) if hasattr(of, name) else None
+
+        q_norm, k_norm = norm(attention, "q_norm"), norm(attention, "k_norm")
+        if attention.scaling != attention.head_dim**-0.5:
+            if q_norm is None:
+                raise ValueError(f"scores are scaled by {attention.scaling}, and no q_norm can take that")
+            q_norm = q_norm * (attention.scaling * attention.head_dim**0.5)
+        four = hasattr(layer, "pre_feedforward_layernorm")
         return cls(
-            layer.input_layernorm.weight.detach(),
+            norm(layer, "input_layernorm"),
             Projection.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            *head_norm,
+            q_norm,
+            k_norm,
             Projection.of(attention.o_proj),
-            layer.post_attention_layernorm.weight.detach(),
+            norm(layer, "post_attention_layernorm") if four else None,
+            norm(layer, "pre_feedforward_layernorm" if four else "post_attention_layernorm"),
             Projection.of(mlp.gate_proj, mlp.up_proj),
             Projection.of(mlp.down_proj),
+            norm(layer, "post_feedforward_layernorm") if four else None,
         )
 
 
@@ -106,7 +125,9 @@ class FrozenDecoder:
     """Embedding, decoder layers, final norm and head of a language model. No weight of it ever gets a gradient.
 
     embedding, head: (V, D), dense or NF4. Hidden states are (tokens, D): sequences lie packed end to end, without
-    padding. dtype: of hidden states. mrope: rotary positions have three axes (Qwen3-VL); else the first of them counts.
+    padding. dtype: of hidden states. mrope: rotary positions have three axes (Qwen-VL); else the first of them counts.
+    window: tokens that the layers of the shortest sliding window see, themselves among them; None where all see all. It
+    is the caller's not to go beyond it: nothing here masks.
 
     quantize_head: embedding and head in NF4 too, one matrix where they are tied. Raises ValueError where a row of them
     is no whole number of NF4's blocks of 64.
@@ -116,12 +137,20 @@ class FrozenDecoder:
         config = language_model.config
         embedding = language_model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
+        # Gemma's norms store their weight less one; in bf16 the sum is rounded here, and stays in float32 there.
+        offset = 1.0 if config.model_type in ONE_LESS else 0.0
+        scale = getattr(language_model.embed_tokens, "scalar_embed_scale", 1.0)
+        self.embedding_scale = torch.tensor(scale, dtype=self.dtype, device="cpu").item()
         tied = head.weight is embedding
         self.embedding = _quantized(embedding) if quantize_head else embedding.detach()
         self.head = self.embedding if tied else _quantized(head.weight) if quantize_head else _frozen(head.weight)
-        self.layers = [DecoderLayer.of(layer) for layer in language_model.layers]
-        self.norm = language_model.norm.weight.detach()
+        self.layers = [DecoderLayer.of(layer, offset) for layer in language_model.layers]
+        self.norm = _norm_weight(language_model.norm, offset)
+        self.gate = GATES[activation(config)]
         self.rotary = language_model.rotary_emb
+        kinds = getattr(config, "layer_types", None)
+        self.rotary_kinds = kinds if hasattr(self.rotary, "layer_types") else None
+        self.window = config.sliding_window if sliding(config) else None
         self.mrope = hasattr(self.rotary, "mrope_section")
         self.eps = config.rms_norm_eps
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -133,9 +162,9 @@ class FrozenDecoder:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(tokens,) int64 → (tokens, D). Visual positions hold pads here; the caller overwrites them."""
-        if isinstance(self.embedding, Tensor):
-            return F.embedding(input_ids, self.embedding)
-        return _rows(self.embedding, input_ids)
+        dense = isinstance(self.embedding, Tensor)
+        rows = F.embedding(input_ids, self.embedding) if dense else _rows(self.embedding, input_ids)
+        return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def logits(self, h: Tensor) -> Tensor:
         """(tokens, D) → (tokens, V)."""
@@ -160,14 +189,14 @@ class FrozenDecoder:
         asking: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
         with their q alone. All by default.
         """
-        rotation = self.rotate(positions, h.dtype)
+        rotations = self.rotate(positions, h.dtype)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         x = rms_norm(h, self.layers[0].input_norm, self.eps)
         for i, (layer, norm) in enumerate(zip(self.layers, norms)):
             rows = asking if i == self.depth - 1 else None
-            o = self._attention(i, layer, x, rotation, attend, rows)
+            o = self.norm_branch(self._attention(i, layer, x, rotations[i], attend, rows), layer.o_norm)
             h, x = add_rms_norm(h if rows is None else h[rows], o, layer.mlp_norm, self.eps)
-            out = layer.down(swiglu(layer.gate_up(x)))
+            out = self.norm_branch(layer.down(self.gate.forward(layer.gate_up(x))), layer.down_norm)
             if i < len(deepstack) and rows is None:
                 h = (h + out).index_add(0, visual, deepstack[i])
                 x = rms_norm(h, norm, self.eps)
@@ -175,11 +204,19 @@ class FrozenDecoder:
                 h, x = add_rms_norm(h, out, norm, self.eps)
         return x
 
-    def rotate(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (tokens, head_dim) of positions (3, tokens)."""
+    def norm_branch(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """What a layer's attention or MLP gives, normed where the model does that."""
+        return x if weight is None else rms_norm(x, weight, self.eps)
+
+    def rotate(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin (tokens, head_dim) of positions (3, tokens), for each layer; layers of a kind share theirs."""
         like = torch.empty(0, dtype=dtype, device=self.device)
-        cos, sin = self.rotary(like, positions[:, None] if self.mrope else positions[:1])
-        return cos[0], sin[0]
+        at = positions[:, None] if self.mrope else positions[:1]
+        if self.rotary_kinds is None:
+            cos, sin = self.rotary(like, at)
+            return [(cos[0], sin[0])] * self.depth
+        angles = {kind: self.rotary(like, at, kind) for kind in set(self.rotary_kinds)}
+        return [(cos[0], sin[0]) for cos, sin in map(angles.__getitem__, self.rotary_kinds)]
 
     def _attention(
         self,
@@ -218,6 +255,21 @@ class FrozenDecoder:
 
         for value in (self.embedding, *self.layers, self.norm, self.head):
             yield from tensors(value)
+
+
+def _norm_weight(norm: nn.Module, offset: float) -> Tensor:
+    return norm.weight.detach() + offset if offset else norm.weight.detach()
+
+
+def activation(config: PretrainedConfig) -> str | None:
+    """The name of the gate's activation, where the configuration has one."""
+    return getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+
+
+def sliding(config: PretrainedConfig) -> bool:
+    """Whether a layer attends within a sliding window."""
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return "sliding_attention" in kinds and getattr(config, "sliding_window", None) is not None
 
 
 def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:

@@ -8,7 +8,7 @@ come before can no longer be kept, and its rollouts stop at once; one that comes
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.runtime.oom import Fits
+from saga_fast.supervisor.agreement import Described, attribute_agreement, value_entropy
 from saga_fast.supervisor.rollout import Rollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
@@ -27,17 +28,20 @@ from saga_kernels import group_advantage
 class Judged(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    credit: advantages (2, M, G) of what is said of each attribute of both images, None without attribute credit.
-    contributes: whether any advantage is not zero. broken: its rollouts met logits that are not finite, so it does not contribute, and earns nothing.
+    said: what each rollout says of the attributes of both images, and credit: its advantages (2, M, G); None without
+    attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
+    logits that are not finite, so it does not contribute, and earns nothing. log_probs: see `Rollouts`.
     """
 
     completions: list[list[int]]
     rewards: Tensor
     well_formed: Tensor
     advantages: Tensor
+    said: list[Described] | None
     credit: Tensor | None
     contributes: bool
     broken: bool
+    log_probs: dict[tuple[int, int], float]
 
     @property
     def tokens(self) -> int:
@@ -70,6 +74,11 @@ class Draw:
         log = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
         if not self.pairs:
             return log
+        if self.pairs[0].said is not None:
+            names = list(dict.fromkeys(name for pair in self.pairs for said in pair.said for i in said for name in i))
+            log["value_entropy"] = value_entropy([pair.said for pair in self.pairs], names)
+            # Rolled out for nothing, if verdicts alone counted.
+            log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
         rewards, same = torch.stack([pair.rewards for pair in self.pairs]), torch.tensor(self.same)
         for name, chosen in (("reward", rewards), ("reward_same", rewards[same]), ("reward_different", rewards[~same])):
@@ -84,7 +93,12 @@ class Draw:
 
 
 def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
-    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn."""
+    """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn.
+
+    seed: any whole number from 0 on.
+    """
+    if seed >= 2**63:  # more than a generator takes; smaller ones stay what they are
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(len(labels)))
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
@@ -153,21 +167,27 @@ def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], 
         return {}
     completions, alike = [pair.completions for pair in done.values()], [same[i] for i in done]
     rewards, well_formed = supervisor.judge(completions, alike)
+    said = [supervisor.read(group) for group in completions] if credit else [None] * len(done)
     stacked = rewards[:, None]
     if credit:
-        stacked = torch.cat([stacked, supervisor.agree(completions, alike).flatten(1, 2)], 1)
+        agreed = torch.stack([attribute_agreement(group, supervisor.prompt.attributes) for group in said])
+        # Images of two classes may differ in any attribute, and nobody knows in which.
+        agreed = agreed * torch.tensor(alike)[:, None, None, None]
+        stacked = torch.cat([stacked, agreed.flatten(1, 2)], 1)
     stacked[[pair.broken for pair in done.values()]] = 0
     advantages, differs, _ = group_advantage(stacked)
-    contributes = differs[:, 0] if os.environ.get("CONTRIBUTE") == "verdict" else differs.any(1)
+    contributes = differs.any(1)
     return {
         i: Judged(
             pair.completions,
             stacked[j, 0],
             well_formed[j],
             advantages[j, 0],
+            said[j],
             advantages[j, 1:].unflatten(0, (2, -1)) if credit else None,
             bool(contributes[j]),
             pair.broken,
+            pair.log_probs,
         )
         for j, (i, pair) in enumerate(done.items())
     }

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
-from saga_kernels import GroupLayout, group_attention, rms_norm, rope, swiglu
+from saga_fast.supervisor.whole_images import Images, add_later, later_backward
+from saga_kernels import GroupLayout, group_attention, rms_norm, rope
 
 Recompute = Literal["none", "mlp", "full"]
 """What the backward computes again. full: all of a layer, from its input (4,096 numbers a token in the 8B); mlp: gate
@@ -60,13 +61,15 @@ class Weights(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Of one layer, between forward and backward: its input h, and what the policy keeps."""
+    """Of one layer, between forward and backward: its input h, and what the policy keeps. attended: what attention
+    gives, before its norm, where it has one."""
 
     h: Tensor
     q: Tensor | None = None  # (asking, heads, head_dim) before norm and rotation
     kv: Tensor | None = None  # (rows, 2 kv_heads, head_dim), k before them
     o: Tensor | None = None
     lse: Tensor | None = None
+    attended: Tensor | None = None
     middle: Tensor | None = None
     gate_up: Tensor | None = None
 
@@ -78,7 +81,8 @@ class FrozenPass:
     order. earlier_gradient: alike, and the backward adds to it; None where they are constants. asking: the rows (n,)
     int64 of the last layer that are read, which are all queries of `last_layout`; None for all. hold: keep every
     layer's keys and values, in `held`, for later runs, whose gradient is to be put into `held_gradient` before the
-    backward.
+    backward. whole_images: N, of an image's visual tokens, which then see each other in both directions; they are not
+    among `asking`.
     """
 
     def __init__(
@@ -93,13 +97,15 @@ class FrozenPass:
         asking: Tensor | None = None,
         last_layout: GroupLayout | None = None,
         hold: bool = False,
+        whole_images: int | None = None,
     ) -> None:
         self.decoder, self.scratch, self.layout, self.recompute = decoder, scratch, layout, recompute
         self.earlier, self.earlier_gradient = earlier, earlier_gradient
         self.asking, self.last_layout = asking, last_layout
-        self.rotation = decoder.rotate(positions, decoder.dtype)
+        self.rotations = decoder.rotate(positions, decoder.dtype)
         self.own, self.before = layout.key_rows()
-        self.hold = hold
+        self.hold, self.whole_images = hold, whole_images
+        self._images: Images | None = None
         self.held: KeysValues = []
         self.held_gradient: KeysValues = []
         self._kept: list[Kept] = []
@@ -115,6 +121,9 @@ class FrozenPass:
         """Final normed hidden states of the rows that ask, as `FrozenDecoder.forward`. keep: a backward will follow."""
         decoder = self.decoder
         self._levels, self._visual = len(deepstack), visual
+        if self.whole_images and visual is not None:
+            rows = visual.view(-1, self.whole_images)
+            self._images = Images(rows, self.own[rows])
         for i, layer in enumerate(decoder.layers):
             weights = self.scratch.weights(layer)
             asking = self.asking if i == decoder.depth - 1 else None
@@ -123,7 +132,8 @@ class FrozenPass:
             parts = []
             for rows in _chunks(len(x), self.recompute):
                 gate_up = F.linear(x[rows], weights.gate_up, layer.gate_up.bias)
-                parts.append(F.linear(swiglu(gate_up), weights.down, layer.down.bias))
+                out = F.linear(decoder.gate.forward(gate_up), weights.down, layer.down.bias)
+                parts.append(decoder.norm_branch(out, layer.down_norm))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             if keep:
                 policy = {"none": kept._replace(gate_up=gate_up), "mlp": kept, "full": Kept(h)}
@@ -165,17 +175,22 @@ class FrozenPass:
         q, kv = (y.unflatten(-1, (-1, decoder.head_dim)) for y in (q, kv))
         rotated, keys, values = self._rotate(i, layer, q, kv, asking)
         o, lse = group_attention(rotated, keys, values, self._layout(asking))
+        if self._images is not None and asking is None:
+            add_later(rotated, keys, values, o, lse, self._images)
         if observe is not None:
             observe(i, self._layout(asking), rotated, keys, lse)
-        middle = F.linear(o.flatten(-2), weights.o, layer.o.bias).add_(h if asking is None else h[asking])
-        return Kept(h, q, kv, o, lse, middle), (rotated, keys, values)
+        attended, residual = F.linear(o.flatten(-2), weights.o, layer.o.bias), h if asking is None else h[asking]
+        if layer.o_norm is None:
+            return Kept(h, q, kv, o, lse, None, attended.add_(residual)), (rotated, keys, values)
+        middle = rms_norm(attended, layer.o_norm, decoder.eps).add_(residual)
+        return Kept(h, q, kv, o, lse, attended, middle), (rotated, keys, values)
 
     def _rotate(
         self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, asking: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q normed and rotated; keys and values of all tokens of the layout, the earlier ones among them."""
-        decoder, (cos, sin) = self.decoder, self.rotation
-        q = rope(q, *self._angles(asking), layer.q_norm, decoder.eps)
+        decoder, (cos, sin) = self.decoder, self.rotations[i]
+        q = rope(q, *self._angles(i, asking), layer.q_norm, decoder.eps)
         k, v = kv.chunk(2, -2)
         k = rope(k, cos, sin, layer.k_norm, decoder.eps)
         if len(self.before) == 0:
@@ -190,7 +205,7 @@ class FrozenPass:
         self, i: int, layer: DecoderLayer, kept: Kept, d: Tensor, asking: Tensor | None, wanted: Tensor | None
     ) -> Tensor:
         """The gradient of a layer's input, of all rows or of those that are wanted."""
-        decoder, weights, (cos, sin) = self.decoder, self.scratch.weights(layer), self.rotation
+        decoder, weights, (cos, sin) = self.decoder, self.scratch.weights(layer), self.rotations[i]
         if kept.q is None:
             kept, (q, keys, values) = self._attend(i, layer, weights, kept.h, asking, None)
         else:
@@ -203,22 +218,31 @@ class FrozenPass:
             if (gate_up := kept.gate_up) is None:
                 x = rms_norm(middle, layer.mlp_norm, decoder.eps)
                 gate_up = F.linear(x, weights.gate_up, layer.gate_up.bias)
-            d_x = ops.swiglu_backward(d[rows] @ weights.down, gate_up) @ weights.gate_up
+            d_out = d[rows]
+            if layer.down_norm is not None:
+                out = F.linear(decoder.gate.forward(gate_up), weights.down, layer.down.bias)
+                d_out = ops.rms_norm_backward(d_out, None, out, layer.down_norm, decoder.eps)
+            d_x = decoder.gate.backward(d_out @ weights.down, gate_up) @ weights.gate_up
             d_middle[rows] = ops.rms_norm_backward(d_x, d[rows], middle, layer.mlp_norm, decoder.eps)
 
         # Attention.
-        d_o = (d_middle @ weights.o).view_as(kept.o)
+        d_attended = d_middle
+        if layer.o_norm is not None:
+            d_attended = ops.rms_norm_backward(d_middle, None, kept.attended, layer.o_norm, decoder.eps)
+        d_o = (d_attended @ weights.o).view_as(kept.o)
         where, scale, onto = self._layout(asking).offsets, decoder.head_dim**-0.5, (None, None, None)
         met = q, keys, values, kept.o, kept.lse
         d_q, d_keys, d_values = ops.group_attention_backward(d_o, *met, *where, scale, *onto)
+        if self._images is not None and asking is None:
+            later_backward(d_o, *met, (d_q, d_keys, d_values), self._images)
         if self.held_gradient:
             later = self.held_gradient.pop()
-            d_keys, d_values = d_keys + later[0], d_values + later[1]
+            d_keys, d_values = ((mine + its).to(mine.dtype) for mine, its in zip((d_keys, d_values), later))
         if self.earlier_gradient is not None:
             for total, own in zip(self.earlier_gradient[i], (d_keys, d_values)):
                 total += own[self.before]
         d_k, d_v = (d_keys, d_values) if len(self.before) == 0 else (d_keys[self.own], d_values[self.own])
-        d_q = self._unrotate(d_q, kept.q, layer.q_norm, *self._angles(asking)).flatten(1)
+        d_q = self._unrotate(d_q, kept.q, layer.q_norm, *self._angles(i, asking)).flatten(1)
         d_k = self._unrotate(d_k, kept.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
         d_v = d_v.flatten(1)
         if asking is not None:  # zeros for the others: of their attention and MLP nothing was computed
@@ -231,8 +255,9 @@ class FrozenPass:
     def _unrotate(self, d: Tensor, x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.rope_backward(d, None if norm is None else x, cos, sin, norm, self.decoder.eps)
 
-    def _angles(self, asking: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.rotation if asking is None else (self.rotation[0][asking], self.rotation[1][asking])
+    def _angles(self, i: int, asking: Tensor | None) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotations[i]
+        return (cos, sin) if asking is None else (cos[asking], sin[asking])
 
     def _layout(self, asking: Tensor | None) -> GroupLayout:
         return self.layout if asking is None else self.last_layout

@@ -11,13 +11,15 @@ VALUE = "short red"  # a brief description: two words that every vocabulary has,
 
 class Lengths(NamedTuple):
     """Tokens. prefix: the question with both images; of it `images` and `instruction`, the rest is the chat template's.
-    answer: one line of JSON whose values have two words, and its end token; least: the same with empty values."""
+    answer: one line of JSON whose values have two words, and its end token; least: the same with empty values. thinks:
+    the model writes thoughts first, of any length."""
 
     prefix: int
     images: int
     instruction: int
     answer: int
     least: int
+    thinks: bool = False
 
     def line(self, max_new_tokens: int) -> str:
         return (
@@ -28,12 +30,19 @@ class Lengths(NamedTuple):
     def shortage(self, max_new_tokens: int) -> str | None:
         """What to warn of where answers do not fit: they are cut off before the verdict, and earn nothing."""
         if self.answer <= max_new_tokens:
-            return None
+            return self.thoughts(max_new_tokens) if self.thinks else None
         even = "even of empty values" if self.least > max_new_tokens else "of two words a value"
         needed = self.least if self.least > max_new_tokens else self.answer
         return (
             f"rollout.max-new-tokens: {max_new_tokens}; an answer {even} takes {needed} tokens and would be cut off "
             f"before its verdict: give {self.answer} or more, or ask for fewer attributes"
+        )
+
+    def thoughts(self, max_new_tokens: int) -> str:
+        return (
+            f"supervisor.model: its chat template has it think first, and of rollout.max-new-tokens {max_new_tokens} "
+            f"its thoughts may take {max_new_tokens - self.answer} before the answer is cut off and earns nothing: "
+            "take the release that answers at once (Instruct), or give some thousands"
         )
 
 
@@ -49,4 +58,6 @@ def measure(supervisor: Supervisor) -> Lengths:
         return count(prompt.answer(described, described, value, "medium", value, same=False)) + 1
 
     prefix = supervisor.prefix
-    return Lengths(len(prefix), prefix.images.numel(), count(prompt.instruction()), answer(VALUE), answer(""))
+    return Lengths(
+        len(prefix), prefix.images.numel(), count(prompt.instruction()), answer(VALUE), answer(""), supervisor.thinks
+    )

@@ -1,8 +1,7 @@
 """Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
 
-Three kinds, a folder or a hub id each: Qwen3-VL; InternVL as transformers ships it; and the plain case, a ViT with a
-projector (LLaVA) before a dense Llama, Qwen2 or Qwen3 decoder. What cannot be run is told from the
-configuration, before any weight is read.
+A model is a folder or a hub id, of one of `families`. What cannot be run is told from the configuration, before any
+weight is read.
 
 A model's folder may come from anywhere, and loading it runs nothing of it: weights are safetensors, never pickles, and
 code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the layers, so such code could not be obeyed.
@@ -10,15 +9,13 @@ code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the laye
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -27,34 +24,82 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor import checkpoint_files as files
+from saga_fast.supervisor.decoder import FrozenDecoder, activation
+from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageText
+from saga_fast.supervisor.gates import GATES
+from saga_fast.supervisor.prompt import end_of_turn
+from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
+from saga_fast.towers import tower_class
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
-TOWERS = ("qwen3_vl", "internvl", "llava")
-DECODERS = ("llama", "qwen2", "qwen3", "qwen3_vl_text")
-ROTARY = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence's length
+LAYERS = ("full_attention", "sliding_attention")
+DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
+# Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
+ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 class Mllm(NamedTuple):
-    """visual: the vision model with its projector, see `tower_of`. image_token: stands for one visual token in
-    the prompt, between `image_marks` where the model's processor puts such."""
+    """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
+    image_token: stands for one visual token in the prompt. image_text, newline, whole_images: see `Family`, of which
+    newline (D,) is the vector itself. positions: how many a run may use, None where any number."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     image_token: str
-    image_marks: tuple[str, str] | None
+    image_text: ImageText = PLAIN
+    newline: Tensor | None = None
+    whole_images: bool = False
+    positions: int | None = None
+
+
+class Pretrained(NamedTuple):
+    """What can be known of a model before its weights are read. statistics: of pixels, see `pixel_statistics`.
+    mllm: its parts on the meta device, where weights have shapes and no values."""
+
+    name: str | Path
+    config: PretrainedConfig
+    statistics: dict[str, list[float]]
+    mllm: Mllm
+
+
+def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pretrained:
+    """All of a model but its weights, which on the meta device are dense, in `dtype`. Raises InputError for one that is
+    missing, gated, not whole, or of a kind that this engine cannot run, and for a file of it that is malformed."""
+    config = _configuration(name)
+    files.expect_no_adapter(name)
+    built = "has a config.json of which no model can be built ({})"
+    with files.telling(name, built):
+        if reasons := list(_objections(config)):
+            raise files.refused(name, "; it ".join(reasons))
+        positions = _positions(config.text_config)
+        _settle(name, config)
+    expect_safetensors(name)
+    family = KINDS[config.model_type]
+    statistics = files.pixel_statistics(name)
+    with files.telling(name, "has a tokenizer that cannot be read ({}); restore its files"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.chat_template = files.chat_template(name, tokenizer)
+    image_token = _image_token(name, config, tokenizer)
+    image_text = family.image_text(*_marks(name, config.model_type, tokenizer))
+    ends = files.end_tokens(name, config, tokenizer)
+    if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
+        ends = tuple(dict.fromkeys((*ends, end)))
+    with files.telling(name, built):
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
+        visual, decoder, newline = _take_apart(skeleton, statistics)
+    mllm = Mllm(visual, decoder, tokenizer, ends, image_token, image_text, newline, family.whole_images, positions)
+    return Pretrained(name, config, statistics, mllm)
 
 
 def load_mllm(
-    name: str | Path,
+    model: str | Path | Pretrained,
     quantize: bool = True,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -64,115 +109,111 @@ def load_mllm(
 
     quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); norms, tower, embedding and
     head stay in `dtype`. quantize_head: embedding and head in NF4 too. A checkpoint in NF4 stays as it is.
-    Raises InputError for a model that is missing, gated, not whole, or of a kind this engine cannot run.
+    Raises InputError as `read_pretrained` does, and for weights that are not those the configuration asks for.
     """
-    config = _configuration(name)
-    for reason in chain(_objections(config), _pickles(name)):
-        raise InputError(f"supervisor.model: {name} {reason}")
+    known = model if isinstance(model, Pretrained) else read_pretrained(model)
+    name, config = known.name, known.config
+    language_model = KINDS[config.model_type].language_model
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
             f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
             f"it needs a multiple of {BLOCK}: leave it out"
         )
+    _expect_device(device)
+    expect_weights(name)
+    skeleton = expect_keys(name, config, dtype)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": device, **SAFELY}
+    if quantize and not hasattr(config, "quantization_config"):
+        parts = [part for part, _ in skeleton.model.named_children()]
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != language_model), "lm_head"],
+        )
+    with files.telling(name, f"could not be loaded on {device} ({{}})"), quiet():
+        whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
+    expect_shapes(name, whole, skeleton)
+    if known.mllm.positions is not None:
+        _hold(getattr(whole.model, language_model).rotary_emb)
+    return known.mllm._replace(**_take_apart(whole, known.statistics, quantize_head)._asdict())
+
+
+def _expect_device(device: str) -> None:
+    """Raises InputError where PyTorch cannot run the device at all, which is no fault of the model's."""
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(config)
-        settings = {"dtype": dtype, "device_map": device, "trust_remote_code": False, "use_safetensors": True}
-        if quantize and not hasattr(config, "quantization_config"):
-            parts = [name for name, _ in skeleton.model.named_children()]
-            settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != "language_model"), "lm_head"],
-            )
-        model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **settings)
-        if missing := sorted(loaded["missing_keys"]):
-            raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
-        _expect_shapes(model, skeleton)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        (torch.ones(1, device=device) + 1).item()
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if "file named model.safetensors" in str(error):
-            raise InputError(f"supervisor.model: {name} has no weights in safetensors files; {_SAFETENSORS}") from None
-        raise InputError(f"supervisor.model: {name} is not whole ({first_line(error)}); restore the file") from None
-    tokenizer.chat_template = tokenizer.chat_template or _chat_template(name)
-    eos = model.generation_config.eos_token_id
-    eos = eos if eos is not None else tokenizer.eos_token_id
-    decoder = FrozenDecoder(model.model.language_model, model.lm_head, quantize_head)
-    return Mllm(
-        _visual(model, _pixel_statistics(name)),
-        decoder,
-        tokenizer,
-        tuple(eos) if isinstance(eos, list) else (eos,),
-        tokenizer.convert_ids_to_tokens(config.image_token_id),
-        _image_marks(tokenizer),
-    )
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device: {device} does not run with PyTorch {torch.__version__} ({first_line(error)}); "
+            "install the build of PyTorch for this GPU and its driver, or hide the GPU by CUDA_VISIBLE_DEVICES="
+        ) from error
 
 
 def _configuration(name: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
-        if getattr(config, "auto_map", None) or "AutoTokenizer" in get_tokenizer_config(name).get("auto_map", {}):
-            raise ValueError("trust_remote_code")
-        return config
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind: a configuration's class computes with what it finds
+        if "config.json" in str(error):  # there is none, perhaps
+            files.expect_no_adapter(name)
         if "gated" in str(error):
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
             mend = _OWN_CODE
+        elif isinstance(error, ImportError):
+            mend = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
-            mend = f"is no model ({first_line(error)}); give a folder or hub id"
-        raise InputError(f"supervisor.model: {name} {mend}") from None
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            mend = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
+        raise files.refused(name, mend) from error
+    # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
+    brought = (files.read_json(name, "tokenizer_config.json") or {}).get("auto_map") or {}
+    if getattr(config, "auto_map", None) or "AutoTokenizer" in brought:
+        raise files.refused(name, _OWN_CODE)
+    return config
 
 
 _OWN_CODE = (
     "brings code of its own, which is not run; "
     "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
 )
-_SAFETENSORS = (
-    "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
-    "or convert it by transformers' save_pretrained if you trust it"
-)
-
-
-def _pickles(name: str | Path) -> Iterator[str]:
-    """Weight files that the index of a sharded checkpoint names, if they are not safetensors."""
-    if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
-        try:
-            files = set(json.loads(Path(index).read_text())["weight_map"].values())
-            bad = sorted(file for file in files if not file.endswith(".safetensors"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} is malformed); restore the file"
-        else:
-            if bad:
-                yield f"names {bad[0]!r} among its weights; {_SAFETENSORS}"
+_TIMM = "towers that transformers takes from timm are not read: give a model whose tower is transformers' own"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
-    """Why this model would not be run as it was trained, if it would not."""
+    """Why this model would not be run as it was trained, if it would not; of what it is first, then of its details."""
     kind = config.model_type
     text = getattr(config, "text_config", None)
     if text is None or not (hasattr(config, "image_token_id") or hasattr(config, "video_token_id")):
-        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, Qwen3-VL, InternVL or LLaVA"
+        names = ", ".join(family.name for family in FAMILIES)
+        yield f"is a {kind!r}, which reads no images; a vision-language model is needed, of {names}"
+        return
     if getattr(config, "image_token_id", None) is None:
         yield f"is a {kind!r}, which reads videos only; a model that reads images is needed"
     if experts := getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
         yield f"is a {kind!r} with {experts} experts a layer; a dense model is needed, such as Qwen3-VL 2B, 4B or 8B"
-    if text.model_type not in DECODERS:
-        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(DECODERS)}"
-    sliding = getattr(text, "sliding_window", None)
-    if sliding or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        yield f"attends within a sliding window of {sliding} tokens; a model with full attention is needed"
-    if (rotary := text.rope_parameters.get("rope_type", "default")) not in ROTARY:
+    layers = set(getattr(text, "layer_types", None) or ()) - set(LAYERS)
+    if layers:
+        yield f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}"
+    if (family := KINDS.get(kind)) is None:
+        yield f"is a {kind!r}; accepted are {', '.join(KINDS)}"
+        return
+    if text.model_type not in family.decoders:
+        yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(family.decoders)}"
+    for rotary in sorted({said.get("rope_type", "default") for said in _rotary(text)} - set(ROTARY)):
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
-    if text.hidden_act != "silu":
-        yield f"has {text.hidden_act!r} for its activation; a SwiGLU decoder is needed, with 'silu'"
-    if kind not in TOWERS:
-        yield f"is a {kind!r}; accepted are {', '.join(TOWERS)}"
+    for part in ("text_config", "vision_config"):
+        said = getattr(config, part, None)
+        if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
+            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+    if (gate := activation(text)) not in GATES:
+        yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
+    if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
+        yield f"has {getattr(config.vision_config, 'architecture', 'a model')!r} of timm for its tower; {_TIMM}"
+    yield from family.objections(config)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not (stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"):
@@ -182,23 +223,92 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         )
 
 
-def _expect_shapes(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    """Raises OSError: while transformers quantises, it takes a weight of any shape."""
-    expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "quant_state", parameter).shape)
-        if shape != expected[name]:
-            raise OSError(f"{name} is {shape}, its configuration says {expected[name]}")
+def _rotary(text: PretrainedConfig) -> list[dict[str, Any]]:
+    """How rotary positions are scaled: once, or for each kind of layer."""
+    said = getattr(text, "rope_parameters", None) or {}
+    return [value for value in said.values() if isinstance(value, dict)] or [said]
 
 
-def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTrainedModel:
+def _positions(text: PretrainedConfig) -> int | None:
+    """How many positions the rotary frequencies hold for; None where for all."""
+    limits = []
+    for said in _rotary(text):
+        match said.get("rope_type"):
+            case "dynamic":
+                limits.append(text.max_position_embeddings)
+            case "longrope":
+                limits.append(said["original_max_position_embeddings"])
+    return min(limits, default=None)
+
+
+def _hold(rotary: nn.Module) -> None:
+    """Up to `_positions` the frequencies are what they are now: nothing looks and changes them."""
+    kinds = rotary.rope_type
+    rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+
+
+def _settle(name: str | Path, config: PretrainedConfig) -> None:
+    """Flags that moved between versions of transformers count in both places."""
+    raw = files.read_json(name, "config.json") or {}
+    inner = raw.get("text_config") or {}
+    said = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
+    if said:  # tied weights that are both in the files, and differ, stay two all the same
+        config.tie_word_embeddings = any(said)
+    if "image_token_index" in raw and "image_token_id" not in raw:
+        config.image_token_id = raw["image_token_index"]
+
+
+def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
+    """The token of `image_token_id`, which stands in the prompt and is embedded before an image takes its place."""
+    number, vocabulary = config.image_token_id, config.text_config.vocab_size
+    token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
+    if token is None or tokenizer.convert_tokens_to_ids(token) != number:
+        raise files.refused(
+            name,
+            f"has image_token_id {number} in its config.json, which its embedding ({vocabulary} tokens) or its "
+            "tokenizer does not know; restore config.json and the tokenizer's files",
+        )
+    return token
+
+
+def _marks(name: str | Path, kind: str, tokenizer) -> list[str]:
+    """The family's `marks`, by the tokenizer's names for them, else by the vocabulary."""
+    known, family = tokenizer.get_vocab(), KINDS[kind]
+    marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]
+    for (attribute, _), mark in zip(family.marks, marks):
+        if mark not in known:
+            raise files.refused(
+                name,
+                f"has no {mark!r} in its tokenizer's vocabulary, which a {kind!r} puts around an image; "
+                f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json",
+            )
+    return marks
+
+
+class _Parts(NamedTuple):
+    visual: PreTrainedModel
+    decoder: FrozenDecoder
+    newline: Tensor | None
+
+
+def _take_apart(model: PreTrainedModel, statistics: dict[str, list[float]], quantize_head: bool = False) -> _Parts:
+    """What of a model of one of `families` its weights make; the model is of no use afterwards. On the meta device
+    too."""
+    family = KINDS[model.config.model_type]
+    decoder = FrozenDecoder(getattr(model.model, family.language_model), model.lm_head, quantize_head)
+    newline = getattr(model.model, family.newline).detach() if family.newline else None
+    return _Parts(_visual(model, family, statistics), decoder, newline)
+
+
+def _visual(model: PreTrainedModel, family: Family, statistics: dict[str, list[float]]) -> PreTrainedModel:
     """The vision model with its projector, dense, and with a configuration that stands without the language model."""
     base = model.model
-    if model.config.model_type == "qwen3_vl":
-        visual = base.visual
+    if family.visual:
+        visual = getattr(base, family.visual)
     else:
         visual, text = base, base.config.text_config
-        del visual.language_model
+        for part in tower_class(base.config.model_type).not_vision:
+            delattr(visual, part)
         tokens = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         layers = {"num_hidden_layers": 0, "intermediate_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
         visual.config.text_config = type(text)(hidden_size=text.hidden_size, **tokens, **layers)
@@ -211,24 +321,3 @@ def _visual(model: PreTrainedModel, statistics: dict[str, list[float]]) -> PreTr
             dense.bias = module.bias
             visual.set_submodule(name, dense)
     return visual
-
-
-def _pixel_statistics(name: str | Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std`, where the model's image processor says them."""
-    try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        return {}
-    return {key: said[key] for key in ("image_mean", "image_std") if key in said}
-
-
-def _chat_template(name: str | Path) -> str | None:
-    """The template of releases that kept it beside the tokenizer."""
-    file = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(file).read_text())["chat_template"] if file else None
-
-
-def _image_marks(tokenizer) -> tuple[str, str] | None:
-    """InternVL's processor, not its template, writes these around an image's tokens; its tokenizer names them."""
-    marks = tuple(getattr(tokenizer, f"{end}_image_token", None) for end in ("start", "end"))
-    return marks if all(marks) else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.prompt import Prefix
+from saga_fast.supervisor.whole_images import Images
 from saga_kernels import GroupLayout, group_attention
 
 
@@ -17,7 +18,9 @@ class PairPrefix:
     """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), rotary.
 
     next_position: where every completion's positions begin, on all three axes. preamble: C, the tokens before the first
-    image; they are the same for every pair and nothing before them trains, see `Question`.
+    image; they are the same for every pair and nothing before them trains, see `Question`. newline: (D,), what stands
+    in the row behind each image's, where the model reads one there. whole_images: the tokens of an image see each other
+    in both directions.
     """
 
     input_ids: Tensor
@@ -25,9 +28,18 @@ class PairPrefix:
     positions: Tensor
     next_position: int
     preamble: int
+    newline: Tensor | None = None
+    whole_images: bool = False
 
     @classmethod
-    def of(cls, prefix: Prefix, grid: tuple[int, int] | None, device: torch.device | str = "cpu") -> PairPrefix:
+    def of(
+        cls,
+        prefix: Prefix,
+        grid: tuple[int, int] | None,
+        device: torch.device | str = "cpu",
+        newline: Tensor | None = None,
+        whole_images: bool = False,
+    ) -> PairPrefix:
         """`grid`: merged tokens per column and row of an image; their product is the length of each image span. None
         for a model without M-RoPE, where tokens of images and text are counted alike."""
         if grid is None:
@@ -37,6 +49,8 @@ class PairPrefix:
                 torch.arange(len(prefix.input_ids), device=device).expand(3, -1),
                 len(prefix.input_ids),
                 prefix.image_spans[0][0],
+                newline,
+                whole_images,
             )
         text, images, start, position = [], [], 0, 0
         for span in prefix.image_spans:
@@ -58,6 +72,8 @@ class PairPrefix:
             torch.cat(text, dim=1).to(device),
             position + after,
             prefix.image_spans[0][0],
+            newline,
+            whole_images,
         )
 
     def __len__(self) -> int:
@@ -68,9 +84,21 @@ class PairPrefix:
         b."""
         return (starts[:, None, None] + self.images - self.preamble).flatten()
 
+    def images_of(self, pairs: int, preamble: int) -> Images | None:
+        """Where the images of `pairs` packed prefixes stand, whose first `preamble` tokens have keys but no queries;
+        None where images are read in one direction."""
+        if not self.whole_images:
+            return None
+        starts = torch.arange(pairs, device=self.images.device)[:, None, None]
+        rows, columns = (self.images - skipped + starts * (len(self) - skipped) for skipped in (preamble, 0))
+        return Images(rows.flatten(0, 1), columns.flatten(0, 1))
+
     def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
         """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows."""
-        return decoder.embed(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+        h = decoder.embed(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+        if self.newline is not None:
+            h[visual_rows.view(len(tokens), -1)[:, -1] + 1] = self.newline
+        return h
 
 
 class Question:

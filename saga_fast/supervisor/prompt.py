@@ -12,9 +12,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from saga_fast.utils.errors import InputError
+from saga_fast.supervisor.families.base import PLAIN, ImageText
+from saga_fast.utils.errors import InputError, first_line
 
 IMAGE_PAD = "<|image_pad|>"
+THINK, THOUGHT = "<think>", "</think>"  # around what a model writes before its answer
 Order = Literal["images_first", "instruction_first"]
 
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")  # item and verdict_key: their every letter is said to the model
@@ -169,10 +171,12 @@ PROMPTS = {
 
 
 class Prefix(NamedTuple):
-    """input_ids: everything before the completion. image_spans: half-open ranges of each image's pads in input_ids."""
+    """input_ids: everything before the completion. image_spans: half-open ranges of each image's pads in input_ids.
+    thinks: the template opened a block of thoughts, which the completion closes before it answers."""
 
     input_ids: list[int]
     image_spans: tuple[tuple[int, int], tuple[int, int]]
+    thinks: bool = False
 
 
 def build_prefix(
@@ -181,14 +185,16 @@ def build_prefix(
     tokens_per_image: int,
     order: Order = "images_first",
     image_token: str = IMAGE_PAD,
-    image_marks: tuple[str, str] | None = None,
+    image_text: ImageText = PLAIN,
+    newline: bool = False,
 ) -> Prefix:
     """Chat-templated token ids of one pair, each image standing as `tokens_per_image` pads.
 
-    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad, which the template writes
-    once per image. image_marks: tokens to put before and after an image's pads, where the template does not. Raises
-    InputError for an unknown order, a tokenizer without a chat template, a template that does not write one
-    `image_token` per image, and an instruction that holds one of the tokenizer's special tokens.
+    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad. image_text: what the
+    template writes for an image, and what the model's processor puts in its place. newline: one pad more behind each
+    image, outside its span. Raises InputError for an unknown order, a tokenizer without a chat template, a template
+    that fails or does not write one image per image, and an instruction that holds one of the tokenizer's special
+    tokens. A template that can ask for an answer without thoughts does.
     """
     images, text = [{"type": "image"}] * 2, [{"type": "text", "text": instruction}]
     contents = {"images_first": images + text, "instruction_first": text + images}
@@ -201,24 +207,54 @@ def build_prefix(
         if token.special and token.content in instruction:
             raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
 
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": contents[order]}], add_generation_prompt=True, tokenize=False
-    )
-    # As the models' processors do: a template that does not begin the text itself leaves that to the tokenizer.
-    begun = tokenizer.bos_token is not None and asked.startswith(tokenizer.bos_token)
-    ids = tokenizer.encode(asked, add_special_tokens=not begun)
+    wrote = image_text.asked or image_token
+    try:
+        asked = _render(tokenizer, [{"role": "user", "content": contents[order]}])
+        # As the models' processors do: text first, then tokens, and a template that does not begin the text itself
+        # leaves that to the tokenizer.
+        asked = asked.replace(wrote, f"{image_text.before}{image_token}{image_text.after}")
+        begun = tokenizer.bos_token is not None and asked.startswith(tokenizer.bos_token)
+        ids = tokenizer.encode(asked, add_special_tokens=not begun)
+    except Exception as error:  # of any kind: a template is a program that came with the model
+        raise InputError(
+            f"{name}: chat template cannot write two images and a question ({type(error).__name__}: "
+            f"{first_line(error)}); use the vision-language model's own template, chat_template.jinja"
+        ) from error
     pad = tokenizer.convert_tokens_to_ids(image_token)
     found = [position for position, token in enumerate(ids) if token == pad]
     if len(found) != 2:
         raise InputError(
-            f"{name}: chat template wrote {len(found)} {image_token} for two images; "
+            f"{name}: chat template wrote {len(found)} {wrote} for two images; "
             "use the vision-language model's own template"
         )
-    before, after = ([mark] for mark in tokenizer.convert_tokens_to_ids(image_marks)) if image_marks else ([], [])
     first, second = found
     prefix, spans = ids[:first], []
     for rest in (ids[first + 1 : second], ids[second + 1 :]):
-        prefix += before
         spans.append((len(prefix), len(prefix) + tokens_per_image))
-        prefix += [pad] * tokens_per_image + after + rest
-    return Prefix(prefix, tuple(spans))
+        prefix += [pad] * (tokens_per_image + newline) + rest
+    return Prefix(prefix, tuple(spans), asked.rfind(THINK) > asked.rfind(THOUGHT))
+
+
+def _render(tokenizer, messages: list[dict], **settings: bool) -> str:
+    """settings: whether the template writes the head of the turn that is to come; it does by default."""
+    settings = {"add_generation_prompt": True, **settings}
+    return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **settings)
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template writes after what the model said; None where it writes none, or cannot
+    be asked: what `build_prefix` needs of it, that says."""
+    said = "Yes"
+    for content in ([{"type": "text", "text": said}], said):
+        turns = [
+            {"role": "user", "content": [{"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": content},
+        ]
+        try:
+            _, found, after = _render(tokenizer, turns, add_generation_prompt=False).rpartition(said)
+            ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
+        except Exception:  # of any kind, as in `build_prefix`
+            continue
+        if ids and (token := tokenizer.added_tokens_decoder.get(ids[0])) is not None and token.special:
+            return ids[0]
+    return None

@@ -58,7 +58,7 @@ def stored_prompt(config_file: Path) -> Prompt:
     try:
         values = json.loads(config_file.read_text())["prompt"]
         return Prompt(**{**values, "attributes": tuple(values["attributes"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cause = str(error) if isinstance(error, InputError) else "missing or malformed"
         raise InputError(f"{str(config_file)!r}: prompt: {cause}; restore the file, or start a new run") from None
 

@@ -125,6 +125,7 @@ class _Run:
         self.temperature, self.anchor_layer = temperature, anchor_layer
         self.decoder, self.prefix, self.device = question.decoder, question.prefix, question.decoder.device
         self.scratch, self.head = Scratch(self.decoder), self.decoder.dense_head()
+        self.whole_images = self.prefix.images.shape[1] if self.prefix.whole_images else None
         self.keep = features.tokens.requires_grad
         self.log_probs: dict[tuple[int, int], Tensor] = {}
         self.attention: list[AnchorAttention] = []
@@ -154,7 +155,7 @@ class _Run:
         h = prefix.embed(self.decoder, torch.cat(ids), visual, self.features.tokens[images])
         run = FrozenPass(
             self.decoder, self.scratch, layout, torch.cat(positions, 1), self.plan.recompute, self._preamble(count),
-            asking=asking.to(self.device), last_layout=last,
+            asking=asking.to(self.device), last_layout=last, whole_images=self.whole_images,
         )  # fmt: skip
         members = [(i, g, j, g) for j, i in enumerate(pack) for g in range(len(lengths[j]))]
         hidden = run.forward(h, self._levels(images), visual, self._observer(members), self.keep)
@@ -183,11 +184,14 @@ class _Run:
             prefix.positions[:, prefix.preamble :], self.plan.prefix_recompute, self._preamble(1),
             asking=torch.tensor([rest - 1], device=self.device),
             last_layout=GroupLayout([len(prefix)], [[]], [1], self.device), hold=True,
+            whole_images=self.whole_images,
         )  # fmt: skip
         hidden = before.forward(h, self._levels(images), visual, keep=self.keep)
         members = range(len(completions))
         d = self._meet_head(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
-        gradient = [tuple(map(torch.zeros_like, pair)) for pair in before.held] if self.keep else None
+        # In float32, whatever the decoder's dtype: as many sums as slices would round in bf16.
+        wide = torch.promote_types(self.decoder.dtype, torch.float32)
+        gradient = [tuple(torch.zeros_like(x, dtype=wide) for x in kv) for kv in before.held] if self.keep else None
         for part in _packs([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)

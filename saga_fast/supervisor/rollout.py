@@ -10,7 +10,7 @@ plain samples.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import Question
+from saga_fast.supervisor.whole_images import add_later
 from saga_kernels import GroupLayout, decode_attention, group_attention, sample_top_p
 
 LOOK_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
+WATCHED = 8  # rows whose tokens' log π is kept as it was sampled: to see that a replay computes the same
 PREFILL_TOKENS = 4096  # of prefixes that are read in one pass; one prefix at least
 
 
@@ -46,11 +48,13 @@ class Rollouts:
     """What became of a pair. completions [g]: token ids, the end token included unless `max_new_tokens` cut it off.
 
     broken: a rollout met logits that are not finite; the completions are what there was, and no sample of the model.
+    log_probs: of some tokens (g, position) log π as it was sampled, at the sampling temperature, without the top-p cut.
     """
 
     pair_id: int
     completions: list[list[int]]
     broken: bool = False
+    log_probs: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -104,6 +108,7 @@ class Engine:
             4, places, dtype=torch.int64, device=decoder.device
         )
         self.drawn = torch.zeros(places, LOOK_EVERY + 1, dtype=torch.int64, device=decoder.device)
+        self.watched = torch.zeros(min(WATCHED, places), LOOK_EVERY + 1, device=decoder.device)
         self.column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
 
@@ -158,12 +163,18 @@ class Engine:
         )
         visual = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
         h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), visual, features.tokens)
+        images = prefix.images_of(pairs, start)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = self.question.with_preamble(layer, k, v, pairs)
             self.prefix_k[layer][slots] = k.unflatten(0, (pairs, -1)).permute(0, 2, 3, 1)
             self.prefix_v[layer][slots] = v.unflatten(0, (pairs, -1)).transpose(1, 2)
-            return group_attention(q, k, v, last if layer == decoder.depth - 1 else layout)[0]
+            if layer == decoder.depth - 1:
+                return group_attention(q, k, v, last)[0]
+            o, lse = group_attention(q, k, v, layout)
+            if images is not None:
+                add_later(q, k, v, o, lse, images)
+            return o
 
         deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
         asking = torch.arange(1, pairs + 1, device=decoder.device) * length - 1
@@ -189,8 +200,12 @@ class Engine:
         self.drawn[:n, 0] = self.token[:n]
         self.column.fill_(1)
         self._steps(n, pairs, end)
+        known = [len(row.tokens) for row in self.rows]
         for row, tokens in zip(self.rows, self.drawn[:rows].tolist()):  # here the device is waited for
             self._read(row, tokens if not row.tokens else tokens[1:])
+        for row, before, values in zip(self.rows, known, self.watched.tolist()):
+            places = range(max(1, before), len(row.tokens))
+            row.of.log_probs |= {(row.g, place): value for place, value in zip(places, values[1:])}
         return self._leave({row for row in self.rows if self._ended(row)})
 
     def _read(self, row: _Row, tokens: list[int]) -> None:
@@ -283,7 +298,13 @@ class Engine:
         fed = decoder.embed(self.token[:n].clamp_min(0))  # -1 has no embedding
         h = decoder.forward(fed, (prefix.next_position + cached).expand(3, -1), attend)
         cached += 1
-        token = self._sample(decoder.logits(h), self.row_id[:n], cached)
+        logits = decoder.logits(h)
+        token = self._sample(logits, self.row_id[:n], cached)
+        if self.sampling.temperature > 0:
+            few = slice(min(n, len(self.watched)))
+            log_probs = (logits[few].float() / self.sampling.temperature).log_softmax(-1)
+            chosen = log_probs.gather(1, token[few, None].clamp_min(0))
+            self.watched[few].index_copy_(1, self.column, chosen)
         self.drawn[:n].index_copy_(1, self.column, token[:, None])
         self.column += 1
         self.token[:n] = token

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.agreement import attribute_agreement
+from saga_fast.supervisor.agreement import Described
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
-from saga_fast.supervisor.prompt import Order, Prompt, build_prefix
+from saga_fast.supervisor.prompt import Order, Prefix, Prompt, build_prefix
 from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
 from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens_by_attribute
 from saga_fast.utils.errors import InputError
 
@@ -22,12 +22,60 @@ Written = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → pos
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 
 
+def ask(
+    mllm: Mllm,
+    prompt: Prompt,
+    order: Order,
+    grid: tuple[int, int],
+    sampling: Sampling,
+    device: torch.device | str = "cpu",
+) -> tuple[Prefix, PairPrefix]:
+    """The question about images of `grid` (rows, columns) tokens, placed on `device`.
+
+    It needs no weights: what is wrong can be told before any is read, see `Pretrained`. Raises InputError as
+    `build_prefix` does, for tokens or positions that the model does not have, where nothing ends an answer, and where
+    a run could reach beyond a sliding window.
+    """
+    name = f"supervisor.model: {mllm.tokenizer.name_or_path or 'model'}"
+    if not mllm.eos_token_ids:
+        raise InputError(f"{name} names no token that ends a turn; add eos_token_id to its generation_config.json")
+    count, vocabulary = grid[0] * grid[1], mllm.decoder.embedding.shape[0]
+    newline = mllm.newline is not None
+    prefix = build_prefix(
+        mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_text, newline
+    )
+    if (most := max(prefix.input_ids)) >= vocabulary:
+        raise InputError(
+            f"{name} has a tokenizer that writes the prompt with token {most}, where its embedding has {vocabulary}; "
+            "restore the tokenizer's files and config.json of one release"
+        )
+    placed = PairPrefix.of(prefix, grid if mllm.decoder.mrope else None, device, mllm.newline, mllm.whole_images)
+    if reason := beyond_window(mllm.decoder.window, len(placed), sampling.max_new_tokens):
+        raise InputError(reason)
+    # A rollout is looked at every LOOK_EVERY tokens, so it reaches a little beyond max_new_tokens.
+    if mllm.positions is not None and placed.next_position + sampling.capacity + 1 > mllm.positions:
+        left = (mllm.positions - placed.next_position - 1) // LOOK_EVERY * LOOK_EVERY + 1
+        mend = f"give {left} or fewer" if left > 0 else "take smaller images, fewer attributes or another model"
+        raise InputError(
+            f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {placed.next_position} positions, "
+            f"and the model's rotary frequencies are fixed for {mllm.positions} in all: {mend}"
+        )
+    return prefix, placed
+
+
+def anchor_of(asked: int | None, depth: int) -> int:
+    """The layer of `depth` whose attention the pooler learns from; None is the paper's 26 of 36, scaled."""
+    if asked is not None and not 0 <= asked < depth:
+        raise InputError(f"supervisor.anchor-layer: {asked}; the model's layers are 0 to {depth - 1}")
+    return round(26 / 36 * depth) if asked is None else asked
+
+
 class Supervisor:
     """An MLLM's language model asked one question about pairs of images of `grid` (rows, columns) merged tokens.
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
     plan: of replays. slots: pairs that roll out at once.
-    Raises InputError for an anchor layer the model does not have.
+    Raises InputError as `ask` does, and for an anchor layer the model does not have.
     """
 
     def __init__(
@@ -43,14 +91,10 @@ class Supervisor:
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
-        instruction, count = prompt.instruction(), grid[0] * grid[1]
-        prefix = build_prefix(self.tokenizer, instruction, count, order, mllm.image_token, mllm.image_marks)
-        self.prefix = PairPrefix.of(prefix, grid if self.decoder.mrope else None, self.decoder.device)
+        prefix, self.prefix = ask(mllm, prompt, order, grid, sampling, self.decoder.device)
+        self.thinks = prefix.thinks
         self.question = Question(self.decoder, self.prefix)
-        depth = self.decoder.depth
-        self.anchor_layer = round(26 / 36 * depth) if anchor_layer is None else anchor_layer
-        if not 0 <= self.anchor_layer < depth:
-            raise InputError(f"supervisor.anchor-layer: {anchor_layer}; the model's layers are 0 to {depth - 1}")
+        self.anchor_layer = anchor_of(anchor_layer, self.decoder.depth)
         self.plan, self.slots = plan, slots
         self._engine: Engine | None = None
 
@@ -76,16 +120,9 @@ class Supervisor:
         well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
         return torch.tensor(rewards), torch.tensor(well_formed)
 
-    def agree(self, completions: Sequence[Sequence[Sequence[int]]], same: Sequence[bool]) -> Tensor:
-        """(n, 2, M, G) fp32: rewards of what each rollout says of each attribute of both images, see `agreement.py`;
-        zeros for pairs of two classes."""
-        attributes = self.prompt.attributes
-        rewards = torch.zeros(len(completions), 2, len(attributes), self.sampling.group_size)
-        for i, (group, alike) in enumerate(zip(completions, same)):
-            if alike:
-                said = [attribute_values(self.text(completion), self.prompt) for completion in group]
-                rewards[i] = attribute_agreement(said, attributes)
-        return rewards
+    def read(self, completions: Sequence[Sequence[int]]) -> list[Described]:
+        """What each completion says of each attribute of both images."""
+        return [attribute_values(self.text(completion), self.prompt) for completion in completions]
 
     def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
         """For each completion, where it writes each attribute's value."""
@@ -101,3 +138,14 @@ class Supervisor:
             self.anchor_layer,
             replace(self.plan, token_budget=token_budget or self.plan.token_budget),
         )
+
+
+def beyond_window(window: int | None, prefix: int, max_new_tokens: int) -> str | None:
+    """Why prompt and answer do not fit into a sliding window, which nothing here masks; None where they do. The last
+    token of an answer is never read."""
+    if window is None or prefix + max_new_tokens - 1 <= window:
+        return None
+    return (
+        f"rollout.max-new-tokens: {max_new_tokens} after a prompt of {prefix} tokens; layers of this model see no more "
+        f"than {window}: give at most {max(0, window + 1 - prefix)}, or a smaller data.image-size"
+    )

@@ -3,7 +3,8 @@
 A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no
 key twice in any object, and the verdict's key nowhere but at its top. A code fence or prose may stand around that
 object, but no further bracket of any kind, and no word on the verdict (`same_species: no`): a verdict can be neither
-hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises.
+hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises. Thoughts that
+lead an answer, up to the first `</think>`, are passed over, be it the text or the prompt that opened them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import accumulate
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import NamedTuple
 
-from saga_fast.supervisor.prompt import Prompt
+from saga_fast.supervisor.prompt import THINK, THOUGHT, Prompt
 from saga_fast.utils.errors import InputError
 
 Span = tuple[int, int]
@@ -97,7 +98,18 @@ class _Scanner:
 
 def _read(text: str, prompt: Prompt) -> dict[str, dict | _String | None] | None:
     """The one JSON object in `text`, or None."""
-    start = text.find("{")
+    end = text.find(THOUGHT)
+    if text.lstrip().startswith(THINK):
+        return _read_answer(text, end + len(THOUGHT), prompt) if end >= 0 else None
+    answer = _read_answer(text, 0, prompt)
+    if answer is None and end >= 0:  # the prompt opened what ends here
+        answer = _read_answer(text, end + len(THOUGHT), prompt)
+    return answer
+
+
+def _read_answer(text: str, begin: int, prompt: Prompt) -> dict[str, dict | _String | None] | None:
+    """The one JSON object in text[begin:], or None."""
+    start = text.find("{", begin)
     if start < 0:
         return None
     scanner = _Scanner(text, start, prompt.verdict_key)
@@ -105,7 +117,7 @@ def _read(text: str, prompt: Prompt) -> dict[str, dict | _String | None] | None:
         answer = scanner.value(MAX_DEPTH)
     except ValueError:
         return None
-    around = f"{text[:start]}\n{text[scanner.at :]}".casefold()
+    around = f"{text[begin:start]}\n{text[scanner.at :]}".casefold()
     second = _BRACKETS.search(around) or re.search(re.escape(prompt.verdict_key.casefold()) + _SAYS, around)
     return None if second else answer
 
@@ -211,9 +223,3 @@ def tokens_by_attribute(
         return [i for i, piece in enumerate(pieces) if max(ends[i] - len(piece), start) < min(ends[i], end)]
 
     return tuple({name: positions(span) for name, span in item.items()} for item in attribute_spans(text, prompt))
-
-
-def attribute_tokens(token_ids: Sequence[int], tokenizer, prompt: Prompt) -> tuple[list[int], list[int]]:
-    """For item 1 and item 2: ascending positions in `token_ids` that write part of any attribute's value."""
-    by_attribute = tokens_by_attribute(token_ids, tokenizer, prompt)
-    return tuple(sorted({i for tokens in item.values() for i in tokens}) for item in by_attribute)

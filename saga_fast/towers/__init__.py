@@ -1,30 +1,60 @@
-"""Vision towers of multimodal models, run over equal-sized images as one batch. Called by the encoder and by
-whoever needs visual tokens alone; imports utils alone.
+"""Vision towers, run over equal-sized images as one batch: those of multimodal models, and vision models that stand
+alone. Called by the encoder and by whoever needs visual tokens alone; imports utils alone.
+
+Transformers' models take seconds to import, so the towers' files are imported when the first tower is made.
 """
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+import functools
+from pathlib import Path
+
+from torch import nn
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
-from saga_fast.towers.projected import ProjectedTower
-from saga_fast.towers.qwen3_vl import QwenTower
 
-__all__ = ["VisionTower", "VisualFeatures", "tower_from_config", "tower_of"]
+__all__ = ["VisionTower", "VisualFeatures", "load_tower", "tower_class", "tower_from_config", "tower_of"]
 
 
-def tower_of(model: PreTrainedModel) -> VisionTower:
-    """The tower around a `Qwen3VLVisionModel`, or around a model that had its `language_model` taken out."""
-    return QwenTower(model) if isinstance(model, Qwen3VLVisionModel) else ProjectedTower(model)
+def load_tower(name: str | Path) -> nn.Module:
+    """The pretrained vision model `name`, which `tower_of` makes a tower of: efficientnet-lite0 (1, 2), timm:NAME, or a
+    folder or hub id of a vision model of transformers. Raises InputError where there is none."""
+    from saga_fast.towers.timm import LITE, PREFIX, load_lite, load_timm
+    from saga_fast.towers.vit import load_vit
+
+    name = str(name)
+    if name in LITE:
+        return load_lite(name)
+    return load_timm(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else load_vit(name)
+
+
+def tower_of(model: nn.Module) -> VisionTower:
+    """The tower around a vision model, a multimodal model that had its language model taken out, or what `load_tower`
+    gave."""
+    return tower_class(model.config.model_type)(model)
 
 
 def tower_from_config(config: dict) -> VisionTower:
     """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
-    if config.get("model_type", "qwen3_vl_vision") == "qwen3_vl_vision":
-        return QwenTower(Qwen3VLVisionModel(Qwen3VLVisionConfig(**config)))
-    model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    del model.language_model
-    return ProjectedTower(model)
+    tower = tower_class(config.get("model_type", "qwen3_vl_vision"))
+    return tower(tower.model_from_config(config))
+
+
+def tower_class(model_type: str) -> type[VisionTower]:
+    """The class of towers, by the model type of the configuration that stands beside the weights."""
+    from saga_fast.towers.vit import VitTower
+
+    return _classes().get(model_type, VitTower)
+
+
+@functools.cache
+def _classes() -> dict[str, type[VisionTower]]:
+    from saga_fast.towers.gemma3 import Gemma3Tower
+    from saga_fast.towers.idefics3 import Idefics3Tower
+    from saga_fast.towers.llava_onevision import OnevisionTower
+    from saga_fast.towers.projected import ProjectedTower
+    from saga_fast.towers.qwen_vl import QwenTower
+    from saga_fast.towers.timm import TimmTower
+
+    towers = QwenTower, ProjectedTower, OnevisionTower, Idefics3Tower, Gemma3Tower, TimmTower
+    return {kind: tower for tower in towers for kind in tower.kinds}

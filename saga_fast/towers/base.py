@@ -4,16 +4,20 @@ flash-attn's where that is installed and can run, else PyTorch's.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
 
 from saga_fast.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 try:
     from flash_attn import flash_attn_func
@@ -29,8 +33,15 @@ STATISTICS = {
     "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD),
     "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "siglip_vision_model": (HALF, HALF),
+    "idefics3_vision": (HALF, HALF),
+    "smolvlm_vision": (HALF, HALF),
+    "qwen2_vl_vision": (CLIP_MEAN, CLIP_STD),
+    "qwen2_5_vl_vision": (CLIP_MEAN, CLIP_STD),
+    "vit": (HALF, HALF),
+    "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
+    "dinov2_with_registers": (IMAGENET_MEAN, IMAGENET_STD),
+    "dinov3_vit": (IMAGENET_MEAN, IMAGENET_STD),
 }
-ATTENTION = "images"  # the name under which transformers finds `attend`
 
 
 class VisualFeatures(NamedTuple):
@@ -62,9 +73,15 @@ class VisualFeatures(NamedTuple):
 class VisionTower(nn.Module, ABC):
     """Pixels in, visual tokens out: `forward(pixels)`, uint8 (B, 3, H, W) → `VisualFeatures` of N tokens of width D.
 
-    model: a transformers vision model with its projector, see `tower_of`. Its config may hold `image_mean` and
-    `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if neither is known.
+    model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may hold
+    `image_mean` and `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if
+    neither is known.
+    kinds: model types of the configurations that it is the tower of. not_vision: parts of the multimodal model that are
+    not the tower's, where it is the rest.
     """
+
+    kinds: ClassVar[tuple[str, ...]]
+    not_vision: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: PreTrainedModel, vit: PretrainedConfig) -> None:
         super().__init__()
@@ -74,12 +91,17 @@ class VisionTower(nn.Module, ABC):
         std = getattr(model.config, "image_std", known[1])
         if mean is None or std is None:
             raise InputError(
-                f"supervisor.model: pixel mean and standard deviation of a {vit.model_type!r} are unknown; "
+                f"tower: pixel mean and standard deviation of a {vit.model_type!r} are unknown; "
                 "add the model's preprocessor_config.json"
             )
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         self.register_buffer("scale", (255 * std).float(), persistent=False)
         self.register_buffer("shift", (mean / std).float(), persistent=False)
+
+    @classmethod
+    @abstractmethod
+    def model_from_config(cls, config: dict) -> PreTrainedModel:
+        """What `model` is, with fresh weights in fp32, of its configuration as a dict."""
 
     @property
     @abstractmethod
@@ -100,11 +122,32 @@ class VisionTower(nn.Module, ABC):
         return height // rows, width // columns
 
     @abstractmethod
-    def checkpoint_blocks(self) -> None:
-        """From now on keep only the blocks' inputs between forward and backward, and run each block again there."""
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        """From now on keep only the blocks' inputs between forward and backward, and run each block again there; or
+        no longer. Raises InputError for a tower that cannot."""
 
     def normalize(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return (pixels / self.scale - self.shift).to(dtype)
+
+    def patches(self, tokens: Tensor, count: int) -> Tensor:
+        """The last `count` of tokens (B, n, D): those of a class and registers stand before them. Raises InputError if
+        there are fewer."""
+        if tokens.shape[1] < count:
+            raise InputError(
+                f"tower: a {self.model.config.model_type!r} that gives {tokens.shape[1]} tokens where its patches make "
+                f"{count}; towers that drop tokens are not supported"
+            )
+        return tokens[:, tokens.shape[1] - count :]
+
+
+def checkpoint_layers(model: nn.Module, on: bool) -> None:
+    """Has transformers' layers in `model` keep their inputs alone for the backward pass, or no longer."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # seconds to import
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = on
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -117,11 +160,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
 
 def _flash_runs(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
-
-
-def _attend_transformers(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
-    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
-    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
-
-
-AttentionInterface.register(ATTENTION, _attend_transformers)

@@ -4,57 +4,84 @@ batches already.
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 
-from saga_fast.towers.base import ATTENTION, VisionTower, VisualFeatures
+from saga_fast.towers.base import VisionTower, VisualFeatures, attend, checkpoint_layers
 from saga_fast.utils.errors import InputError
+
+ATTENTION = "images"  # the name under which transformers finds `attend`
 
 
 class ProjectedTower(VisionTower):
     """A ViT, a choice of its layer with or without CLS, perhaps pixel shuffle, and a projector; square images.
 
-    model: a transformers model with `vision_tower`, `multi_modal_projector` and `get_image_features`, whose
-    `language_model` is gone; of its `config.text_config` only the width is read.
+    model: a transformers model with `vision_tower`, `multi_modal_projector` and `get_image_features`, whose parts
+    `not_vision` are gone; of its `config.text_config` only the width is read. Where another model calls or does these
+    otherwise, a subclass says so.
     """
+
+    kinds = ("internvl", "llava")
+    vit_name = "vision_tower"
+    not_vision = ("language_model",)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, model.config.vision_config)
-        model.vision_tower.set_attn_implementation(ATTENTION)
+        self.vit.set_attn_implementation(ATTENTION)
+
+    @classmethod
+    def model_from_config(cls, config: dict) -> PreTrainedModel:
+        model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        for part in cls.not_vision:
+            delattr(model, part)
+        return model
+
+    @property
+    def vit(self) -> nn.Module:
+        return getattr(self.model, self.vit_name)
 
     @property
     def width(self) -> int:
         return self.model.config.text_config.hidden_size
 
     @property
+    def merge(self) -> float:
+        """Patches per column and row that one token stands for."""
+        return 1 / getattr(self.model.config, "downsample_ratio", 1)
+
+    @property
     def cell(self) -> tuple[int, int]:
-        patch, shuffle = self.model.config.vision_config.patch_size, getattr(self.model.config, "downsample_ratio", 1)
-        return tuple(round(side / shuffle) for side in ((patch, patch) if isinstance(patch, int) else patch))
+        patch = self.model.config.vision_config.patch_size
+        return tuple(round(side * self.merge) for side in ((patch, patch) if isinstance(patch, int) else patch))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         if height != width:
             raise InputError(f"pixels: got {height}x{width}; this tower takes square images")
         return super().grid(height, width)
 
-    def checkpoint_blocks(self) -> None:
-        for layer in self.model.vision_tower.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        checkpoint_layers(self.vit, on)
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
         rows, columns = self.grid(*pixels.shape[-2:])
-        x = self.normalize(pixels, self.model.dtype)
-        tokens = self.model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
-        tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
+        tokens = self.project(self.normalize(pixels, self.model.dtype))
         if tokens.shape[1] != rows * columns:
             raise InputError(
                 f"supervisor.model: its tower gives {tokens.shape[1]} tokens for {pixels.shape[-2]} pixels a side, "
                 f"where patches make {rows * columns}; towers that add or drop tokens are not supported"
             )
         return VisualFeatures(tokens, ())
+
+    def project(self, x: Tensor) -> Tensor:
+        """Visual tokens (B, N, D) of normalised pixels (B, 3, S, S)."""
+        tokens = self.model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+        return tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
+
+
+def _attend_transformers(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
+    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
+    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attend_transformers)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message: names and values in it may come from anywhere
+PATIENCE = 2.0  # seconds; torchrun looks after its processes ten times a second
 
 
 class InputError(ValueError):
@@ -20,20 +23,38 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 3 :]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
+
+
+def printable(message: str) -> str:
+    """The message on one line: line breaks and other characters that do not print are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+def tell(message: str) -> None:
+    """Warn the user once: of torchrun's processes the first does, as all find the same."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(printable(message), stacklevel=3)
 
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace."""
+    """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace.
+
+    Of torchrun's processes the first speaks at once. Another waits for `PATIENCE` seconds: if the first has met the
+    same and ended, torchrun ends this one meanwhile, so that one line says it; what is left had trouble of its own.
+    """
     try:
         yield
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # the others met the same; what one meets alone, torchrun reports
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(PATIENCE)
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def first_line(error: Exception) -> str:
-    """What another library's exception says at first; its kind, where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What another library's exception says at first, with what its heading announces; its kind, if it says nothing."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))

@@ -1,69 +1,250 @@
 """How any image file becomes a plain 8-bit RGB picture, and a picture the pixels that the encoder reads.
 
-Image files come from anywhere, so they are opened with suspicion: only raster formats that Pillow decodes itself (an
-EPS named .jpg would start Ghostscript), only regular files (a pipe would hang), only up to `MAX_PIXELS` (image bombs).
+Image files come from anywhere, so they are opened with suspicion: only raster formats that Pillow, or a plug-in that
+was installed for the purpose, decodes itself (an EPS named .jpg would start Ghostscript), only regular files (a pipe
+would hang), only up to `MAX_PIXELS` (image bombs).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import io
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from saga_fast.utils.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# By Pillow's names, with the suffixes their files go by. Left out are formats without a mark at their head (TGA, ICO),
+# which would take anything for a picture, and those that are drawn rather than decoded (EPS, PDF, WMF).
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+}
+HEAD = 32  # bytes that tell a format
+KINDS = 8  # of files passed over that are told one by one
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192: 192 MB once decoded
 
 
-def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode a whole image file to mode RGB: upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
+class Plugin(NamedTuple):
+    """What adds a format to Pillow."""
 
-    Of an animation, the first frame. Raises InputError, naming the file, if it is no whole image in one of `FORMATS`.
+    package: str
+    modules: tuple[str, ...]
+    """Any of them adds it."""
+    suffixes: tuple[str, ...]
+    brands: tuple[bytes, ...]
+    """What such a file has at byte 4, or from there on after `ftyp`."""
+
+    @property
+    def module(self) -> str | None:
+        return next((name for name in self.modules if find_spec(name)), None)
+
+
+PLUGINS = {
+    # Pillow's own from 11.3 on, unless it was built without
+    "AVIF": Plugin("pillow-avif-plugin", ("PIL._avif", "pillow_avif"), (".avif", ".avifs"), (b"avif", b"avis")),
+    "HEIF": Plugin(
+        "pillow-heif",
+        ("pillow_heif",),
+        (".heic", ".heics", ".heif", ".heifs", ".hif"),
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+    ),
+    "JXL": Plugin("pillow-jxl-plugin", ("pillow_jxl",), (".jxl",), (b"JXL ",)),
+}
+SUFFIXES = (
+    *(suffix for suffixes in FORMATS.values() for suffix in suffixes),
+    *(suffix for plugin in PLUGINS.values() if plugin.module for suffix in plugin.suffixes),
+)
+
+
+def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode a whole image file as `to_rgb` does; of an animation, the first frame.
+
+    Raises InputError, naming the file, if it is no whole image in a format that is read.
     """
-    try:
+    with _named(os.fspath(path), partial(_head, path)):
         if not os.path.isfile(path):
             raise OSError("not a regular file" if os.path.lexists(path) else "no such file")
         # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a lying one wrong.
-        with open(path, "rb") as file, _no_bombs(), Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            cause = f"none of {', '.join(FORMATS)}"
-        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-            cause = f"more than {MAX_PIXELS} pixels"
-        cause = " ".join(cause.split())
-        raise InputError(f"{os.fspath(path)!r}: unreadable image ({cause}); replace or remove it") from error
+        with open(path, "rb") as file:
+            return _decode(file)
+
+
+def read_rgb(content: bytes, name: str) -> Image.Image:
+    """As `open_rgb`, of what a file holds, which errors call `name`."""
+    with _named(name, lambda: content[:HEAD]):
+        return _decode(io.BytesIO(content))
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    with _quiet(), Image.open(file, formats=_formats()) as image:
+        return to_rgb(image)
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(HEAD)
+    return b""
 
 
 @contextmanager
-def _no_bombs() -> Iterator[None]:
-    """Pillow warns of the size of some bombs before ours is asked, in words and with a limit of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+def _named(name: str, head: Callable[[], bytes]) -> Iterator[None]:
+    """Makes an InputError that names the picture, whose first bytes `head` gives, of whatever is raised in here."""
+    try:
         yield
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        cause = _without_plugin(head()) if isinstance(error, UnidentifiedImageError) else _cause(error)
+        raise InputError(f"{name!r}: unreadable image ({cause}); replace or remove it") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image, opened elsewhere, as `to_rgb` makes it. Raises InputError if it cannot be decoded or converted."""
+    try:
+        with _quiet():
+            return to_rgb(image)
+    except Exception as error:
+        name = repr(os.fspath(name)) if (name := getattr(image, "filename", None)) else f"of mode {image.mode}"
+        raise InputError(f"images: the PIL image {name} is unreadable ({_cause(error)}); replace it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Mode RGB: transparency laid on white, 16 bits scaled to 8."""
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255, not scale it
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    """Mode RGB: upright by its EXIF tag, transparency laid on white, more than 8 bits scaled to 8. It bears no tags.
+
+    Raises whatever the decoder does, and ValueError for more than `MAX_PIXELS` and for numbers of no known scale.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+    if not image.width * image.height:
+        raise ValueError("it has no pixels")
+    image.load()  # a TIFF turns itself as it is decoded, and other tags may follow the pixels
+    turn = TURNS.get(_orientation(image))
+    if image.mode.startswith(("I", "F")):
+        sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+        image = Image.fromarray(_to_eight_bits(np.asarray(image), 65535 if sixteen else None))
+    image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")  # a copy, if it is that already
+    image.info.clear()  # or it would be turned once more
+    return image
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
     """uint8 (3, size, size) of an RGB picture: Pillow's bicubic, the whole picture, aspect ratio not kept."""
     return torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as those of the formats that are read."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def kind_of(name: str) -> str:
+    """How files like this one are counted where they are passed over: the suffix in small letters."""
+    return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def passed_over(counts: Mapping[str, int]) -> str:
+    """How many of which kind, most first, and which plug-in would read them: `.heic: 40 (pip install …), .txt: 2`."""
+    kinds = sorted((kind for kind in counts if counts[kind]), key=lambda kind: (-counts[kind], kind))
+    shown = [f"{kind}: {counts[kind]:,}{_remedy(kind)}" for kind in kinds[:KINDS]]
+    if more := sum(counts[kind] for kind in kinds[KINDS:]):
+        shown.append(f"{len(kinds) - KINDS} other kinds: {more:,}")
+    return ", ".join(shown)
+
+
+def _remedy(suffix: str) -> str:
+    package = next((p.package for p in PLUGINS.values() if suffix in p.suffixes and suffix not in SUFFIXES), None)
+    return f" (pip install {package}, and they are read)" if package else ""
+
+
+# By the EXIF standard's number, how to set upright what was stored.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Of the EXIF tags that one alone. Pillow's `exif_transpose` writes the others anew, and falls over odd ones."""
+    with suppress(Exception):  # tags that cannot be read do not make a picture unreadable
+        value = image.getexif().get(0x0112)
+        return int(value) if value in TURNS else None
+    return None
+
+
+def _to_eight_bits(values: np.ndarray, full: int | None) -> np.ndarray:
+    """uint8 of grey whose white is `full`; Pillow would clip it at 255, not scale it.
+
+    None: 32-bit integers and floats have no scale of their own, so the largest value says which it is: 1 (floats), 255
+    or 65535. Raises ValueError beyond. What is no number, and below 0, is black.
+    """
+    values = np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=0.0).clip(0)
+    largest = values.max()
+    if full is None:
+        accepted = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
+        full = next((white for white in accepted if largest <= white), 0)
+    if largest > full:
+        raise ValueError(f"values up to {largest:g}; accepted are 0 to 1 in floats, 0 to 255, and 0 to 65535")
+    return (values.astype(np.int64) >> 8 if full == 65535 else np.rint(values * (255 / full))).astype(np.uint8)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of what is read here, plug-ins that are installed among them."""
+    found = list(FORMATS)
+    for name, plugin in PLUGINS.items():
+        with suppress(ImportError, OSError):
+            if plugin.module:
+                module = importlib.import_module(plugin.module)
+                if name == "HEIF":
+                    module.register_heif_opener()
+                found.append(name)
+    return tuple(found)
+
+
+def _without_plugin(head: bytes) -> str:
+    """Why Pillow knows nothing of a file that begins so: its format's plug-in is not there, or it is in none."""
+    mark = head[8:12] if head[4:8] == b"ftyp" else head[4:8]
+    for name, plugin in PLUGINS.items():
+        if mark in plugin.brands and name not in _formats():
+            return f"{name}, which needs: pip install {plugin.package}"
+    return f"none of {', '.join(_formats())}"
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"more than {MAX_PIXELS} pixels"
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of the size of some bombs before ours is asked, with a limit of its own, and of every odd tag."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield

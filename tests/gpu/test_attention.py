@@ -63,7 +63,7 @@ def assert_equals_reference(layout, q, k, v, do, onto, wide):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 def test_small_groups_equal_float64(dtype, head_dim):
     layout = GroupLayout(*RAGGED, device="cuda")
     assert_equals_reference(layout, *inputs(layout, 8, 2, head_dim, dtype), chosen(layout), torch.float64)

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import faiss
@@ -182,6 +183,22 @@ def test_a_kill_while_the_index_is_renamed_loses_nothing(encoder, pictures, tmp_
     assert_holds(index, encoder, pictures)
 
 
+def test_what_is_no_image_is_told_and_what_systems_leave_behind_is_not(encoder, pictures, tmp_path, capsys, recwarn):
+    folder = tmp_path / "pictures"
+    for litter in ("@eaDir", "__MACOSX/deeper"):
+        save_pictures(folder / litter, 2, seed=2)
+    (folder / "lost+found").mkdir()
+    for name in ("a.txt", "b.TXT", "sub/c.tga", "Thumbs.db", "._0001.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    done = embed(encoder, [folder], tmp_path / "index")
+    assert done[:3] == (12, 0, 0) and not done.unreadable
+    assert [str(told.message) for told in recwarn.list] == ["IMAGES: passed over: .txt: 2, .tga: 1"]
+    assert sorted(expand([f"{folder}/**"], skipped := Counter())) == [str(path) for path in pictures]
+    assert skipped == {".txt": 2, ".tga": 1}
+    assert list(expand([f"{folder}/@eaDir/*1.png"])) == [f"{folder}/@eaDir/0001.png"], "it was named"
+
+
 def test_folders_files_patterns_and_stdin(pictures, tmp_path, monkeypatch):
     folder, names = tmp_path / "pictures", [str(path) for path in pictures]
     (folder / "odd").write_bytes(pictures[0].read_bytes())
@@ -323,6 +340,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(encoder, pictures, tmp_path, a
     assert message in str(error.value) and "\n" not in str(error.value)
     left = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
     assert all(".index.chunks" in path.parts for path in left) and ("trained" in message or not left)
+
+
+def test_two_calls_into_one_index_take_turns(encoder, pictures, tmp_path, monkeypatch):
+    """The second is told who is at it; what the first does is whole."""
+    command = [sys.executable, "-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures")]
+    write, second = module.Chunks.write, []
+
+    def meanwhile(*chunk):
+        second.append(subprocess.run([*command, "--index", str(tmp_path / "index")], capture_output=True, text=True))
+        write(*chunk)
+
+    monkeypatch.setattr(module.Chunks, "write", meanwhile)
+    assert embed(encoder, [tmp_path / "pictures"], tmp_path / "index").new == 12
+    (refused,) = second
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"index' is in use by process {os.getpid()} on " in refused.stderr
+    assert_holds(tmp_path / "index", encoder, pictures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "pictures"]
 
 
 def test_another_encoders_index_is_refused(encoder, pictures, tmp_path):

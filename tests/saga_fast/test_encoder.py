@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import subprocess
@@ -14,6 +13,9 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
+from transformers import BeitConfig, Gemma3Config, Gemma3Model, LlamaConfig, LlavaConfig, LlavaModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -23,6 +25,7 @@ from saga_fast.report.model_card import model_card
 from saga_fast.retrieval.blocks import Blocks
 from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import open_rgb
 
 from .small import save_encoder
 
@@ -43,9 +46,9 @@ def encoder(visual) -> Encoder:
     return Encoder.from_tower(visual, "attention", 16, 32)
 
 
-def qwen_patches(pixels: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
+def qwen_patches(pixels: torch.Tensor, patch: int, merge: int, mean=base.HALF, std=base.HALF) -> torch.Tensor:
     """Patches as the released processor lays them out: by merge block, channel, time (the frame twice), row, column."""
-    x = pixels.float() / 127.5 - 1
+    x = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     rows = []
     for image in x:
         _, height, width = image.shape
@@ -69,6 +72,41 @@ def test_tower_equals_transformers(visual, height, width):
     assert len(ours.deepstack) == 2
     for mine, other in zip(ours.deepstack, theirs.deepstack_features):
         torch.testing.assert_close(mine.flatten(0, 1), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("height,width", [(32, 32), (24, 40), (8, 48), (16, 16), (16, 24)])
+def test_windows_equal_transformers_at_every_edge(height, width):
+    """Windows of 2 x 2 tokens, 8 pixels each: of odd numbers of tokens some are cut, and one image is a window."""
+    torch.manual_seed(2)
+    config = Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2, window_size=16,
+        out_hidden_size=24, fullatt_block_indexes=[1], initializer_range=0.2,
+    )  # fmt: skip
+    model = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+    pixels = torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8)
+    patches = qwen_patches(pixels, 4, 2, base.CLIP_MEAN, base.CLIP_STD)
+    theirs = model(patches, grid_thw=torch.tensor([[1, height // 4, width // 4]] * 3)).pooler_output
+    tower = tower_of(model)
+    torch.testing.assert_close(tower(pixels).tokens.flatten(0, 1), theirs, rtol=1e-4, atol=1e-5)
+    assert (tower._place(height, width, pixels.device).windows is None) == (height == width == 16)
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_gemma_averages_squares_at_any_size(side):
+    torch.manual_seed(3)
+    vit = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = Gemma3Config(
+        text_config=dict(hidden_size=24, num_hidden_layers=0, num_attention_heads=2, vocab_size=8),
+        vision_config=dict(**vit, image_size=16, patch_size=4, vision_use_head=False), mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = Gemma3Model(config).eval()
+    model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    ours = tower_of(model)(pixels).tokens
+    model.multi_modal_projector.patches_per_image = side // 4
+    x = pixels / 127.5 - 1
+    theirs = model.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_tower_gradients_equal_transformers(visual, encoder):
@@ -103,11 +141,11 @@ def test_flash_attention_where_it_runs_is_the_same_attention(monkeypatch, scale)
     torch.testing.assert_close(base.attend(q, k, v, scale), plain)
 
 
-def test_a_tower_without_known_pixel_statistics_is_refused(visual):
-    visual = copy.deepcopy(visual)
-    visual.config.model_type = "unheard_of"
-    with pytest.raises(InputError, match="of a 'unheard_of' are unknown; add the model's preprocessor_config.json"):
-        tower_of(visual)
+def test_a_tower_without_known_pixel_statistics_is_refused():
+    with torch.device("meta"):
+        model = LlavaModel(LlavaConfig(text_config=LlamaConfig(num_hidden_layers=0), vision_config=BeitConfig()))
+    with pytest.raises(InputError, match="of a 'beit' are unknown; add the model's preprocessor_config.json"):
+        tower_of(model)
 
 
 def test_attention_pooler_is_its_formula():
@@ -117,9 +155,49 @@ def test_attention_pooler_is_its_formula():
     torch.nn.init.normal_(pooler.query)
     torch.nn.init.normal_(pooler.key)
     beta = torch.softmax(torch.stack([x @ pooler.key.T @ pooler.query for x in tokens]) / 8**0.5, -1)
-    torch.testing.assert_close(pooler.attention(tokens), beta[:, None])
+    torch.testing.assert_close(pooler.attention(tokens)[:, 0], beta)
     z = torch.stack([pooler.project(b @ x) for b, x in zip(beta, tokens)])
     torch.testing.assert_close(pooler(tokens), z / z.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("dim,sizes", [(12, [4, 4, 4]), (13, [5, 4, 4]), (5, [2, 2, 1]), (3, [1, 1, 1])])
+def test_attribute_pooler_is_its_formula(dim, sizes):
+    """Against a loop over attributes, in float64."""
+    torch.manual_seed(0)
+    pooler, tokens = (
+        AttributePooler(8, dim, ("a", "b", "c")).double(),
+        3 + 2 * torch.randn(4, 6, 8, dtype=torch.float64),
+    )
+    for parameter in pooler.parameters():
+        torch.nn.init.normal_(parameter)
+    z, attention = pooler(tokens), pooler.attention(tokens)
+    for i, x in enumerate(tokens):
+        normed = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        blocks = []
+        for m, size in enumerate(sizes):
+            beta = torch.softmax(4 * normed @ pooler.key.T @ pooler.query[m] / 8**0.5, 0)
+            torch.testing.assert_close(attention[i, m].double(), beta, rtol=1e-5, atol=1e-6)
+            block = pooler.weight[m, :size] @ (beta @ x) + pooler.bias[m, :size]
+            blocks.append(block / block.norm() / 3**0.5)
+        torch.testing.assert_close(z[i].double(), torch.cat(blocks), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_the_attribute_pooler_are_numerical_ones():
+    torch.manual_seed(0)
+    pooler, tokens = AttributePooler(4, 5, ("a", "b")).double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    # Attention and norms are float32 by design: a coarse step, and a tolerance to match.
+    inputs = [*pooler.parameters()]
+    weight = torch.randn(2, 5)
+    (pooler(tokens) * weight).sum().backward()
+    for parameter in inputs:
+        at = tuple(torch.randint(side, ()) for side in parameter.shape)
+        moved = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                parameter[at] += step
+                moved.append((pooler(tokens) * weight).sum().item())
+                parameter[at] -= step
+        assert parameter.grad[at].item() == pytest.approx((moved[0] - moved[1]) / 2e-2, rel=2e-2, abs=2e-3)
 
 
 @pytest.mark.parametrize("dimension", [5, 15, 17, 768])
@@ -190,6 +268,31 @@ def test_images_paths_and_tensors_agree(encoder, tmp_path):
     for wrong in (tensor.float(), tensor[None].float(), tensor[None, :1], [tensor[0]]):
         with pytest.raises(InputError, match=r"images: got torch\.\w+ \(.*accepted are uint8"):
             encoder(wrong)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_a_picture_lies_upright_whether_it_is_handed_in_opened_or_by_its_path(encoder, tmp_path, suffix):
+    """Telephones store what they see and turn it by a tag: path, PIL image and the upright picture embed alike."""
+    upright = Image.fromarray(torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8).numpy())
+    (exif := Image.Exif())[0x0112] = 6
+    path = tmp_path / f"picture.{suffix}"
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=100, subsampling=0)
+    z = encoder([path, Image.open(path), open_rgb(path)])
+    assert torch.equal(z[0], z[1]) and torch.equal(z[0], z[2])
+    if suffix != "jpg":
+        assert torch.equal(z[0], encoder(upright)[0])
+
+
+def test_a_pil_image_that_cannot_be_read_is_one_line(encoder, tmp_path):
+    Image.new("RGB", (64, 64)).save(path := tmp_path / "cut.png")
+    path.write_bytes(path.read_bytes()[:60])
+    for image, what in (
+        (Image.open(path), "cut.png"),
+        (Image.new("LAB", (4, 4)), "LAB"),
+        (Image.new("L", (0, 3)), "L"),
+    ):
+        with pytest.raises(InputError, match=f"images: the PIL image .*{what}.* is unreadable"):
+            encoder(image)
 
 
 ALONE = """
@@ -316,7 +419,9 @@ def test_the_card_goes_to_the_hub_with_the_encoder(encoder, tmp_path, monkeypatc
 
 
 def test_clear_errors(visual):
-    with pytest.raises(InputError, match="got 'median'; choose one of attributes, attention, mean, max"):
+    with pytest.raises(
+        InputError, match="encoder.pooler: got 'median'; choose one of attributes, attention, mean, max"
+    ):
         Encoder.from_tower(visual, "median", 16, 32)
     with pytest.raises(InputError, match="got 30x30; both sides must be multiples of patch x merge = 8"):
         Encoder.from_tower(visual, "mean", 16, 30)

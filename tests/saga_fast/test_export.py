@@ -18,9 +18,9 @@ from saga_fast.utils.errors import InputError
 from .small import save_encoder, save_pictures
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
-    save_encoder(folder := tmp_path_factory.mktemp("encoders") / "one")
+@pytest.fixture(scope="module", params=[(), ("crown", "leg", "tail")], ids=["attention", "attributes"])
+def encoder(tmp_path_factory, request) -> Path:
+    save_encoder(folder := tmp_path_factory.mktemp("encoders") / "one", 0, request.param)
     return folder
 
 

@@ -1,13 +1,16 @@
 """Hostile input by the thousand, each kind against an oracle of its own: nothing crashes, hangs or earns what it should
 not.
 
-    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # 100,000 cases; the ordinary suite tries the first hundreds
+    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # 105,000 cases; the ordinary suite tries the first hundreds
 
 Cases are grown from good input by the grammar of what is read, not from random characters alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,15 +33,19 @@ from scipy.io import loadmat, savemat
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from saga_fast.data import aircraft, cars, cub
+from saga_fast.config import PRESETS, Config, stored
+from saga_fast.data import ClassBalancedSampler, aircraft, cars, cub
+from saga_fast.report import write_report
 from saga_fast.runtime import checkpoint
-from saga_fast.supervisor.prompt import Prompt
-from saga_fast.supervisor.prompt_file import load_prompt, tomllib
+from saga_fast.runtime import run as run_module
+from saga_fast.supervisor.prompt import PROMPTS, Prompt
+from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt, tomllib
 from saga_fast.supervisor.verdict import attribute_spans, parse, reward, tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
 
 from .data import released
+from .report.runs import make_run
 
 HANG = 30  # seconds: no case takes a thousandth of it
 
@@ -96,6 +103,7 @@ FRAGMENTS = [
     *(f'"{KEY.upper()}": "no"', ', "s\\u0061me_species": "no"', f', "{KEY}\\u0000": "no"', f'\\"{KEY}\\": \\"no\\"'),
     *('"yes"', '"no"', "yes", "no", "maybe", "true", "null", "NaN", "-Infinity", "9" * 5000, "-0.0e+99999", "01", "٣"),
     *("{", "}", "[", "]", "[]", "{}", '"', "\\", ":", ",", "[" * 60, '{"a":' * 60, "]" * 9, "}" * 9, "//", "/* { */"),
+    *("<think>", "</think>", "<think>{}</think>"),
     *("```json\n", "```", "<|im_end|>", "<script>alert(1)</script>", "</textarea><img src=x onerror=1>", "&quot;"),
     *(
         "\\u0000",
@@ -186,6 +194,15 @@ class Refused(ValueError):
 
 
 def read(text: str) -> dict | None:
+    """`read_answer` behind thoughts that lead `text`."""
+    _, closed, rest = text.partition("</think>")
+    if text.lstrip().startswith("<think>"):
+        return read_answer(rest) if closed else None
+    found = read_answer(text)
+    return read_answer(rest) if found is None and closed else found
+
+
+def read_answer(text: str) -> dict | None:
     """The one object in `text` by the json module and the rules as the documentation has them; None if it is none."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict:
@@ -671,3 +688,138 @@ def lists_are_right(folder: Path) -> Callable[[tuple[str, list[Change]]], str]:
 @cases(100, 5_000)
 def test_lists_name_images_within_their_root_or_are_refused(count, tmp_path):
     hunt(count, st.lists(edits(), min_size=BATCH, max_size=BATCH), lists_are_right(tmp_path))
+
+
+# ── Run folders ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), -float("inf")]
+ODD += ["", "x", "mean", "\ud800", "\x1b[2J", "<script>", "a" * 3000, [], {}, [[]], [0] * 50, {"a": {}}, "../../x", "0"]
+JSON_FILES = ("config.json", "final.json", "gallery/gallery.json", "samples/step-000000.json")
+LINE_FILES = ("metrics.jsonl", "telemetry.jsonl")
+STATE_FILES = ("checkpoint/step-000001/state.json", "checkpoint/step-000001/manifest.json")
+
+
+@st.composite
+def run_damages(draw) -> list[tuple[str, str, int, int, Any]]:
+    """What is done to a run's files: (kind, file, where, how, value). Numbers pick a place whatever the file holds."""
+    some = st.integers(0, 2**16)
+    files = st.sampled_from(JSON_FILES + LINE_FILES + STATE_FILES)
+    kinds = st.sampled_from(
+        ["put", "put", "put", "put", "drop key", "rename key", "swap", "flip", "cut", "bytes", "gone"]
+    )
+    one = st.tuples(kinds, files, some, some, st.sampled_from(ODD))
+    return draw(st.lists(one, min_size=1, max_size=3))
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything in a tree of JSON."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    found = [(value, key) for key in keys]
+    return found + [place for key in keys for place in places(value[key])]
+
+
+def run_is_right(folder: Path, monkeypatch) -> Callable[[list], str]:
+    """The run is resumed and shown as it was left, or one line says what is wrong with it."""
+    whole = make_run(folder / "whole")
+    monkeypatch.setattr(run_module, "Board", lambda *_: None)
+    prompt = dataclasses.asdict(PROMPTS["drawn-birds"])
+    begun = make_resumable(whole)
+    described = json.loads((whole / "config.json").read_text())
+    described |= {"run": "1", "prompt": prompt, "supervisor_sha256": "abc", "config": CONFIG.to_dict()}
+    (whole / "config.json").write_text(json.dumps(described))
+    begun.id, begun.step, begun.before = "1", 1, {"recall_at_1": 0.25}
+    assert begun.save()
+    content = {name: (whole / name).read_bytes() for name in JSON_FILES + LINE_FILES + STATE_FILES}
+    case = shutil.copytree(whole, folder / "case")
+
+    def damage(kind: str, name: str, where: int, how: int, value: Any) -> None:
+        path = case / name
+        if kind == "gone":
+            path.unlink(missing_ok=True)
+        if not path.is_file():
+            return
+        held = path.read_bytes()
+        if kind in ("flip", "cut", "bytes"):
+            at = where % max(1, len(held))
+            put = {"flip": bytes([how % 256]), "cut": b"", "bytes": repr(value).encode(errors="replace")}[kind]
+            path.write_bytes(held[:at] + put + (b"" if kind == "cut" else held[at + (kind == "flip") :]))
+            return
+        lines = held.decode(errors="replace").split("\n") if name in LINE_FILES else [held.decode(errors="replace")]
+        try:
+            tree = json.loads(lines[how % len(lines)])
+        except (ValueError, RecursionError):
+            return
+        if found := places(tree):
+            container, key = found[where % len(found)]
+            if kind == "put":
+                container[key] = value
+            elif kind == "swap":
+                other, its = found[how % len(found)]
+                container[key], other[its] = copy.deepcopy(other[its]), copy.deepcopy(container[key])
+            elif isinstance(container, dict):
+                moved = container.pop(key)
+                if kind == "rename key":
+                    container[f"{key}s"] = moved
+        with contextlib.suppress(ValueError):  # more digits than Python prints
+            lines[how % len(lines)] = json.dumps(tree)
+        path.write_text("\n".join(lines))
+        if name == STATE_FILES[0]:  # as if its writer had meant it
+            manifest = json.loads(content[STATE_FILES[1]])
+            manifest["sha256"]["state.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            (case / STATE_FILES[1]).write_text(json.dumps(manifest))
+
+    def resumed() -> None:
+        config = stored(case)
+        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert stored_prompt(case / "config.json").attributes
+        config_before = json.loads((case / "config.json").read_text())["config"]
+        again = make_resumable(case, config)
+        again.restore("abc")
+        assert again.step == 1 or "state" in damaged
+        assert stored(case) == config and (config_before == config.to_dict() or "config" in damaged)
+
+    damaged = ""
+
+    def holds(done: list) -> str:
+        nonlocal damaged
+        damaged = " ".join(name for _, name, *_ in done)
+        (case / "report.html").unlink(missing_ok=True)
+        for name, original in content.items():
+            (case / name).write_bytes(original)
+        for one in done:
+            damage(*one)
+        outcomes = []
+        for what, call in (("resume", resumed), ("report", lambda: write_report(case))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    call()
+                    outcomes.append(what)
+                except InputError as error:
+                    refused(error)
+        if "report" in outcomes:
+            page = (case / "report.html").read_text(encoding="utf-8")
+            assert page.rstrip().endswith("</html>") and page.count("<script") == 1
+        assert ("report" in outcomes) == (case / "report.html").exists() and not list(case.glob(".*"))
+        return " and ".join(outcomes) or "refused"
+
+    return holds
+
+
+def make_resumable(out: Path, config: Config | None = None) -> run_module.Run:
+    """A run in `out` whose encoder is a matrix."""
+    encoder, dml = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *dml.parameters()])
+    encoder(torch.ones(2)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    sampler = ClassBalancedSampler([0, 0, 1, 1], 2, 2)
+    return run_module.Run(out, config or CONFIG, encoder, dml, optimizer, schedule, sampler)
+
+
+CONFIG = PRESETS["drawn-birds"]
+
+
+@cases(100, 5_000)
+def test_a_run_folder_is_resumed_and_shown_or_refused(count, tmp_path, monkeypatch):
+    hunt(count, st.lists(run_damages(), min_size=BATCH, max_size=BATCH), run_is_right(tmp_path, monkeypatch))

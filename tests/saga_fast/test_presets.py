@@ -28,6 +28,7 @@ def test_a_benchmark_preset_is_the_papers_configuration(preset, prompt, attribut
     assert data.name == preset and preset in DATASETS
     assert data.image_size == 224 and data.classes_per_batch * data.images_per_class == 64
     assert (config.encoder.pooler, config.encoder.embedding_dim) == ("attention", 4096)
+    assert (rollout.credit, config.lambda_.adaptive) == ("verdict", False)
     assert config.supervisor.prompt == prompt and len(PROMPTS[prompt].attributes) == attributes
     assert config.supervisor.quantize and not config.supervisor.generic
     assert (rollout.group_size, rollout.pairs, rollout.max_new_tokens) == (8, 8, 1024)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,12 +21,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from saga_fast import evaluate
 from saga_fast.embed import embed
 from saga_fast.encoder import Encoder
 from saga_fast.retrieval import index as indices
+from saga_fast.retrieval import server
 from saga_fast.search import Hit, Look, Searcher, main, page, search
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import sha256
 
 from .small import save_encoder, save_pictures
 
@@ -150,6 +160,12 @@ def test_a_damaged_index_says_which_file(world, tmp_path, name):
         (["--index", "{index}", "{tmp}/nowhere.png"], "nowhere.png': unreadable image (no such file)"),
         (["--index", "{index}", "{index}/index.json"], "index.json': unreadable image"),
         (["--index", "{index}", "{picture}", "--kk", "3"], "--kk: unknown flag"),
+        (["--index", "{index}", "{picture}", "--serve", "0"], "--serve: given with QUERY"),
+        (["--index", "{index}", "--serve", "65536"], "--serve: 65536; give 0 to 65535"),
+        (
+            ["--index", "{index}", "--serve", "0", "--host", "203.0.113.1"],
+            "--serve: 203.0.113.1:0 cannot be listened on",
+        ),
     ],
 )
 def test_bad_input_is_one_line(world, tmp_path, arguments, message):
@@ -157,6 +173,125 @@ def test_bad_input_is_one_line(world, tmp_path, arguments, message):
     with pytest.raises(InputError) as error:
         main([argument.format(picture=pictures[0], index=index, tmp=tmp_path) for argument in arguments])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def serving(world) -> Iterator[tuple[server.Server, Searcher]]:
+    searcher = Searcher(world[2])
+    with server.Server(searcher, (server.LOOPBACK, 0)) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield serving, searcher
+        serving.shutdown()
+        thread.join()
+
+
+def ask(
+    serving: server.Server, body: bytes | None, where: str = "/", method: str = "POST", **headers
+) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection(server.LOOPBACK, serving.server_port, timeout=20)
+    connection.request(method, where, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    said = json.loads(answer.read())
+    assert answer.headers["Content-Type"] == "application/json"
+    return answer.status, said
+
+
+def test_served_are_the_hits_of_a_search(world, serving):
+    """Several at once, each its own."""
+    served, searcher = serving
+    pictures = world[1][:6]
+    wanted = searcher.search(pictures, k=3)
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda path: ask(served, path.read_bytes(), "/?k=3"), pictures))
+    for (status, said), hits in zip(answers, wanted):
+        assert status == 200 and [hit["path"] for hit in said["hits"]] == [hit.path for hit in hits]
+        similarities = [hit["similarity"] for hit in said["hits"]]
+        np.testing.assert_allclose(similarities, [hit.similarity for hit in hits], atol=1e-6)
+    assert len(ask(served, pictures[0].read_bytes())[1]["hits"]) == 10
+    assert "POST" in ask(served, None, method="GET")[1]["usage"]
+
+
+@pytest.mark.parametrize(
+    "body,where,headers,status,message",
+    [
+        (b"no picture", "/", {}, 400, "'picture': unreadable image"),
+        (b"", "/", {}, 400, "'picture': unreadable image"),
+        (b"{picture}", "/etc/passwd", {}, 404, "POST a picture"),
+        (b"{picture}", "/?k=0", {}, 400, "k: '0'; give 1 or more"),
+        (b"{picture}", "/?k=-1", {}, 400, "k: '-1'; give 1 or more"),
+        (b"{picture}", "/?k=" + "9" * 5000, {}, 400, "give 1 or more"),
+        (b"{picture}", "/?k=", {}, 400, "k: ''; give 1 or more"),
+        (b"{picture}", "/", {"Host": "evil.example"}, 403, "Host: served are 127.0.0.1 and localhost"),
+        (b"", "/", {"Content_Length": str(server.MAX_BYTES + 1)}, 413, "bytes at most"),
+        (b"", "/", {"Content_Length": "9" * 5000}, 413, "bytes at most"),
+        (b"", "/", {"Content_Length": "-1"}, 411, "Content-Length: missing"),
+        (b"", "/", {"Content_Length": "\u00b2"}, 411, "Content-Length: missing"),
+    ],
+)
+def test_a_bad_request_is_told_and_the_next_is_answered(world, serving, body, where, headers, status, message):
+    picture = world[1][0].read_bytes()
+    found, said = ask(serving[0], picture if body == b"{picture}" else body, where, **headers)
+    assert found == status and message in said["error"]
+    assert ask(serving[0], picture, Host="localhost:1")[0] == 200
+
+
+def test_no_file_is_opened_for_a_request(world, serving, monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("saga_fast.encoder.open_rgb", lambda *_: pytest.fail("opened"))
+    assert ask(serving[0], str(world[1][0]).encode())[0] == 400
+
+
+def test_more_uploads_than_there_is_room_for_are_put_off(world, serving):
+    served = serving[0]
+    places = [served.places.acquire(blocking=False) for _ in range(server.AT_ONCE)]
+    assert all(places) and ask(served, world[1][0].read_bytes())[0] == 503
+    for _ in places:
+        served.places.release()
+    assert ask(served, world[1][0].read_bytes())[0] == 200
+
+
+def test_ctrl_c_ends_the_service(world):
+    command = [sys.executable, "-m", "saga_fast.search", "--index", str(world[2]), "--serve", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    port = int(re.fullmatch(r"15 files at http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())[1])
+    with pytest.raises(InputError, match=f"--serve: 127.0.0.1:{port} cannot be listened on .Address already in use"):
+        server.serve(None, port)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and "ended" in out and "Traceback" not in err
+
+
+def break_encoder(folder: Path, value: float) -> None:
+    """Weights that no training left: all of the projection are `value`, and the manifest agrees."""
+    weights = load_file(folder / "model.safetensors")
+    weights["pooler.project.weight"].fill_(value)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["model.safetensors"] = sha256(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "value,message", [(float("nan"), "pooler.project.weight holds"), (3e38, "gives vectors that are")]
+)
+def test_numbers_that_are_not_finite_are_refused_everywhere(world, tmp_path, value, message):
+    """As weights, or as what they lead to."""
+    broken = shutil.copytree(world[0], tmp_path / "broken")
+    break_encoder(broken, value)
+    data = ["--data.species", "4", "--data.images-per-species", "2"]
+    for call in (
+        lambda: embed(broken, world[1], tmp_path / "index"),
+        lambda: evaluate.main(["--encoder", str(broken), *data]),
+    ):
+        with pytest.raises(InputError, match=f"{message} .*not finite; it is damaged, or its training diverged"):
+            call()
+    assert not (tmp_path / "index").exists()
+    searcher = Searcher(world[2])
+    with torch.no_grad():
+        searcher.encoder.pooler.project.weight.fill_(value)
+    with pytest.raises(InputError, match="gives vectors that are not finite"):
+        searcher.search(world[1][:1])
 
 
 NAMES = ("crown color", "wing pattern", "bill <b>", "legs", "tail shape")  # of 16 numbers: 4, 3, 3, 3, 3

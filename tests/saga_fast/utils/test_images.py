@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from saga_fast.data import split_classes
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.images import MAX_PIXELS, open_rgb, to_pixels
+from saga_fast.utils.images import MAX_PIXELS, as_rgb, is_image, open_rgb, passed_over, to_pixels
 
 
 def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
@@ -122,10 +125,10 @@ def test_exif_rotation_is_applied(tmp_path, orientation, suffix, modes):
         assert found.shape == expected.shape and np.abs(found - expected).max() <= 3, mode
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03"])
-def test_damaged_exif_does_not_make_a_picture_unreadable(tmp_path, picture, exif):
-    picture.save(path := tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=100, subsampling=0)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_exif_does_not_make_a_picture_unreadable(tmp_path, picture, suffix, exif):
+    picture.save(path := tmp_path / f"a.{suffix}", exif=b"Exif\0\0" + exif, quality=100, subsampling=0)
     assert open_rgb(path).size == (8, 6)
 
 
@@ -262,3 +265,157 @@ def test_classes_are_halved_in_order_and_train_gets_the_odd_one():
     assert split_classes(["c", "a", "b"]) == (["a", "b"], ["c"])
     train, test = split_classes([f"{i:04}" for i in range(1017)])
     assert (len(train), len(test)) == (509, 508) and train[-1] < test[0]
+
+
+# ── Odd tags ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tags(*entries: tuple[int, int, bytes], order: str = "<") -> bytes:
+    """EXIF of (tag, type, value as it is stored) entries, written by hand: Pillow writes no tag it finds odd."""
+    sizes = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+    rows, data, start = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, value in sorted(entries):
+        held = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{order}I", start + len(data))
+        rows += struct.pack(f"{order}HHI", tag, kind, len(value) // sizes[kind]) + held
+        data += value if len(value) > 4 else b""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    return head + struct.pack(f"{order}H", len(entries)) + rows + struct.pack(f"{order}I", 0) + data
+
+
+TURNED = (0x112, 3, struct.pack("<H", 6))
+ODD = {
+    "XResolution -1/0": (0x11A, 10, struct.pack("<ii", -1, 0)),
+    "XResolution 0/0": (0x11A, 5, struct.pack("<II", 0, 0)),
+    "XResolution as text": (0x11A, 2, b"abc\0"),
+    "XResolution NaN": (0x11A, 12, struct.pack("<d", float("nan"))),
+    "XResolution infinite": (0x11A, 11, struct.pack("<f", float("inf"))),
+    "ResolutionUnit -5": (0x128, 8, struct.pack("<h", -5)),
+    "ResolutionUnit as text": (0x128, 2, b"a\0"),
+    "Software as numbers": (0x131, 9, struct.pack("<ii", -5, 7)),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_odd_tag_neither_refuses_a_picture_nor_hides_its_orientation(tmp_path, picture, suffix, odd, recwarn):
+    settings = {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0}
+    exif = b"Exif\0\0" + tags(TURNED, ODD[odd])
+    picture.save(path := tmp_path / f"a.{suffix}", exif=exif, **settings)
+    turned = np.rot90(np.asarray(picture, int), -1)
+    assert np.abs(np.asarray(open_rgb(path), int) - turned).max() <= 3
+    with Image.open(path) as image:
+        assert np.array_equal(as_rgb(image), open_rgb(path))
+    assert not recwarn.list, "of a picture that is right nobody is told"
+
+
+@pytest.mark.parametrize("value", [(0x112, 3, b"\x09\0"), (0x112, 2, b"6\0"), (0x112, 12, struct.pack("<d", np.nan))])
+def test_an_orientation_that_is_none_turns_nothing(tmp_path, picture, value):
+    picture.save(path := tmp_path / "a.png", exif=tags(value))
+    assert np.array_equal(open_rgb(path), picture)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_a_picture_is_turned_once_however_often_it_is_opened(tmp_path, picture, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path := tmp_path / f"a.{suffix}", exif=exif)
+    upright = open_rgb(path)
+    assert upright.size == (6, 8) and np.array_equal(as_rgb(upright), upright)
+    with Image.open(path) as image:
+        assert np.array_equal(as_rgb(image), upright) and np.array_equal(as_rgb(image), upright)
+    with Image.open(path) as image:
+        image.load()
+        assert np.array_equal(as_rgb(image.copy()), upright), "loaded, then copied"
+
+
+# ── More than eight bits ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("values", "seen"),
+    [
+        ([0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        ([0, 64, 127.6, 255], [0, 64, 128, 255]),
+        ([0, 256, 32768, 65535], [0, 1, 128, 255]),
+        ([-3, np.nan, 0.5, 1], [0, 0, 128, 255]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["tiff", "pfm"])
+def test_floats_are_scaled_by_the_white_they_have(tmp_path, values, seen, suffix):
+    Image.fromarray(np.array([values], np.float32)).save(path := tmp_path / f"a.{suffix}")
+    assert np.asarray(open_rgb(path))[0, :, 0].tolist() == seen
+
+
+def test_integers_of_32_bits_are_scaled_by_the_white_they_have(tmp_path):
+    for values, seen in (([0, 7, 255], [0, 7, 255]), ([0, 257, 65535], [0, 1, 255])):
+        Image.fromarray(np.array([values], np.int32)).save(path := tmp_path / "a.tiff")
+        assert np.asarray(open_rgb(path))[0, :, 0].tolist() == seen
+
+
+@pytest.mark.parametrize("values", [[0, 1e6], [0, np.inf], [0, 70_000]])
+def test_numbers_of_no_known_scale_are_refused(tmp_path, values):
+    kind = np.int32 if values[1] == 70_000 else np.float32
+    Image.fromarray(np.array([values], kind)).save(path := tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="a.tiff.*values up to .*; accepted are 0 to 1 in floats, 0 to 255, and 0 to"):
+        open_rgb(path)
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
+    Image.fromarray(np.full((1, 2), 200, np.uint16)).save(path := tmp_path / "a.png")
+    assert pixel(open_rgb(path)) == (0, 0, 0)
+    (path := tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">HH", 200, 100))
+    assert pixel(open_rgb(path)) == (0, 0, 0)
+
+
+# ── Kinds of files ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "apng", "pbm", "pnm", "jp2", "j2k", "JPG", "avif"])
+def test_what_pillow_reads_is_read_and_listed(tmp_path, picture, suffix):
+    if suffix == "avif":
+        pytest.importorskip("PIL._avif")
+    (picture.convert("1") if suffix == "pbm" else picture).save(path := tmp_path / f"a.{suffix}")
+    assert open_rgb(path).size == (8, 6) and is_image(path.name)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is not None, reason="the plug-in is there")
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg"])  # telephones' pictures are often renamed
+def test_the_plugin_that_is_missing_is_named(tmp_path, name):
+    (path := tmp_path / name).write_bytes(HEIC)
+    with pytest.raises(InputError, match=f"{name}.*HEIF, which needs: pip install pillow-heif"):
+        open_rgb(path)
+    assert not is_image("a.heic")
+    assert passed_over({".heic": 1200, ".txt": 2, ".png": 0}) == (
+        ".heic: 1,200 (pip install pillow-heif, and they are read), .txt: 2"
+    )
+
+
+def test_a_plugin_that_is_there_is_used(tmp_path):
+    """In a process of its own, with one that reads a picture of a single color after the true mark."""
+    (tmp_path / "pillow_heif.py").write_text(
+        "from PIL import Image, ImageFile\n"
+        "class File(ImageFile.ImageFile):\n"
+        "    format = 'HEIF'\n"
+        "    def _open(self):\n"
+        "        self._size, self._mode, self.tile = (4, 2), 'RGB', []\n"
+        "        self.im = Image.core.fill('RGB', self._size, (1, 2, 3))\n"
+        "def register_heif_opener():\n"
+        "    Image.register_open('HEIF', File, lambda head: head[4:12] == b'ftypheic')\n"
+    )
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    code = "import sys; from saga_fast.utils.images import is_image, open_rgb; image = open_rgb(sys.argv[1]);"
+    code += "print(image.size, image.getpixel((0, 0)), is_image('A.HEIC'))"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.heic"], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "(4, 2) (1, 2, 3) True\n", done.stderr
+
+
+def test_many_kinds_are_told_by_the_largest():
+    told = passed_over({f".{i:02}": i for i in range(1, 12)})
+    assert told.startswith(".11: 11, .10: 10, ") and told.endswith(", .04: 4, 3 other kinds: 6")

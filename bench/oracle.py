@@ -1,0 +1,65 @@
+"""The trainer with a perfect supervisor: what GRPO could give at most.
+
+    python -m bench.oracle [PRESET] [the flags of saga_fast.train …]
+
+Nothing is sampled. Of each pair the right answer, written from the drawings' own attributes, is replayed once with
+advantage 1, so that the policy gradient is that of its likelihood. Everything else is `saga_fast.train`. Drawn birds
+alone know their attributes. `bench.ablation` runs it as the row "oracle".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saga_fast import train
+from saga_fast.data import Batch
+from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.draw import Draw, Judged, draw_pairs
+from saga_fast.tiny.birds import DrawnBirds, differing
+from saga_fast.utils.errors import InputError, exit_on_input_error
+
+
+def right_answer(t: train.Training, birds: DrawnBirds, a: int, b: int) -> list[int]:
+    """Token ids, end token included, of what a supervisor that sees everything says of images a and b."""
+    seen_a, seen_b = birds.attributes(a), birds.attributes(b)
+    names = differing(seen_a, seen_b)
+    confidence, reasoning = {
+        0: ("high", "no attribute differs"),
+        1: ("low", "one attribute differs"),
+        2: ("medium", "two attributes differ"),
+    }.get(len(names), ("high", "many attributes differ"))
+    text = t.supervisor.prompt.answer(
+        seen_a, seen_b, ", ".join(names) or "none", confidence, reasoning, birds.labels[a] == birds.labels[b]
+    )
+    tokenizer = t.supervisor.tokenizer
+    return [*tokenizer.encode(text, add_special_tokens=False), min(t.supervisor.eos_token_ids)]
+
+
+def roll_out(
+    t: train.Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
+) -> tuple[Tensor, Draw]:
+    """As `train.roll_out`, of whose pairs the first `wanted` are answered rightly and all contribute."""
+    data = t.config.data
+    if data.name != "drawn-birds":
+        raise InputError(f"data.name: {data.name!r}; only drawn-birds knows the right answer")
+    birds = DrawnBirds("train", data.species, data.images_per_species, data.seed)
+    rows = draw_pairs(batch.labels, t.config.rollout.pairs_per_batch, (t.config.seed << 40) + first_id)[:wanted]
+    one: Tensor = torch.ones(1)
+    judged = []
+    for a, b in rows.tolist():
+        completions = [right_answer(t, birds, batch.indices[a], batch.indices[b])]
+        said = t.supervisor.read(completions)
+        judged.append(Judged(completions, one, one.bool(), one, said, None, True, False, {}))
+    same = (batch.labels[rows[:, 0]] == batch.labels[rows[:, 1]]).tolist()
+    return rows, Draw(judged, same)
+
+
+def main() -> None:
+    train.roll_out = roll_out
+    train.main()
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

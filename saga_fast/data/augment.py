@@ -1,0 +1,72 @@
+"""Training images as they are never twice: another part of each, at another size, perhaps mirrored, in other light.
+
+What is drawn depends on the run's seed, the number of the micro-batch and the place in it, on nothing else: a resumed
+run sees what the unbroken one would have, and ranks agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saga_fast.data.loader import Batch
+
+LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601: what of red, green and blue the eye takes for brightness
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """least_area: the smallest share of an image's area that a crop keeps, 1 for whole images; the crop's sides are
+    to each other as 3 : 4 to 4 : 3, and it is resized to the image's size. flip: mirror every other image. light:
+    brightness, contrast and saturation are multiplied by 1 - light to 1 + light."""
+
+    least_area: float = 1.0
+    flip: bool = False
+    light: float = 0.0
+
+    def __call__(self, pixels: Tensor, seed: int) -> Tensor:
+        """uint8 (B, 3, S, S) of such."""
+        if self == Augmentation():
+            return pixels
+        random, count = torch.Generator().manual_seed(seed), len(pixels)
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(count, generator=random)
+
+        x = pixels.float()
+        # All of it is drawn whatever is asked for, so that one setting does not change what another draws.
+        area, ratio = uniform(self.least_area, 1), uniform(-math.log(4 / 3), math.log(4 / 3)).exp()
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        across, down, mirrored = uniform(-1, 1), uniform(-1, 1), uniform(0, 1) < 0.5
+        factors = [uniform(1 - self.light, 1 + self.light)[:, None, None, None] for _ in range(3)]
+        if self.least_area < 1 or self.flip:
+            if self.least_area == 1:
+                width, height = torch.ones(count), torch.ones(count)
+            # What affine_grid wants, in coordinates from -1 to 1: the crop's half sides, and where its middle lies.
+            crop = torch.zeros(count, 2, 3)
+            crop[:, 0, 0], crop[:, 0, 2] = torch.where(mirrored & self.flip, -width, width), across * (1 - width)
+            crop[:, 1, 1], crop[:, 1, 2] = height, down * (1 - height)
+            grid = F.affine_grid(crop, list(x.shape), align_corners=False)
+            x = F.grid_sample(x, grid, "bilinear", "border", align_corners=False)
+        if self.light > 0:
+            luma = torch.tensor(LUMA)[:, None, None]
+            brightness, contrast, saturation = factors
+            x = x * brightness
+            mean = (x * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+            x = mean + (x - mean) * contrast
+            grey = (x * luma).sum(1, keepdim=True)
+            x = grey + (x - grey) * saturation
+        return x.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def augmented(batches: Iterable[Batch], augmentation: Augmentation, seed: int, first: int = 0) -> Iterator[Batch]:
+    """The micro-batches, the first of which is number `first` of the run, augmented."""
+    for number, batch in enumerate(batches, first):
+        (mixed,) = np.random.SeedSequence((seed, number)).generate_state(1)  # 32 bits are all that a generator reads
+        yield batch._replace(pixels=augmentation(batch.pixels, int(mixed)))

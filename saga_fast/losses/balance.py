@@ -1,0 +1,63 @@
+"""How loud the supervisor speaks beside the metric loss, found from the run itself, so that λ = 1 needs no tuning.
+
+Two things set it. The policy gradient in the tower may be a fraction of the metric loss's or twenty times as large, and
+where it is, one drowns the other: it is scaled to a fixed multiple of that norm. And a supervisor whose verdicts
+have nothing to do with the truth teaches noise: the weights of both its terms fall to zero with what its verdicts say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+DECAY = 0.9  # of the running norms, a step
+RATIO = 3.0  # of the norm of the policy gradient to that of the metric loss; chosen on drawn birds of another seed
+KNOWN = 64  # pairs after which a supervisor's verdicts are judged, half of them of one class
+FORGET = 512  # pairs after which a verdict counts 1/e
+SILENT, FULL = 0.15, 0.3  # informedness at which the supervisor has no voice, and all of it
+
+
+class Balance:
+    """State of both rules; `state_dict` and `load_state_dict` for checkpoints."""
+
+    def __init__(self) -> None:
+        self.norm_dml = self.norm_lm = 0.0
+        # Of pairs of one class and of two: how many were judged, and the rewards they earned in the mean.
+        self.pairs, self.rewards = [0.0, 0.0], [0.0, 0.0]
+
+    def scale(self, norm_dml: float, norm_lm: float) -> float:
+        """What to multiply the policy gradient by so that its norm is `RATIO` times the metric loss's, in their running
+        means, this step included. 1 where either term has no gradient."""
+        if not (0 < norm_dml < float("inf") and 0 < norm_lm < float("inf")):
+            return 1.0
+        self.norm_dml = DECAY * self.norm_dml + (1 - DECAY) * norm_dml
+        self.norm_lm = DECAY * self.norm_lm + (1 - DECAY) * norm_lm
+        return RATIO * self.norm_dml / self.norm_lm
+
+    def hear(self, same: Sequence[bool], rewards: Sequence[float]) -> None:
+        """Takes in a step's pairs: whether each is of one class, and the mean reward of its rollouts."""
+        for alike, reward in zip(same, rewards):
+            kind = 0 if alike else 1
+            kept = 1 - 1 / FORGET
+            self.rewards[kind] = kept * self.rewards[kind] + reward
+            self.pairs[kind] = kept * self.pairs[kind] + 1
+
+    @property
+    def informedness(self) -> float | None:
+        """Youden's J of the verdicts: P(right | one class) + P(right | two) - 1. 0 if they do not depend on the truth,
+        1 if all are right; None until enough pairs of both kinds are known."""
+        if min(self.pairs) < KNOWN / 2:
+            return None
+        return sum(reward / count for reward, count in zip(self.rewards, self.pairs)) - 1
+
+    @property
+    def voice(self) -> float:
+        """The weight, in 0..1, of what the supervisor says."""
+        if self.informedness is None:
+            return 1.0
+        return min(1.0, max(0.0, (self.informedness - SILENT) / (FULL - SILENT)))
+
+    def state_dict(self) -> dict:
+        return {**vars(self), "pairs": list(self.pairs), "rewards": list(self.rewards)}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)

@@ -1,0 +1,143 @@
+"""Whether a model will work as a supervisor, and what it will take, before anything of it is loaded.
+
+    python -m saga_fast.models check ID_OR_FOLDER [--cards 24 40 80] [--section.field VALUE …]
+
+The flags are those of `saga_fast.train`, and so are their defaults. Configuration, tokenizer and the processor's pixel
+statistics are read, weights are not: the language model runs on the meta device, where tensors have shapes alone, and
+the tower once on the CPU, with whatever numbers are in its memory. Exit code 2 and one line for a model that cannot be
+used as asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+
+from saga_fast.config import TINY, Config, parse_flags
+from saga_fast.encoder import Encoder
+from saga_fast.runtime.memory import GIB, Predictor, Step, as_nf4, on_meta
+from saga_fast.supervisor.families import KINDS
+from saga_fast.supervisor.lengths import measure
+from saga_fast.supervisor.mllm import Mllm, Pretrained, read_pretrained
+from saga_fast.supervisor.prompt_file import load_prompt
+from saga_fast.supervisor.rollout import Sampling
+from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.tiny import SUPERVISOR
+from saga_fast.utils.errors import InputError, exit_on_input_error
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    cards: tuple[float, ...] = (8, 16, 24, 40, 80)
+    """GiB of memory of cards to plan a step for."""
+
+
+def check(name: str, config: Arguments) -> Iterator[str]:
+    """What there is to say of a model, line by line. Raises InputError where it cannot be used as `config` says."""
+    name = SUPERVISOR if name == TINY else name
+    known = read_pretrained(name, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
+    mllm = shapes(known, config)
+    side = config.data.image_size
+    encoder = empty_encoder(mllm, config)
+    rows, columns = encoder.tower.grid(side, side)
+    decoder, text = mllm.decoder, known.config.text_config
+    kind = known.config.model_type
+    yield f"{name}: {KINDS[kind].name} ({kind}), which can be used"
+    yield (
+        f"tower: {_count(sum(p.numel() for p in encoder.tower.parameters()))} parameters, at {side} pixels "
+        f"{rows * columns} tokens an image ({rows} x {columns} of {encoder.tower.width} numbers)"
+    )
+    yield (
+        f"language model: {text.model_type}, {decoder.depth} layers of {text.hidden_size} numbers, "
+        f"{text.vocab_size:,} words, {'in NF4' if config.supervisor.quantize else 'not quantised'}"
+    )
+    prompt, rollout = load_prompt(config.supervisor.prompt), config.rollout
+    sampling = Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
+    supervisor = Supervisor(
+        mllm,
+        prompt.as_generic() if config.supervisor.generic else prompt,
+        config.supervisor.order,
+        (rows, columns),
+        sampling,
+        config.supervisor.anchor_layer,
+    )
+    lengths = measure(supervisor)
+    yield lengths.line(rollout.max_new_tokens)
+    if shortage := lengths.shortage(rollout.max_new_tokens):
+        yield f"warning: {shortage}"
+    if decoder.window:
+        yield f"sliding window: {decoder.window} tokens, which prompt and answer together do not pass"
+    if decoder.head_dim > 128:
+        yield f"heads: {decoder.head_dim} numbers each; on a GPU their attention runs in plain PyTorch, far slower"
+    yield from _memory(supervisor, encoder, config)
+
+
+def shapes(known: Pretrained, config: Config) -> Mllm:
+    """The model's parts on the meta device, quantised in name."""
+    decoder = on_meta(known.mllm.decoder, config.supervisor.quantize)
+    if config.supervisor.quantize_head:
+        tied = decoder.head is decoder.embedding
+        decoder.embedding = as_nf4(decoder.embedding, nested=False)
+        decoder.head = decoder.embedding if tied else as_nf4(decoder.head, nested=False)
+    return known.mllm._replace(decoder=decoder)
+
+
+def empty_encoder(mllm: Mllm, config: Config) -> Encoder:
+    """The encoder on the CPU, its weights' memory asked for and never written; buffers are what they are."""
+    with init_empty_weights(include_buffers=False):
+        encoder = Encoder(
+            mllm.visual.config.to_diff_dict(),
+            config.encoder.pooler,
+            config.encoder.embedding_dim,
+            config.data.image_size,
+        )
+    for module in encoder.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    return encoder
+
+
+def _memory(supervisor: Supervisor, encoder: Encoder, config: Arguments) -> Iterator[str]:
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    states = 8 if config.optim.states == "8bit" else 32
+    rollout = config.rollout
+    step = Step(
+        encoder, supervisor.decoder, supervisor.prefix, supervisor.sampling, batch, rollout.pairs, None, states,
+        config.encoder.checkpointing, config.optim.precision == "bf16",
+    )  # fmt: skip
+    predictor = Predictor(step)
+    yield "memory of a step, without the metric loss's proxies, GiB:"
+    for name, size in predictor.resident.items():
+        yield f"  {name:36}{size / GIB:8.2f}"
+    chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
+    for card in config.cards:
+        try:
+            plan, slots, footprint = predictor.choose(int(card * GIB), *chosen)
+        except InputError as error:
+            yield f"{card:g} GiB: too little; {str(error).removeprefix('memory: ')}"
+        else:
+            yield f"{card:g} GiB: peak {footprint.peak / GIB:.2f}; {slots} pairs roll out at once, {plan}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.1f} M"
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) < 2 or arguments[0] != "check" or arguments[1].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            parse_flags(Arguments(), ["--help"], "python -m saga_fast.models check ID_OR_FOLDER", __doc__ or "")
+        raise InputError("models: say `check` and a model's folder or hub id, then flags of saga_fast.train")
+    name, flags = arguments[1], arguments[2:]
+    config = parse_flags(Arguments(), flags, "python -m saga_fast.models check ID_OR_FOLDER", __doc__ or "")
+    for line in check(name, config):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(sys.argv[1:])

@@ -1,0 +1,11 @@
+"""The families of multimodal models that the loader takes apart, a file each; docs/contributing says how to add one."""
+
+from __future__ import annotations
+
+from saga_fast.supervisor.families import gemma3, idefics3, internvl, llava, llava_onevision, qwen_vl
+from saga_fast.supervisor.families.base import PLAIN, Family, ImageText
+
+__all__ = ["FAMILIES", "KINDS", "PLAIN", "Family", "ImageText"]
+
+FAMILIES = (qwen_vl.FAMILY, internvl.FAMILY, llava.FAMILY, llava_onevision.FAMILY, idefics3.FAMILY, gemma3.FAMILY)
+KINDS = {kind: family for family in FAMILIES for kind in family.kinds}

@@ -1,0 +1,48 @@
+"""What the loader must know of a family of models, whose parts transformers names and joins in ways of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig  # seconds to import
+
+
+class ImageText(NamedTuple):
+    """How an image stands in a prompt. asked: what the chat template writes for one; None for the image token.
+    before, after: what the model's processor writes around an image's tokens in its stead."""
+
+    asked: str | None = None
+    before: str = ""
+    after: str = ""
+
+
+PLAIN = ImageText()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family; its tower is `towers`' of the same model type.
+
+    name: as people say it. kinds: model types of its configurations. decoders: model types of the language models that
+    it may have. visual: the vision model, where it is one part of `model.model`; else all of that but what the tower
+    calls `not_vision`. language_model: the part of `model.model` that `FrozenDecoder` takes. newline: the part of it
+    that stands behind each image's tokens as one more, (D,). whole_images: whether the tokens of an image attend to
+    each other in both directions. marks: tokens that not the template but the model's processor writes around an image:
+    the attribute by which the tokenizer may name each, and what it is in its vocabulary. image_text: from the marks.
+    objections: why a configuration would not be run as
+    it was trained, beyond what is asked of all.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    decoders: tuple[str, ...]
+    visual: str | None = None
+    language_model: str = "language_model"
+    newline: str | None = None
+    whole_images: bool = False
+    marks: tuple[tuple[str, str], ...] = ()
+    image_text: Callable[..., ImageText] = ImageText
+    objections: Callable[[PretrainedConfig], Iterator[str]] = lambda config: iter(())

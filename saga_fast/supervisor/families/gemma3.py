@@ -1,0 +1,36 @@
+"""Gemma 3: an image's tokens see each other, most layers slide, and no score or logit may be capped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from saga_fast.supervisor.families.base import Family, ImageText
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def image_text(begin: str, end: str) -> ImageText:
+    """The template writes what begins an image alone."""
+    return ImageText(begin, f"\n\n{begin}", f"{end}\n\n")
+
+
+def objections(config: PretrainedConfig) -> Iterator[str]:
+    text = config.text_config
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (cap := getattr(text, field, None)) is not None:
+            yield f"caps its numbers by {field} {cap}; a model without caps is needed, as Gemma 3's releases are"
+    if getattr(text, "use_bidirectional_attention", False):
+        yield "reads text in both directions; a model that writes is needed"
+
+
+FAMILY = Family(
+    name="Gemma 3",
+    kinds=("gemma3",),
+    decoders=("gemma3_text",),
+    whole_images=True,
+    marks=(("boi_token", "<start_of_image>"), ("eoi_token", "<end_of_image>")),
+    image_text=image_text,
+    objections=objections,
+)

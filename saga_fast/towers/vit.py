@@ -1,0 +1,127 @@
+"""Vision models of transformers that stand alone: DINOv2 and v3, SigLIP, CLIP, ViT, Swin and their like."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from saga_fast.towers.base import VisionTower, VisualFeatures, checkpoint_layers
+from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.releases import OWN_CODE, SAFETENSORS, pickled, pixel_statistics
+
+
+class VitTower(VisionTower):
+    """The patches' last hidden states, after the last norm, without class token and registers.
+
+    Nothing is dropped out or jittered in training, as a batch may go through in parts and parts again.
+    model: as `bare` leaves it, with `patch_size` in its configuration.
+    """
+
+    kinds = ()  # every vision model that no other tower names
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model, model.config)
+        resampled = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._sizes = {"interpolate_pos_encoding": True} if resampled else {}
+        self.train()
+
+    @classmethod
+    def model_from_config(cls, config: dict) -> PreTrainedModel:
+        return bare(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
+
+    @property
+    def width(self) -> int:
+        return _last(self.model.config.hidden_sizes if _staged(self.model.config) else self.model.config.hidden_size)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        config = self.model.config
+        patch = config.patch_size
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        # Towers in stages halve the grid from each to the next.
+        return tuple(side * 2 ** (len(getattr(config, "depths", (0,))) - 1) for side in sides)
+
+    def train(self, mode: bool = True) -> VitTower:
+        super().train(False)
+        for layer in self.model.modules():  # which run their parts again only if they are, themselves, in training
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = mode
+        return self
+
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        checkpoint_layers(self.model, on)
+
+    def forward(self, pixels: Tensor) -> VisualFeatures:
+        rows, columns = self.grid(*pixels.shape[-2:])
+        x = self.model(pixel_values=self.normalize(pixels, self.model.dtype), **self._sizes).last_hidden_state
+        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+        if self.model.config.model_type == "clip_vision_model":  # which norms its class token alone
+            x = self.model.post_layernorm(x)
+        return VisualFeatures(self.patches(x, rows * columns), ())
+
+
+def load_vit(name: str | Path) -> PreTrainedModel:
+    """The vision model of a folder or hub id; of CLIP and SigLIP, which read text too, the vision half.
+
+    Weights are safetensors, and code that comes with a model is never run. Raises InputError for what is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if getattr(config, "auto_map", None):
+            raise ValueError("trust_remote_code")
+    except (OSError, ValueError) as error:
+        cause = OWN_CODE if "trust_remote_code" in str(error) else f"is no model ({first_line(error)}); {_ACCEPTED}"
+        raise InputError(f"encoder.tower: {name} {cause}") from None
+    if hasattr(config, "image_token_id"):
+        raise InputError(
+            f"encoder.tower: {name} is a {config.model_type!r}, a multimodal language model; "
+            "name it with --supervisor.model, and its tower is trained"
+        )
+    vision = getattr(config, "vision_config", config)
+    if not hasattr(vision, "patch_size"):
+        raise InputError(f"encoder.tower: {name} is a {vision.model_type!r}, which has no patches; {_ACCEPTED}")
+    for reason in pickled(name):
+        raise InputError(f"encoder.tower: {name} {reason}")
+    if hasattr(vision, "vision_use_head"):
+        vision.vision_use_head = False
+    try:
+        model, loaded = AutoModel.from_pretrained(
+            name, config=vision, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        bare(model)
+        kept = model.state_dict()
+        if missing := sorted(key for key in loaded["missing_keys"] if key in kept):
+            raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "file named model.safetensors" in str(error):
+            raise InputError(f"encoder.tower: {name} has no weights in safetensors files; {SAFETENSORS}") from None
+        raise InputError(f"encoder.tower: {name} is not whole ({first_line(error)}); restore the file") from None
+    model.config.update(pixel_statistics(name))
+    if not Path(name).exists():  # a folder's name says nothing to others
+        model.config.weights = {"source": str(name), "license": "unknown"}
+    return model
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` without the layers that make one vector of its tokens, which a tower never asks."""
+    if isinstance(getattr(model, "pooler", None), torch.nn.Module):
+        model.pooler = None
+    return model
+
+
+_ACCEPTED = "give a folder or hub id of a vision model such as DINOv2, SigLIP or CLIP, timm:NAME, or efficientnet-lite0"
+
+
+def _staged(config: PretrainedConfig) -> bool:
+    return hasattr(config, "hidden_sizes") and not hasattr(config, "hidden_size")
+
+
+def _last(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else size[-1]

@@ -1,0 +1,181 @@
+"""From a command line or a JSON file to (nested) dataclasses, and what their numbers may be.
+
+A dataclass says all there is to say: `Annotated[int, Range(1)]` is a flag's type and range, its docstring the help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import tyro
+
+from saga_fast.utils.errors import InputError
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, beside the field that holds it: `low` to `high`, both included; with `above`, not `low`.
+
+    why: what is wrong with others, where that is not plain.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    why: str = ""
+
+    def fault(self, value: float) -> str | None:
+        """What to say of `value`, None if it is accepted. Infinity never is, nor what is no number."""
+        if self.low <= value <= self.high and value != math.inf and not (self.above and value == self.low):
+            return None
+        accepted = f"more than {self.low}" if self.above else f"{self.low} or more"
+        if self.high < math.inf and (value > self.high or self.high < 10):
+            accepted = f"more than {self.low}, up to {self.high}" if self.above else f"{self.low} to {self.high}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            accepted = f"a finite number, {accepted}"
+        return f"{value}; {self.why + ': ' if self.why else ''}give {accepted}"
+
+
+COUNT, WEIGHT = Range(1, 2**31 - 1), Range(0)
+SEED, WORKERS = Range(0, 2**63 - 1), Range(0, 1024)
+
+
+class Field(NamedTuple):
+    """A leaf of nested dataclasses. name: dotted, as its flag has it; metadata: what its type is annotated with."""
+
+    name: str
+    hint: Any
+    metadata: tuple[Any, ...]
+    value: Any
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
+    """The leaves of nested dataclasses, in order."""
+    for part in dataclasses.fields(config):
+        name, value = prefix + _spelt(part.name), getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{name}.")
+        else:
+            hint = _hints(type(config))[part.name]
+            yield Field(name, *_plain(hint), value)
+
+
+def _spelt(name: str) -> str:
+    return name.rstrip("_").replace("_", "-")
+
+
+def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type, and what it is annotated with."""
+    return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raises InputError, naming the field, for the first number of nested dataclasses that is not in its Range."""
+    for field in fields_of(config):
+        for accepted in field.metadata:
+            if isinstance(accepted, Range) and field.value is not None and (fault := accepted.fault(field.value)):
+                raise InputError(f"{prefix}{field.name}: {fault}")
+
+
+def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
+    """The nested dataclass `kind` of JSON's values; a field that is not there has its default.
+
+    Raises InputError, naming the field, for one that is unknown or of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix.rstrip('.') or 'config'}: a {type(values).__name__}, where fields are expected")
+    hints = {name.rstrip("_"): (name, *_plain(hint)) for name, hint in _hints(kind).items()}
+    given = {}
+    for key, value in values.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {close[0]}?" if close else "another version may have written it"
+            raise InputError(f"{prefix}{key}: unknown field; {hint}")
+        name, hint, _ = hints[key]
+        if dataclasses.is_dataclass(hint):
+            given[name] = from_dict(hint, value, f"{prefix}{key}.")
+        else:
+            given[name] = _typed(hint, value, f"{prefix}{_spelt(key)}")
+    return kind(**given)
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """A value of JSON as one of type `hint`. Raises InputError if it is of another."""
+    accepted = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for one in accepted:
+        if typing.get_origin(one) is Literal:
+            if value in typing.get_args(one):
+                return value
+        elif one is Path and isinstance(value, str):
+            return Path(value)
+        elif one is float and type(value) is int and abs(value) < 2**53:
+            return float(value)
+        elif type(value) is one:
+            return value
+    names = {type(None): "null", Path: "path", bool: "true or false"}
+    wanted = " or ".join(names.get(one) or str(getattr(one, "__name__", one)) for one in accepted)
+    raise InputError(f"{name}: {json.dumps(value)[:80]} is no {wanted.replace('typing.', '')}")
+
+
+def parse_flags(default: Arguments, arguments: Sequence[str], program: str, description: str) -> Arguments:
+    """Flags of a (nested) dataclass over its defaults. Raises InputError, in a line, for what tyro frames in a box."""
+    _expect_switches(default, arguments)
+    screen = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(screen):
+            parsed, unknown = tyro.cli(
+                type(default),
+                default=default,
+                args=list(arguments),
+                return_unknown_args=True,
+                prog=program,
+                description=description,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = " ".join(re.sub(r"[─-╿]", " ", re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())).split())
+        words = re.sub(r"^.*?Error parsing (\w*Arguments: )?| Argument helptext:.*| For full helptext.*", "", words)
+        raise InputError(words) from None
+    if unknown:
+        word, flags = unknown[0], [f"--{field.name}" for field in fields_of(default)]
+        close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists what there is"
+        raise InputError(f"{word}: {'unknown flag' if word.startswith('-') else 'belongs to no flag'}; {hint}")
+    check_ranges(parsed, "--")
+    return parsed
+
+
+def _expect_switches(default: Any, arguments: Sequence[str]) -> None:
+    """Raises InputError, naming both forms, for a switch that is given a value: tyro takes that for another word."""
+    switches: dict[str, tuple[str, str]] = {}
+    for field in fields_of(default):
+        if field.hint is bool:
+            section, dot, name = field.name.rpartition(".")
+            forms = f"--{field.name}", f"--{section}{dot}no-{name}"
+            switches |= dict.fromkeys(forms, forms)
+    for word, after in zip(arguments, [*arguments[1:], ""]):
+        flag, equals, value = word.partition("=")
+        value = value if equals else after
+        if (forms := switches.get(flag.replace("_", "-"))) and (equals or value.lower() in ("true", "false")):
+            raise InputError(f"{flag} {value}: a switch takes no value; pass {forms[0]} for yes, {forms[1]} for no")
