@@ -38,7 +38,8 @@ from saga_fast.retrieval.server import LOOPBACK, serve
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_fast.utils.flags import COUNT, Range, parse_flags
-from saga_fast.utils.images import data_uri, open_rgb, shade
+from saga_fast.utils.images import open_rgb
+from saga_fast.utils.pages import data_uri, shade
 
 THUMBNAIL = 192  # pixels, the longer side
 SAMPLE = 4096  # vectors that tell what is typical of an index
@@ -88,6 +89,10 @@ class Hit(NamedTuple):
     similarity: float
     attributes: dict[str, float] | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """What is known of it by name, as JSON holds it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 class Look(NamedTuple):
     """Where an attribute is looked for: `shades` are what to lay over the query and over each hit, see `shade`, None
@@ -103,7 +108,7 @@ class Searcher:
 
     encoder: the encoder, on the CPU unless moved; about: what the index says of itself; files: the indexed files, row i
     of the vectors is file i; faiss: the index of the vectors, in memory. An index that is embedded anew meanwhile is
-    searched as it was.
+    searched as it was; if it is not exact, its vectors must still be there when attributes are first asked for.
     """
 
     def __init__(self, index: str | Path, encoder: str | Path | None = None) -> None:
@@ -333,7 +338,7 @@ def main(arguments: Sequence[str]) -> None:
             looks = [searcher.look(query, hits, show, weights) for query, hits in zip(parsed.queries, results)]
         sys.stdout.write(page(parsed.queries, results, looks))
     elif parsed.json:
-        found = [{"query": q, "hits": [_fields(hit) for hit in hits]} for q, hits in zip(parsed.queries, results)]
+        found = [{"query": q, "hits": [hit.fields() for hit in hits]} for q, hits in zip(parsed.queries, results)]
         print(json.dumps(found, indent=2))
     else:
         for query, hits in zip(parsed.queries, results):
@@ -359,10 +364,6 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
                 'an attribute once, as in --attribute "crown color=2"'
             ) from None
     return weights
-
-
-def _fields(hit: Hit) -> dict[str, Any]:
-    return {name: value for name, value in hit._asdict().items() if value is not None}
 
 
 def _lines(attributes: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from saga_fast.report.chart import Chart, chart, short
-from saga_fast.report.samples import mean_attention
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import read_regular
-from saga_fast.utils.images import shade
+from saga_fast.utils.pages import shade
 
 FIGURES = {
     "recall_at_1": "Recall@1",
@@ -343,6 +342,11 @@ def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Ma
             for name in names
         ],
     }
+
+
+def mean_attention(look: Mapping[str, list[float]] | list[float]) -> list[float]:
+    """N weights: the mean over attributes, or the one attention there is."""
+    return [sum(column) / len(look) for column in zip(*look.values())] if isinstance(look, Mapping) else look
 
 
 def _shade(weights: list[float], grid: tuple[int, int]) -> str:

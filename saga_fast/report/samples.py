@@ -7,7 +7,7 @@ Nothing here draws a random number or touches a gradient: a run with samples end
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses.policy import token_coefficients
+from saga_fast.report.page import mean_attention
 from saga_fast.supervisor.credit import attention_by_attribute, gradient_at_tokens
 from saga_fast.supervisor.replay import Group
 from saga_fast.supervisor.supervisor import Supervisor
@@ -111,11 +112,6 @@ def _rounded(values: Tensor) -> list:
     if values.dim() > 1:
         return [_rounded(row) for row in values]
     return [float(f"{value:.4g}") for value in values.tolist()]
-
-
-def mean_attention(look: Mapping[str, list[float]] | list[float]) -> list[float]:
-    """N weights: the mean over attributes, or the one attention there is."""
-    return [sum(column) / len(look) for column in zip(*look.values())] if isinstance(look, Mapping) else look
 
 
 def sheet(pairs: Sequence[Any]) -> Tensor:

@@ -94,12 +94,11 @@ def read_vectors(folder: Path, known: About) -> np.ndarray:
 
 
 def exact_vectors(index: faiss.Index) -> np.ndarray | None:
-    """float32 (n, D_e): the vectors as an exact index holds them in its own memory, for as long as it lives; None for
-    any other index."""
-    index = faiss.downcast_index(index)
-    if not isinstance(index, faiss.IndexFlat):
+    """float32 (n, D_e): the vectors of an exact index, in its own memory, as long as it lives; None for any other."""
+    flat = faiss.downcast_index(index)
+    if not isinstance(flat, faiss.IndexFlat):
         return None
-    return faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
 
 
 def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,41 +107,54 @@ def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int
     For queries that are not as the vectors are, as where blocks are weighed: how much of an index is searched was tuned
     for those that are. An exact index finds them as ever. From any other come candidates, whose products are those of
     the `vectors` themselves, and a query is asked again, with twice the cells (of an inverted file) or steps (of HNSW)
-    and twice the candidates, until that has found it nothing better, or it is time to compare them all.
+    and twice the candidates, until the nearest 2k stand (the k alone would stand too often with one missing), or it is
+    time to compare them all.
     """
     if exact_vectors(index) is not None:
         return index.search(queries, k)
     ivf = faiss.try_extract_index_ivf(index)
     limit = min(len(vectors) / (8 * k), ivf.nlist / ivf.nprobe if ivf is not None else np.inf)
-    products, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    products, rows = np.full((len(queries), 2 * k), -np.inf, np.float32), np.full((len(queries), 2 * k), -1)
+    # pytorch-metric-learning, where it is imported, puts a search for tensors, without `params`, in place of faiss's.
+    search = getattr(index, "search_numpy", index.search)
     unsettled, effort = np.arange(len(queries)), FIRST_EFFORT
     while len(unsettled) and effort < limit:
-        _, found = index.search(queries[unsettled], k * effort, params=_parameters(index, effort, k * effort))
+        _, found = search(queries[unsettled], k * effort, params=_parameters(index, effort, k * effort))
         for query, candidates in zip(unsettled.tolist(), found):
             candidates = candidates[candidates >= 0]
             exact = vectors[candidates] @ queries[query]
-            best = np.argsort(-exact, kind="stable")[:k]
+            best = np.argsort(-exact, kind="stable")[: 2 * k]
             earlier = set(rows[query].tolist())
             rows[query, : len(best)], products[query, : len(best)] = candidates[best], exact[best]
             if earlier == set(rows[query].tolist()):
                 unsettled = unsettled[unsettled != query]
         effort *= 2
+    products, rows = products[:, :k], rows[:, :k]
     if len(unsettled):
-        rest = np.ascontiguousarray(queries[unsettled])
-        products[unsettled], rows[unsettled] = knn_ground_truth(rest, _blocks(vectors), k, faiss.METRIC_INNER_PRODUCT)
+        products[unsettled], rows[unsettled] = _compare_all(vectors, queries[unsettled], k)
     return products, rows
+
+
+def _compare_all(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(products, rows) of the k largest. As faiss's `knn_ground_truth`, which copies the vectors first."""
+    heap = faiss.ResultHeap(len(queries), k, keep_max=True)
+    for start, block in zip(range(0, len(vectors), BLOCK), _blocks(vectors)):
+        products, rows = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(products, rows + start)
+    heap.finalize()
+    return heap.D, heap.I
 
 
 def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchParameters | None:
     """What makes a search that many times as thorough as the index would; None where faiss has nothing of the kind."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters(index.index, effort, count)
+    kind = faiss.downcast_index(index)
+    if isinstance(kind, faiss.IndexPreTransform):
+        inner = _parameters(kind.index, effort, count)
         return faiss.SearchParametersPreTransform(index_params=inner) if inner else None
-    if isinstance(index, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(nprobe=min(effort * index.nprobe, index.nlist))
-    if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=max(count, effort * index.hnsw.efSearch))  # type: ignore[attr-defined]
+    if isinstance(kind, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=min(effort * kind.nprobe, kind.nlist))
+    if isinstance(kind, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=max(count, effort * kind.hnsw.efSearch))  # type: ignore[attr-defined]
     return None
 
 

@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             hits = self.server.searcher.search(read_rgb(self.rfile.read(int(length)), "picture"), int(asked))[0]
         except InputError as error:
             return HTTPStatus.BAD_REQUEST, {"error": str(error)}
-        return HTTPStatus.OK, {"hits": [hit._asdict() for hit in hits]}
+        return HTTPStatus.OK, {"hits": [hit.fields() for hit in hits]}
 
     def _answer(self, status: HTTPStatus, said: dict) -> None:
         body = json.dumps(said).encode() + b"\n"
