@@ -218,14 +218,16 @@ TURNS = {
 
 def _orientation(image: Image.Image) -> int | None:
     """Of the EXIF tags that one alone. Pillow's `exif_transpose` writes the others anew, and falls over odd ones."""
+    value = None
     with suppress(Exception):  # tags that cannot be read do not make a picture unreadable
         value = image.getexif().get(0x0112)
-        return int(value) if value in TURNS else None
-    return None
+    if value is None and isinstance(exif := image.info.get("exif"), bytes):
+        value = _orientation_in(exif.removeprefix(b"Exif\0\0"))  # Pillow gives up the tags after one it cannot read
+    return value if value in TURNS else None
 
 
 def _orientation_in(tiff: bytes) -> int | None:
-    """The same, of EXIF whose other tags Pillow falls over: the first directory's own entry, by the EXIF standard."""
+    """The same, of EXIF whose other tags Pillow cannot read: the first directory's own entry, by the EXIF standard."""
     order = ">" if tiff[:2] == b"MM" else "<"
     with suppress(struct.error):
         (at,) = struct.unpack_from(f"{order}I", tiff, 4)
