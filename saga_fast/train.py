@@ -223,7 +223,7 @@ def optimizer_step(
     }
 
     # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler ──────────────────────────────────────────
-    if buffer:
+    if buffer and t.voice > 0:
         log |= replay(t, buffer)
     gradient_supervisor = take_gradients(t.parameters)
     sample(buffer)

@@ -22,9 +22,8 @@ OURS = {"saga_fast", "saga_kernels"}
 
 # Distributions by what they are imported as, where the two differ by more than a dash.
 DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "pynvml": "nvidia-ml-py", "sklearn": "scikit-learn"}
-# Needed, and imported by others: transformers loads quantised weights with the first, torch.utils.tensorboard is a
-# shell around the second.
-NOT_IMPORTED = {"accelerate", "tensorboard"}
+# Needed, and imported by others: torch.utils.tensorboard is a shell around it.
+NOT_IMPORTED = {"tensorboard"}
 # Asked for by name, if the user wants it: never a dependency.
 TRACKERS = {"trackio", "wandb"}
 

@@ -1,8 +1,9 @@
 """How loud the supervisor speaks beside the metric loss, found from the run itself, so that λ = 1 needs no tuning.
 
 Two things set it. The policy gradient in the tower may be a fraction of the metric loss's or twenty times as large, and
-where it is, one drowns the other: it is scaled to a fixed multiple of that norm. And a supervisor whose verdicts
-have nothing to do with the truth teaches noise: the weights of both its terms fall to zero with what its verdicts say.
+where it is, one drowns the other: it is scaled to a fixed multiple of that norm. And a supervisor whose verdicts have
+nothing to do with the truth teaches noise: the weights of both its terms fall to zero with what its verdicts say. It is
+heard before it speaks: AdamW's second moment would remember what it said in a run's first steps for the rest of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 DECAY = 0.9  # of the running norms, a step
 RATIO = 3.0  # of the norm of the policy gradient to that of the metric loss; chosen on drawn birds of another seed
-KNOWN = 64  # pairs after which a supervisor's verdicts are judged, half of them of one class
+KNOWN = 32  # pairs after which a supervisor's verdicts are judged, half of them of one class
 FORGET = 512  # pairs after which a verdict counts 1/e
 SILENT, FULL = 0.15, 0.3  # informedness at which the supervisor has no voice, and all of it
 
@@ -51,9 +52,9 @@ class Balance:
 
     @property
     def voice(self) -> float:
-        """The weight, in 0..1, of what the supervisor says."""
+        """The weight, in 0..1, of what the supervisor says; 0 until enough is known."""
         if self.informedness is None:
-            return 1.0
+            return 0.0
         return min(1.0, max(0.0, (self.informedness - SILENT) / (FULL - SILENT)))
 
     def state_dict(self) -> dict:

@@ -115,9 +115,11 @@ def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int
     ivf = faiss.try_extract_index_ivf(index)
     limit = min(len(vectors) / (8 * k), ivf.nlist / ivf.nprobe if ivf is not None else np.inf)
     products, rows = np.full((len(queries), 2 * k), -np.inf, np.float32), np.full((len(queries), 2 * k), -1)
+    # pytorch-metric-learning, where it is imported, puts a search for tensors, without `params`, in place of faiss's.
+    search = getattr(index, "search_numpy", index.search)
     unsettled, effort = np.arange(len(queries)), FIRST_EFFORT
     while len(unsettled) and effort < limit:
-        _, found = index.search(queries[unsettled], k * effort, params=_parameters(index, effort, k * effort))
+        _, found = search(queries[unsettled], k * effort, params=_parameters(index, effort, k * effort))
         for query, candidates in zip(unsettled.tolist(), found):
             candidates = candidates[candidates >= 0]
             exact = vectors[candidates] @ queries[query]

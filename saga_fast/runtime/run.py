@@ -183,6 +183,9 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.sampler.load_state_dict(state["sampler"])
         checkpoint.unpack_rng(parts["rng"], state["rng"])
+        for name in ("step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"):
+            if not isinstance(state[name], int):
+                raise ValueError(f"{name} is {state[name]!r}, not a count")
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]

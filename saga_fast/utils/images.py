@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import os
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -94,8 +95,35 @@ def read_rgb(content: bytes, name: str) -> Image.Image:
 
 
 def _decode(file: BinaryIO) -> Image.Image:
-    with _quiet(), Image.open(file, formats=_formats()) as image:
-        return to_rgb(image)
+    with _quiet():
+        try:
+            with Image.open(file, formats=_formats()) as image:
+                return to_rgb(image)
+        except UnidentifiedImageError:
+            file.seek(0)
+            rest, exif = _without_exif(file.read())
+            if exif is None:
+                raise
+            # A JPEG that Pillow opens but for odd tags, of which the orientation alone is read.
+            with Image.open(io.BytesIO(rest), formats=("JPEG",)) as image:
+                upright, turn = to_rgb(image), TURNS.get(_orientation_in(exif[6:]))
+            return upright if turn is None else upright.transpose(turn)
+
+
+def _without_exif(content: bytes) -> tuple[bytes, bytes | None]:
+    """A JPEG file without its EXIF segment, and what that held; None where there is none, or the file is no JPEG."""
+    kept, at, exif = [content[:2]], 2, None
+    while (
+        content[:2] == b"\xff\xd8" and content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] not in b"\xda\xd9"
+    ):
+        size = 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        segment = content[at : at + size]
+        if segment[1] == 0xE1 and segment[4:10] == b"Exif\0\0":
+            exif = segment[4:]
+        else:
+            kept.append(segment)
+        at += size
+    return b"".join(kept) + content[at:], exif
 
 
 def _head(path: str | os.PathLike[str]) -> bytes:
@@ -190,9 +218,24 @@ TURNS = {
 
 def _orientation(image: Image.Image) -> int | None:
     """Of the EXIF tags that one alone. Pillow's `exif_transpose` writes the others anew, and falls over odd ones."""
+    value = None
     with suppress(Exception):  # tags that cannot be read do not make a picture unreadable
         value = image.getexif().get(0x0112)
-        return int(value) if value in TURNS else None
+    if value is None and isinstance(exif := image.info.get("exif"), bytes):
+        value = _orientation_in(exif.removeprefix(b"Exif\0\0"))  # Pillow gives up the tags after one it cannot read
+    return value if value in TURNS else None
+
+
+def _orientation_in(tiff: bytes) -> int | None:
+    """The same, of EXIF whose other tags Pillow cannot read: the first directory's own entry, by the EXIF standard."""
+    order = ">" if tiff[:2] == b"MM" else "<"
+    with suppress(struct.error):
+        (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, at)
+        for entry in range(count):
+            tag, kind, values, value = struct.unpack_from(f"{order}HHIH", tiff, at + 2 + 12 * entry)
+            if (tag, kind, values) == (0x0112, 3, 1):
+                return value
     return None
 
 

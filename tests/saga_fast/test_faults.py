@@ -318,4 +318,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(tmp_pat
     flags = ["--data.species", "32", "--data.images-per-species", "2", "--lambda.lm", "0", "--lambda.kl", "0"]
     command = [sys.executable, "-m", "saga_fast.train", "--out", str(out), *flags]
     ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2 and f"error: --out: {out} cannot be written (" in ended.stderr.splitlines()[-1]
+    assert ended.returncode == 2 and f"error: --out: '{out}' cannot be written to (" in ended.stderr.splitlines()[-1]

@@ -258,7 +258,7 @@ def test_ctrl_c_ends_the_service(world):
     with pytest.raises(InputError, match=f"--serve: 127.0.0.1:{port} cannot be listened on .Address already in use"):
         server.serve(None, port)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "ended" in out and "Traceback" not in err
 
 

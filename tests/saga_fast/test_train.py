@@ -22,6 +22,7 @@ from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config, parse
 from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.losses import balance
 from saga_fast.losses.balance import RATIO
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt import PROMPTS
@@ -38,6 +39,7 @@ def small(**sections: dict) -> Config:
         "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2},
         "rollout": {"pairs": 2, "group_size": 4, "max_batches": 2, "pairs_per_batch": 8},
         "optim": {"steps": 4},
+        "lambda_": {"adaptive": False},
         "log": {"checkpoint_every": 2},
     }
     config = PRESETS["drawn-birds"]
@@ -293,7 +295,7 @@ def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch)
 
 def test_a_draw_without_contributing_pairs_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Supervisor, "judge", lambda self, completions, same: (torch.ones(len(same), 4),) * 2)
-    config = small(optim={"steps": 1})
+    config = small(optim={"steps": 1}, rollout={"credit": "verdict"})
     trainer.train(config, tmp_path / "run")
     (line,) = lines(tmp_path / "run")
     assert line["micro_batches"] == 2 and line["pairs_drawn"] == 16 and line["pairs_replayed"] == 0
@@ -498,6 +500,7 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     generator = torch.Generator().manual_seed(0)
     dml, rest = ([torch.randn(p.shape, generator=generator) for p in encoder.parameters()] for _ in range(2))
     t = training(encoder, None, small(lambda_={"adaptive": adaptive, "lm": 2.0}))
+    t.balance.hear([True, False] * 32, [0.75] * 64)
     a, b = [torch.cat([g.flatten() for g in gradients[:2]]).double() for gradients in (dml, rest)]
     scale = 2 * RATIO * a.norm() / b.norm() if adaptive else 1.0  # times λ_lm
     expected = [x + y * (scale if i < 2 else 1) for i, (x, y) in enumerate(zip(dml, rest))]
@@ -515,8 +518,9 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     assert torch.equal(encoder.pooler.weight.grad, rest[2])
 
 
-def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path):
+def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """One query per attribute, attribute credit, balance: their state is in the checkpoint."""
+    monkeypatch.setattr(balance, "KNOWN", 4)
     config = small(
         encoder={"pooler": "attributes", "embedding_dim": 40},
         rollout={"credit": "attributes", "credit_weight": 5.0},
@@ -534,6 +538,24 @@ def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path):
     encoders = [Encoder.from_pretrained(run / "encoder") for run in (broken, whole)]
     assert encoders[0].sha256 == encoders[1].sha256
     assert encoders[0].attributes == PROMPTS["drawn-birds"].attributes
+
+
+def test_a_supervisor_that_says_nothing_is_heard_and_teaches_nothing(tmp_path, monkeypatch):
+    """Its verdicts are always `no`; the run goes as one by the metric loss alone, to the bytes of the weights."""
+    monkeypatch.setattr(balance, "KNOWN", 4)
+
+    def judge(self, completions, same):
+        return torch.tensor([[float(not alike)] * 4 for alike in same]), torch.ones(len(same), 4)
+
+    monkeypatch.setattr(trainer.Supervisor, "judge", judge)
+    config = small(lambda_={"adaptive": True}, optim={"steps": 3}, rollout={"max_batches": 1})
+    with pytest.warns(UserWarning, match="verdicts depend little on the truth .informedness 0.00"):
+        trainer.train(config, tmp_path / "heard")
+    assert [line.get("voice") for line in lines(tmp_path / "heard")] == [0.0] * 3
+    assert all(line["pairs_drawn"] for line in lines(tmp_path / "heard"))
+    trainer.train(small(lambda_={"lm": 0.0, "kl": 0.0}, optim={"steps": 3}), tmp_path / "alone")
+    ours, theirs = (load_file(tmp_path / run / "encoder/model.safetensors") for run in ("heard", "alone"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_perfect_supervisor_s_answers_are_replayed(tmp_path, monkeypatch):

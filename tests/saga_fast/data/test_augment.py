@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saga_fast.config import AugmentConfig
+from saga_fast.config import AugmentConfig, Config
 from saga_fast.data import Augmentation, Batch, augmented
 from saga_fast.utils.errors import InputError
 
@@ -72,4 +72,4 @@ def test_a_batch_is_augmented_alike_wherever_a_run_begins():
 @pytest.mark.parametrize("field,value", [("least_area", 0.0), ("least_area", 1.5), ("light", 1.0), ("light", -0.1)])
 def test_senseless_settings_are_refused(field, value):
     with pytest.raises(InputError, match=f"augment.{field.replace('_', '-')}: {value}; give"):
-        AugmentConfig(**{field: value})
+        Config(augment=AugmentConfig(**{field: value}))

@@ -103,6 +103,7 @@ def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_pa
         "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2, "seed": 1},
         "rollout": {"pairs": 2, "group_size": 4, "max_batches": 1, "pairs_per_batch": 4},
         "optim": {"steps": 2},
+        "lambda_": {"adaptive": False},
     }
     config = PRESETS["drawn-birds"]
     for name, values in sections.items():

@@ -17,6 +17,7 @@ from PIL import Image
 
 from saga_fast.config import PRESETS, Config, stored
 from saga_fast.data import ClassBalancedSampler
+from saga_fast.losses.balance import Balance
 from saga_fast.runtime import checkpoint, run
 from saga_fast.runtime.run import Run
 from saga_fast.runtime.trackers import Guest
@@ -31,17 +32,18 @@ def make(out: Path, config: Config = CONFIG, seed: int = 0) -> Run:
     """A run whose encoder is a matrix."""
     torch.manual_seed(seed)
     encoder, dml = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+    encoder.tower, encoder.attributes = SimpleNamespace(model=SimpleNamespace(config=None)), ()
     optimizer = torch.optim.AdamW([*encoder.parameters(), *dml.parameters()])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     sampler = ClassBalancedSampler([0, 0, 1, 1, 2, 2], 2, 2, config.seed)
-    return Run(out, config, encoder, dml, optimizer, schedule, sampler)
+    return Run(out, config, encoder, dml, optimizer, schedule, sampler, Balance(), 1)
 
 
 def step(run: Run) -> None:
     run.encoder(torch.ones(3)).sum().backward()
     run.optimizer.step()
     run.schedule.step()
-    run.record(run.step, 1, {"loss_dml": 1.0})
+    run.record(run.step, {"loss_dml": 1.0, "micro_batches": 1})
 
 
 @pytest.fixture

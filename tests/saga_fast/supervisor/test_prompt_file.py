@@ -14,7 +14,7 @@ from saga_fast.supervisor.prompt import PROMPTS, Prompt
 from saga_fast.supervisor.prompt_file import MAX_BYTES, load_prompt, stored_prompt
 from saga_fast.utils.errors import InputError
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs/prompts.md"
 GOOD = {
     "role": '"mycologist"',
     "item": '"mushroom"',
@@ -30,8 +30,8 @@ def write(folder: Path, **changes: str | None) -> str:
     return str(path)
 
 
-def test_the_example_in_the_readme_loads(tmp_path):
-    (example,) = re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_example_in_the_docs_loads(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "my.toml").write_text(example)
     prompt = load_prompt(str(tmp_path / "my.toml"))
     assert all(f'"{word}"' in example for word in (prompt.role, prompt.item, prompt.verdict_key, *prompt.attributes))
