@@ -14,6 +14,7 @@ Drawings know their attributes and where they are. On test species, for each of 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench import write_json
-from saga_fast.config import PRESETS, Config
+from saga_fast.config import PRESETS
 from saga_fast.data import PixelLoader
 from saga_fast.encoder import Encoder
 from saga_fast.tiny.birds import ATTRIBUTES, DrawnBirds
@@ -153,12 +154,12 @@ def load(folder: Path, flag: str, pooler: str) -> Encoder:
 
 def birds_of(encoder: Path) -> DrawnBirds:
     """The test half that the run of this encoder was measured on; the preset's, where no run is about it."""
-    described, data = encoder.parent / "config.json", PRESETS["drawn-birds"].data
+    described, data = encoder.parent / "config.json", dataclasses.asdict(PRESETS["drawn-birds"].data)
     if described.is_file():
-        data = Config.from_dict(json.loads(described.read_text())["config"]).data
-    if data.name != "drawn-birds":
-        raise InputError(f"--encoder: its run was on {data.name!r}; only drawn-birds knows its attributes")
-    return DrawnBirds("test", data.species, data.images_per_species, data.seed)
+        data |= json.loads(described.read_text())["config"]["data"]
+    if data["name"] != "drawn-birds":
+        raise InputError(f"--encoder: its run was on {data['name']!r}; only drawn-birds knows its attributes")
+    return DrawnBirds("test", data["species"], data["images_per_species"], data["seed"])
 
 
 def main() -> None:

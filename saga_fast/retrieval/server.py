@@ -107,7 +107,7 @@ def serve(searcher: Searcher, port: int, host: str = LOOPBACK) -> None:
         raise InputError(f"--serve: {host}:{port} cannot be listened on ({error.strerror}); give another") from error
     with server:
         where = f"http://{host}:{server.server_port}"
-        try:
+        try:  # from the first word on: who reads it may answer with Ctrl-C at once
             print(f"{len(searcher.files):,} files at {where}\n{USAGE}\nCtrl-C ends it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:

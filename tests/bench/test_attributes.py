@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import attributes as bench
+from saga_fast.config import PRESETS
 from saga_fast.tiny.birds import ATTRIBUTES, SIZE, DrawnBirds
 from saga_fast.utils.errors import InputError
 
@@ -81,6 +82,17 @@ def test_the_command_measures_every_attribute_and_says_what_was_missed(tmp_path,
     perfect["leg color"]["whole"] = 0.9
     (words,) = (words for words, reached in bench.goals(perfect) if not reached)
     assert "11 of 12" in words and words.endswith("not for leg color")
+
+
+def test_the_birds_are_those_that_the_run_was_measured_on(tmp_path):
+    assert len(bench.birds_of(tmp_path / "encoder").classes) == PRESETS["drawn-birds"].data.species // 2
+    data = {"name": "drawn-birds", "species": 12, "images_per_species": 3, "seed": 5}
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": data, "of another version": 1}}))
+    birds = bench.birds_of(tmp_path / "encoder")
+    assert birds.combinations == DrawnBirds("test", 12, 3, 5).combinations and len(birds) == 18
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": {**data, "name": "cub"}}}))
+    with pytest.raises(InputError, match="its run was on 'cub'; only drawn-birds"):
+        bench.birds_of(tmp_path / "encoder")
 
 
 def test_an_encoder_of_another_kind_is_named(tmp_path):
