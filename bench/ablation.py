@@ -1,6 +1,7 @@
 """What each term of the method is worth, on drawn birds of species never seen in training.
 
     python -m bench.ablation --json FILE [--out runs/ablation] [--seeds 3] [--jobs 2] [--rows "DML" …] [-- --flag …]
+    python -m bench.ablation --json FILE --out runs/ablation-hard -- --data.nuisance hard
 
 Every row is tuned alike, on birds drawn with another seed, species and pictures both, for fewer steps, by Recall@1:
 first the encoder's learning rate, then, where the row has that term, λ_lm at the better rate. Then every row takes the
@@ -127,13 +128,17 @@ def logged(folder: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
+def config_of(folder: Path) -> Config:
+    return Config.from_dict(json.loads((folder / "config.json").read_text())["config"])
+
+
 def per_query(folder: Path) -> dict[str, Any]:
     """Of each query of the test half whether its nearest neighbour is of its class, as a string of 0 and 1, and its
     MAP@R in per cent; kept in the run's folder."""
     file = folder / "queries.json"
     if not file.exists():
-        config = Config.from_dict(json.loads((folder / "config.json").read_text())["config"])
-        _, images = load_images(config.data, config.data.image_size)
+        data = config_of(folder).data
+        _, images = load_images(data, data.image_size)
         scores = retrieve(embed_all(Encoder.from_pretrained(folder / "encoder"), images), images.labels)
         hit = "".join(str(int(row)) for row in scores.hits[:, 0])
         file.write_text(
@@ -142,15 +147,15 @@ def per_query(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def reading(encoder: Encoder) -> float:
+def reading(encoder: Encoder, data: DataConfig) -> float:
     """The share of values, per cent, that the supervisor writes rightly when it reads pairs of test species from the
-    encoder's tokens."""
+    encoder's tokens; data: of the encoder's run."""
     mllm = load_mllm(SUPERVISOR, True, torch.float32)
     grid = encoder.tower.grid(encoder.image_size, encoder.image_size)
     sampling = Sampling(group_size=4, max_new_tokens=192)
     supervisor = Supervisor(mllm, PROMPTS["drawn-birds"], "images_first", grid, sampling)
-    birds = DrawnBirds("test")
-    _, images = load_images(DataConfig(name="drawn-birds"), encoder.image_size)
+    birds = DrawnBirds("test", data.species, data.images_per_species, data.seed, data.nuisance)
+    _, images = load_images(data, encoder.image_size)
     pairs = draw_pairs(images.labels, READ, seed=0).flatten()
     batch = images.batch(pairs.tolist())
     with torch.no_grad():
@@ -281,8 +286,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     visual = load_mllm(SUPERVISOR, True, torch.float32).visual
-    read = {"frozen": reading(Encoder.from_tower(visual, "mean", 192, 112).eval())}
-    read |= {row: reading(Encoder.from_pretrained(folders[row, "seed 0"] / "encoder")) for row in points}
+    data = config_of(folders[first, "seed 0"]).data
+    read = {"frozen": reading(Encoder.from_tower(visual, "mean", 192, 112).eval(), data)}
+    read |= {row: reading(Encoder.from_pretrained(folders[row, "seed 0"] / "encoder"), data) for row in points}
     print(
         "\nvalues read rightly on test species, per cent, seed 0: " + ", ".join(f"{k} {v:.1f}" for k, v in read.items())
     )

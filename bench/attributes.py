@@ -159,7 +159,7 @@ def birds_of(encoder: Path) -> DrawnBirds:
         data |= json.loads(described.read_text())["config"]["data"]
     if data["name"] != "drawn-birds":
         raise InputError(f"--encoder: its run was on {data['name']!r}; only drawn-birds knows its attributes")
-    return DrawnBirds("test", data["species"], data["images_per_species"], data["seed"])
+    return DrawnBirds("test", data["species"], data["images_per_species"], data["seed"], data["nuisance"])
 
 
 def main() -> None:

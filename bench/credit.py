@@ -136,7 +136,8 @@ def main() -> None:
         Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, options.seed),
         config.supervisor.anchor_layer,
     )
-    birds = DrawnBirds("test", config.data.species, config.data.images_per_species, config.data.seed)
+    data = config.data
+    birds = DrawnBirds("test", data.species, data.images_per_species, data.seed, data.nuisance)
     figures = {
         when: measure(encoder.eval(), supervisor, birds, options.pairs, options.seed)
         for when, encoder in encoders.items()

@@ -43,7 +43,7 @@ def roll_out(
     data = t.config.data
     if data.name != "drawn-birds":
         raise InputError(f"data.name: {data.name!r}; only drawn-birds knows the right answer")
-    birds = DrawnBirds("train", data.species, data.images_per_species, data.seed)
+    birds = DrawnBirds("train", data.species, data.images_per_species, data.seed, data.nuisance)
     rows = draw_pairs(batch.labels, t.config.rollout.pairs_per_batch, (t.config.seed << 40) + first_id)[:wanted]
     one: Tensor = torch.ones(1)
     judged = []

@@ -45,6 +45,8 @@ class DataConfig:
     """drawn-birds: images of each species."""
     seed: Annotated[int, SEED] = 0
     """drawn-birds: another seed draws other species and other pictures."""
+    nuisance: Literal["easy", "moderate", "benchmark", "hard"] = "benchmark"
+    """drawn-birds: how far the pictures are from those that the tiny supervisor learned from."""
 
 
 @dataclass(frozen=True)

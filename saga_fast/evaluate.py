@@ -63,7 +63,7 @@ def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLo
     """
     settings = {}
     if data.name == "drawn-birds":
-        settings = {"species": data.species, "images_per_species": data.images_per_species, "seed": data.seed}
+        settings = {key: getattr(data, key) for key in ("species", "images_per_species", "seed", "nuisance")}
     train, test = load_dataset(data.name, data.root, **settings)
     if data.train_classes is not None:
         train = first_classes(train, data.train_classes)

@@ -3,8 +3,8 @@
 A bird is twelve attributes and a species is one combination of them. Species come in families of siblings that differ
 from one another in one or two attributes, as the hard pairs of real bird sets do. Pose, size, light, clutter,
 occlusion, blur and noise are nuisance, set by a `Nuisance`: the tiny supervisor's tower learned from EASY pictures, its
-language model from MODERATE ones; BENCHMARK is clearly shifted. Every picture is a function of (seed, species, index)
-alone.
+language model from MODERATE ones; BENCHMARK is clearly shifted, HARD hides a part of what is asked for. Every picture
+is a function of (seed, species, index) alone.
 
     python -m saga_fast.tiny.birds OUT      # export as an image folder: OUT/{train,test}/CLASS/NNN.png
 """
@@ -121,6 +121,19 @@ BENCHMARK = Nuisance(
     blur=1.3,
     noise=18,
 )
+HARD = Nuisance(
+    rotation=16,
+    shift=0.06,
+    scale=(0.8, 1.05),
+    head=0.07,
+    light=0.45,
+    tint=0.3,
+    clutter=16,
+    occlusion=3,
+    blur=1.8,
+    noise=28,
+)
+NUISANCES = {"easy": EASY, "moderate": MODERATE, "benchmark": BENCHMARK, "hard": HARD}
 
 
 class Drawing(NamedTuple):
@@ -386,7 +399,7 @@ class DrawnBirds(Sequence):
         species: species in both splits together.
         images_per_species: pictures of each.
         seed: of the species and of the pictures.
-        nuisance: how hard the pictures are.
+        nuisance: how hard the pictures are, one of `NUISANCES`.
     """
 
     def __init__(
@@ -395,7 +408,7 @@ class DrawnBirds(Sequence):
         species: int = 100,
         images_per_species: int = 30,
         seed: int = 0,
-        nuisance: Nuisance = BENCHMARK,
+        nuisance: str = "benchmark",
     ):
         if split not in ("train", "test"):
             raise InputError(f"split: found {split!r}; accepted are 'train' and 'test'")
@@ -409,7 +422,7 @@ class DrawnBirds(Sequence):
         self.combinations = _species(species, seed)[:half] if split == "train" else _species(species, seed)[half:]
         self.classes = [f"species_{self.first + i:03d}" for i in range(len(self.combinations))]
         self.labels = [i for i in range(len(self.combinations)) for _ in range(images_per_species)]
-        self.images_per_species, self.seed, self.nuisance = images_per_species, seed, nuisance
+        self.images_per_species, self.seed, self.nuisance = images_per_species, seed, NUISANCES[nuisance]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -446,7 +459,7 @@ _species = cache(species)
 
 
 def export(
-    out: Path, species: int = 100, images_per_species: int = 30, seed: int = 0, nuisance: Nuisance = BENCHMARK
+    out: Path, species: int = 100, images_per_species: int = 30, seed: int = 0, nuisance: str = "benchmark"
 ) -> int:
     """Write both splits as PNG class folders, OUT/{train,test}/CLASS/NNN.png; returns the number of pictures."""
     if out.exists() and any(out.iterdir()):
@@ -470,9 +483,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--species", type=int, default=100)
     parser.add_argument("--images-per-species", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nuisance", choices=NUISANCES, default="benchmark")
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        total = export(args.out, args.species, args.images_per_species, args.seed)
+        total = export(args.out, args.species, args.images_per_species, args.seed, args.nuisance)
         print(f"{total} images in {args.out}")
 
 
