@@ -51,8 +51,8 @@ def roll_out(
         completions = [right_answer(t, birds, batch.indices[a], batch.indices[b])]
         said = t.supervisor.read(completions)
         judged.append(Judged(completions, one, one.bool(), one, said, None, True, False, {}))
-    same = (batch.labels[rows[:, 0]] == batch.labels[rows[:, 1]]).tolist()
-    return rows, Draw(judged, same)
+    classes = [(a, b) for a, b in batch.labels[rows].tolist()]
+    return rows, Draw(judged, classes)
 
 
 def main() -> None:

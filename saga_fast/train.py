@@ -52,9 +52,10 @@ from saga_fast.runtime import distributed
 from saga_fast.runtime.health import spread
 from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
-from saga_fast.runtime.run import SELECTS, Run, held
+from saga_fast.runtime.run import SELECTS, Run, State, held
 from saga_fast.runtime.signals import Stopped
-from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
+from saga_fast.supervisor.agreement import ClassReadings
+from saga_fast.supervisor.draw import Candidates, Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
@@ -91,6 +92,7 @@ class Training:
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
     frozen: str | None = None
     balance: Balance = field(default_factory=Balance)
+    readings: ClassReadings = field(default_factory=ClassReadings)
     oom: Fits = field(default_factory=Fits)
 
     @property
@@ -213,6 +215,8 @@ def optimizer_step(
     # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
     t.balance.hear(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
+    for pair, classes in zip(draw.pairs, draw.classes):
+        t.readings.add(pair.said or [], classes)
     log = {
         "loss_dml": sum(losses_dml) / len(losses_dml),
         "micro_batches": len(losses_dml),
@@ -266,9 +270,10 @@ def roll_out(
     unique in the run."""
     config = t.config
     pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, (config.seed << 40) + first_id)
-    same = (batch.labels[pairs[:, 0]] == batch.labels[pairs[:, 1]]).tolist()
-    credit, rate = config.rollout.credit == "attributes", contribution_rate
-    return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, credit)
+    classes = [(a, b) for a, b in batch.labels[pairs].tolist()]
+    readings = t.readings if config.rollout.credit == "attributes" else None
+    candidates = Candidates(features, pairs, classes, first_id)
+    return pairs, draw_contributing(t.supervisor, candidates, wanted, contribution_rate, t.oom, readings)
 
 
 def contributing(batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
@@ -508,7 +513,8 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
 
     t = Training(config, encoder, supervisor, dml, optimizer, schedule, autocast)
     t.frozen = supervisor and supervisor.decoder.fingerprint()
-    run = Run(out, config, encoder, dml, optimizer, schedule, sampler, t.balance, steps)
+    state = State(encoder, dml, optimizer, schedule, sampler, t.balance, t.readings)
+    run = Run(out, config, state, steps)
     if resume:
         run.restore(t.frozen)
     else:

@@ -17,6 +17,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saga_fast.config import Config, record_of
-from saga_fast.data import PixelLoader
+from saga_fast.data import ClassBalancedSampler, PixelLoader
 from saga_fast.encoder import Encoder
 from saga_fast.losses.balance import Balance
 from saga_fast.report import write_report
@@ -40,6 +41,7 @@ from saga_fast.runtime.health import Health
 from saga_fast.runtime.signals import Stopped, StopSignals
 from saga_fast.runtime.telemetry import Telemetry
 from saga_fast.runtime.trackers import Board, Guest
+from saga_fast.supervisor.agreement import ClassReadings
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import flush, hidden, locked, replace
@@ -53,6 +55,19 @@ def held(out: Path) -> AbstractContextManager[None]:
     return locked(out, "--out") if distributed.rank() == 0 else nullcontext()
 
 
+@dataclass(eq=False)
+class State:
+    """What training changes: a checkpoint holds it, and what is random."""
+
+    encoder: Encoder
+    dml: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    sampler: ClassBalancedSampler
+    balance: Balance = field(default_factory=Balance)
+    readings: ClassReadings = field(default_factory=ClassReadings)
+
+
 class Run:
     """A run's folder and its place in it: what `--resume` needs to go on to the same bytes. So it is on a CPU, with as
     many ranks and the same plan for memory; a GPU adds some gradients up in no fixed order (`index_add_`, the backward
@@ -62,29 +77,16 @@ class Run:
     rank, so any number of them can go on.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        config: Config,
-        encoder: Encoder,
-        dml: nn.Module,
-        optimizer,
-        schedule,
-        sampler,
-        balance: Balance,
-        total: int,
-    ) -> None:
-        self.out, self.config = out, config
-        self.encoder, self.dml, self.optimizer, self.schedule, self.sampler = encoder, dml, optimizer, schedule, sampler
-        self.balance, self.total = balance, total
+    def __init__(self, out: Path, config: Config, state: State, total: int) -> None:
+        self.out, self.config, self.state, self.total = out, config, state, total
         self.step = self.batches = self.skipped = self.skipped_in_a_row = 0
         self.drawn = self.contributing = 0
         self.before: dict[str, float] = {}
-        self.telemetry = Telemetry(next(encoder.parameters()).device)
+        self.telemetry = Telemetry(next(state.encoder.parameters()).device)
         self.best: dict[str, float] | None = None
         # At the held-out classes: the best figure so far, and how many looks there were since.
         self.recall, self.stale = -1.0, 0
-        self.health = Health(sampler.batches_per_epoch)
+        self.health = Health(state.sampler.batches_per_epoch)
         self._troubles: set[str] = set()
         self._unwritten = dict.fromkeys(LINES, "")
 
@@ -177,11 +179,11 @@ class Run:
             raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
 
     def _load(self, parts: checkpoint.Parts, state: dict[str, Any]) -> None:
-        self.encoder.load_state_dict(parts["encoder"])
-        self.dml.load_state_dict(parts["dml"])
-        checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.sampler.load_state_dict(state["sampler"])
+        self.state.encoder.load_state_dict(parts["encoder"])
+        self.state.dml.load_state_dict(parts["dml"])
+        checkpoint.unpack_optimizer(self.state.optimizer, parts["optimizer"], state["optimizer"])
+        self.state.schedule.load_state_dict(state["schedule"])
+        self.state.sampler.load_state_dict(state["sampler"])
         checkpoint.unpack_rng(parts["rng"], state["rng"])
         for name in ("step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"):
             if not isinstance(state[name], int):
@@ -189,7 +191,8 @@ class Run:
         self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.drawn, self.contributing = state["drawn"], state["contributing"]
-        self.balance.load_state_dict(state["balance"])
+        self.state.balance.load_state_dict(state["balance"])
+        self.state.readings.load_state_dict(state["readings"])
         self.best, self.recall, self.stale = state["best"], state["recall"], state["stale"]
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
@@ -213,7 +216,7 @@ class Run:
 
     def save(self) -> bool:
         """A checkpoint in the run's folder; False if it could not be written, which is told. Raises Drifted."""
-        distributed.check_alike(self.encoder, self.dml)
+        distributed.check_alike(self.state.encoder, self.state.dml)
         if distributed.rank() > 0:
             return True
         with self._troubled("a checkpoint"):
@@ -222,9 +225,10 @@ class Run:
         return False
 
     def _checkpoint(self, out: Path) -> None:
-        optimizer, optimizer_rest = checkpoint.pack_optimizer(self.optimizer)
+        optimizer, optimizer_rest = checkpoint.pack_optimizer(self.state.optimizer)
         rng, rng_rest = checkpoint.pack_rng()
-        parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
+        encoder, dml = self.state.encoder.state_dict(), self.state.dml.state_dict()
+        parts = {"encoder": encoder, "dml": dml, "optimizer": optimizer, "rng": rng}
         state = {
             "step": self.step,
             "batches": self.batches,
@@ -234,12 +238,13 @@ class Run:
             "drawn": self.drawn,
             "contributing": self.contributing,
             "best": self.best,
-            "balance": self.balance.state_dict(),
+            "balance": self.state.balance.state_dict(),
+            "readings": self.state.readings.state_dict(),
             "recall": self.recall,
             "stale": self.stale,
             "optimizer": optimizer_rest,
-            "schedule": self.schedule.state_dict(),
-            "sampler": self.sampler.state_dict(self.batches),
+            "schedule": self.state.schedule.state_dict(),
+            "sampler": self.state.sampler.state_dict(self.batches),
             "rng": rng_rest,
         }
         checkpoint.save(out / "checkpoint", self.step, parts, state, self.config.log.keep, self.id)
@@ -305,7 +310,7 @@ class Run:
         aside = hidden(self.out / name, "partial")
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            self.encoder.save_pretrained(aside)
+            self.state.encoder.save_pretrained(aside)
         except SafetensorError as error:  # what its own writer makes of a full disk
             raise OSError(str(error)) from error
         replace(aside, self.out / name)
@@ -317,7 +322,7 @@ class Run:
             return
         if not (folder := self.out / "best").is_dir():
             raise InputError(f"{folder}: could not be written, so the best encoder is gone; run it again, with space")
-        self.encoder.load_state_dict(Encoder.from_pretrained(folder).state_dict())
+        self.state.encoder.load_state_dict(Encoder.from_pretrained(folder).state_dict())
 
     def finish(
         self, after: dict[str, float], supervisor: str | None, images: PixelLoader, embeddings: Tensor
@@ -337,15 +342,15 @@ class Run:
         if distributed.rank() > 0:
             return final
         try:
-            weights = getattr(self.encoder.tower.model.config, "weights", None)
-            self.encoder.card = model_card(self.config, self.before, after, self.step, weights)
+            weights = getattr(self.state.encoder.tower.model.config, "weights", None)
+            self.state.encoder.card = model_card(self.config, self.before, after, self.step, weights)
             self._export("encoder")
             (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"{self.out}: the encoder could not be written ({error}); --resume writes it") from error
         with self._troubled("the report", (OSError, ValueError)):  # what it reads may have been damaged meanwhile
             before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
-            encoder = self.encoder
+            encoder = self.state.encoder
 
             def agreement(a: int, b: int) -> dict[str, float]:
                 cosines = encoder.compare(*embeddings[[a, b], None].to(encoder.device))

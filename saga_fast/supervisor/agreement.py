@@ -1,9 +1,9 @@
 """Attribute credit: a reward for what a rollout says of one attribute, beside the verdict's, which is one bit for some
 hundred tokens.
 
-Two images of one class look alike in every attribute, so what a rollout says of one image should be what rollouts say
-of the other. No label beyond the class is used, and on pairs of two classes, which may differ in any attribute, nothing
-is rewarded.
+Images of one class look alike in every attribute, so what a rollout says of one of them should be what rollouts say of
+the others: of the other image of the pair, where it is of the same class, and of those that earlier steps rolled out.
+So pairs of two classes are rewarded too. No label beyond the class is used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+DECAY = 0.9  # of the weights of a class's readings, a pair
+FORGOTTEN = 0.05  # weight at which a value is left out
+
 Described = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
 
 
@@ -25,20 +28,61 @@ def agreement(a: str, b: str) -> float:
     return 2 * shared / max(1, a_words.total() + b_words.total())
 
 
-def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -> Tensor:
-    """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute,
-    the mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
+class ClassReadings:
+    """What rollouts have said of each attribute of each class, which is what they are asked to agree with.
 
-    All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
-    item 2 what it has written in item 1. A value that is missing agrees with nothing.
+    values: class → attribute → value → weight. A rollout adds 1 to the weight of what it says; `DECAY` is what is left
+    of older weights, as the tokens that are read change with training.
     """
-    rewards = torch.zeros(2, len(attributes), len(group))
-    for m, name in enumerate(attributes):
-        said = [[described[item].get(name) for described in group] for item in (0, 1)]
-        known = {(a, b): agreement(a, b) for a in set(said[0]) - {None} for b in set(said[1]) - {None}}
-        table = torch.tensor([[known.get((a, b), 0.0) for b in said[1]] for a in said[0]])
-        rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
-    return rewards
+
+    def __init__(self) -> None:
+        self.values: dict[int, dict[str, dict[str, float]]] = {}
+
+    def rewards(self, group: Sequence[Described], classes: tuple[int, int], attributes: Sequence[str]) -> Tensor:
+        """Rewards (2, M, G) float32 of the G rollouts of a pair: for item 1 and item 2 and each attribute, the mean
+        agreement of what the rollout says of it with what is known of the item's class: that is the readings so far,
+        and, in a pair of one class, what all G rollouts say of the *other* item.
+
+        All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
+        item 2 what it has written in item 1. A value that is missing agrees with nothing, and where nothing is known,
+        all earn 0.
+        """
+        rewards = torch.zeros(2, len(attributes), len(group))
+        for item, label in enumerate(classes):
+            for m, name in enumerate(attributes):
+                known = Counter(self.values.get(label, {}).get(name, {}))
+                if classes[0] == classes[1]:
+                    known.update(other[1 - item].get(name) for other in group)
+                total = known.total()
+                del known[None]
+                said = [described[item].get(name) for described in group]
+                earned = {
+                    value: sum(weight * agreement(value, other) for other, weight in known.items()) / total
+                    for value in set(said) - {None}
+                    if total
+                }
+                rewards[item, m] = torch.tensor([earned.get(value, 0.0) for value in said])
+        return rewards
+
+    def add(self, group: Sequence[Described], classes: tuple[int, int]) -> None:
+        """Takes in what the rollouts of a pair say."""
+        for label in set(classes):
+            values = self.values.setdefault(label, {})
+            for name, weights in values.items():
+                values[name] = {value: DECAY * w for value, w in weights.items() if DECAY * w > FORGOTTEN}
+            for described in group:
+                for item, of in zip(described, classes):
+                    if of == label:
+                        for name, value in item.items():
+                            weights = values.setdefault(name, {})
+                            weights[value] = weights.get(value, 0.0) + 1
+
+    def state_dict(self) -> list:
+        """Plain values, for checkpoints."""
+        return [[label, values] for label, values in self.values.items()]
+
+    def load_state_dict(self, state: list) -> None:
+        self.values = {label: values for label, values in state}
 
 
 def value_entropy(groups: Sequence[Sequence[Described]], attributes: Sequence[str]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.runtime.oom import Fits
-from saga_fast.supervisor.agreement import Described, attribute_agreement, value_entropy
+from saga_fast.supervisor.agreement import ClassReadings, Described, value_entropy
 from saga_fast.supervisor.rollout import Rollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
@@ -52,12 +52,16 @@ class Judged(NamedTuple):
 class Draw:
     """The pairs that decided a draw, in order: up to the K-th that contributes, or all where fewer do.
 
-    same: whether each is of one class. wasted: tokens of pairs that were begun and not needed.
+    classes: of both images of each. wasted: tokens of pairs that were begun and not needed.
     """
 
     pairs: list[Judged] = field(default_factory=list)
-    same: list[bool] = field(default_factory=list)
+    classes: list[tuple[int, int]] = field(default_factory=list)
     wasted: int = 0
+
+    @property
+    def same(self) -> list[bool]:
+        return [a == b for a, b in self.classes]
 
     @property
     def contributing(self) -> int:
@@ -66,7 +70,7 @@ class Draw:
     def extend(self, other: Draw) -> None:
         """Goes on with the draw from another micro-batch."""
         self.pairs += other.pairs
-        self.same += other.same
+        self.classes += other.classes
         self.wasted += other.wasted
 
     def summary(self) -> dict[str, float]:
@@ -107,24 +111,36 @@ def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.stack([pairs[same][:half], pairs[~same][:half]], 1).flatten(0, 1).to(labels.device)
 
 
+class Candidates(NamedTuple):
+    """Pairs of a micro-batch, in the order in which they are rolled out. features: of its images. pairs: (n, 2) int64,
+    indices of these. classes: of both images of each pair. Pair i has the id first_id + i, unique in the run."""
+
+    features: VisualFeatures
+    pairs: Tensor
+    classes: list[tuple[int, int]]
+    first_id: int
+
+    @property
+    def same(self) -> list[bool]:
+        return [a == b for a, b in self.classes]
+
+
 def draw_contributing(
     supervisor: Supervisor,
-    features: VisualFeatures,
-    pairs: Tensor,
-    same: list[bool],
-    first_id: int,
+    candidates: Candidates,
     wanted: int,
     contribution_rate: float,
     fits: Fits,
-    credit: bool = False,
+    readings: ClassReadings | None = None,
 ) -> Draw:
-    """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
+    """Rolls out the candidates in order until `wanted` of them contribute.
 
-    same [n]: whether both images are of one class. Pair i has id first_id + i and is rank i mod ranks's. As many are
-    begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth. A rank that
-    has none begins one all the same, as it would idle. A rank that is out of memory goes on with half its slots, whose
-    pairs begin again, to the same completions.
+    readings: what attribute credit compares with; None for the verdict's reward alone. Pair i is rank i mod ranks's. As
+    many are begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth. A
+    rank that has none begins one all the same, as it would idle. A rank that is out of memory goes on with half its
+    slots, whose pairs begin again, to the same completions.
     """
+    features, pairs, _, first_id = candidates
     rank, ranks = distributed.rank(), distributed.ranks()
     slots = min(distributed.everyone(supervisor.slots))
     judged: dict[int, Judged] = {}
@@ -155,24 +171,28 @@ def draw_contributing(
             going.add(begun)
             begun += 1
         done = {pair.pair_id - first_id: pair for pair in fits.run("roll out", supervisor.slots, look)}
-        for found in distributed.everyone(_judge(supervisor, done, same, credit)):
+        for found in distributed.everyone(_judge(supervisor, done, candidates.classes, readings)):
             judged |= found
         going -= judged.keys()
     wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % ranks == rank)
-    return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.everyone(wasted)))
+    return Draw([judged[i] for i in range(last + 1)], candidates.classes[: last + 1], sum(distributed.everyone(wasted)))
 
 
-def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], credit: bool) -> dict[int, Judged]:
+def _judge(
+    supervisor: Supervisor,
+    done: dict[int, Rollouts],
+    classes: list[tuple[int, int]],
+    readings: ClassReadings | None,
+) -> dict[int, Judged]:
     if not done:
         return {}
-    completions, alike = [pair.completions for pair in done.values()], [same[i] for i in done]
-    rewards, well_formed = supervisor.judge(completions, alike)
-    said = [supervisor.read(group) for group in completions] if credit else [None] * len(done)
+    completions, two = [pair.completions for pair in done.values()], [classes[i] for i in done]
+    rewards, well_formed = supervisor.judge(completions, [a == b for a, b in two])
+    said = [supervisor.read(group) for group in completions] if readings else [None] * len(done)
     stacked = rewards[:, None]
-    if credit:
-        agreed = torch.stack([attribute_agreement(group, supervisor.prompt.attributes) for group in said])
-        # Images of two classes may differ in any attribute, and nobody knows in which.
-        agreed = agreed * torch.tensor(alike)[:, None, None, None]
+    if readings:
+        names = supervisor.prompt.attributes
+        agreed = torch.stack([readings.rewards(group, of, names) for group, of in zip(said, two)])
         stacked = torch.cat([stacked, agreed.flatten(1, 2)], 1)
     stacked[[pair.broken for pair in done.values()]] = 0
     advantages, differs, _ = group_advantage(stacked)
@@ -184,7 +204,7 @@ def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], 
             well_formed[j],
             advantages[j, 0],
             said[j],
-            advantages[j, 1:].unflatten(0, (2, -1)) if credit else None,
+            advantages[j, 1:].unflatten(0, (2, -1)) if readings else None,
             bool(contributes[j]),
             pair.broken,
             pair.log_probs,

@@ -17,7 +17,7 @@ from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.supervisor.verdict import attribute_spans, parse
-from saga_fast.tiny.birds import ATTRIBUTES, BENCHMARK, EASY, DrawnBirds, Nuisance, change
+from saga_fast.tiny.birds import ATTRIBUTES, NUISANCES, DrawnBirds, Nuisance, change
 from saga_fast.tiny.language import ORDERS, PROMPT, LanguageTrainer, answer, questions
 from saga_fast.tiny.tower import GRID, render, seen_attributes
 from saga_fast.towers import tower_of
@@ -96,9 +96,9 @@ def reading(mllm: Mllm, nuisance: Nuisance, order: str, count: int) -> dict:
     }
 
 
-def contribution(mllm: Mllm, batches: int = 6, pairs_per_batch: int = 16) -> dict:
+def contribution(mllm: Mllm, nuisance: str, batches: int = 6, pairs_per_batch: int = 16) -> dict:
     """As a run starts: balanced pairs from class-balanced micro-batches (16 classes x 4) of the training species."""
-    birds = DrawnBirds("train")
+    birds = DrawnBirds("train", nuisance=nuisance)
     labels = np.array(birds.labels)
     rng = np.random.default_rng(HELD_OUT)
     pairs = []
@@ -178,13 +178,11 @@ def measure(folder: Path, pairs: int = 32) -> dict:
         "parameters": sum(p.numel() for p in Qwen3VLForConditionalGeneration.from_pretrained(folder).parameters())
     }
     found["reading"] = {
-        f"{name}, {order}": reading(mllm, nuisance, order, pairs)
-        for (name, nuisance), order in itertools.product((("easy", EASY), ("benchmark", BENCHMARK)), ORDERS)
+        f"{name}, {order}": reading(mllm, NUISANCES[name], order, pairs)
+        for name, order in itertools.product(("easy", "benchmark", "hard"), ORDERS)
     }
-    found["contribution"] = contribution(mllm)
-    found["attention"] = {
-        name: attention_shares(folder, nuisance) for name, nuisance in (("easy", EASY), ("benchmark", BENCHMARK))
-    }
+    found["contribution"] = {name: contribution(mllm, name) for name in ("benchmark", "hard")}
+    found["attention"] = {name: attention_shares(folder, NUISANCES[name]) for name in ("easy", "benchmark")}
     found["frozen_retrieval"] = frozen_retrieval(mllm)
     return found
 
@@ -198,7 +196,7 @@ def _svg_line(points: list[tuple[float, float]], color: str, box: tuple[float, f
 
 
 def curves_svg(curves: dict[str, list[dict]]) -> str:
-    """Both halves' curves by step, side by side."""
+    """The parts' curves by step, side by side."""
     panels = (
         ("tower", "tower: loss / 3 (grey), accuracy (blue)", (("loss", "#999", 3.0), ("accuracy", "#06c", 1.0))),
         (
@@ -206,9 +204,14 @@ def curves_svg(curves: dict[str, list[dict]]) -> str:
             "language model: loss / 0.5 (grey), pointing / 4 (blue)",
             (("loss", "#999", 0.5), ("point", "#06c", 4.0)),
         ),
+        (
+            "calibration",
+            "calibration: verdict (grey), own answers / 0.2 (blue), nats",
+            (("verdict", "#999", 1.0), ("tokens", "#06c", 0.2)),
+        ),
     )
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="240" font-family="sans-serif" font-size="11">'
+        '<svg xmlns="http://www.w3.org/2000/svg" width="1080" height="240" font-family="sans-serif" font-size="11">'
     ]
     for i, (half, title, lines) in enumerate(panels):
         box = (20 + 360 * i, 30, 320, 180)
@@ -258,7 +261,13 @@ curves, in `card.json`.
    item 1's differs, and after layer 2 which attributes differ. The last 150 steps train through NF4 with nested absmax,
    straight-through. Last logged: cross-entropy {language[loss]:.4f} a token, on noisy features.
 
-The weights are those of one run of this recipe, from nothing to the end.
+3. **Calibration**: {calibration[step]} steps of 12 answers that the model itself samples at temperature 1 about
+   BENCHMARK and HARD pictures of pairs (50% same bird, 30% siblings, 20% strangers), with the true verdict in place of
+   its own, through NF4: how often two pictures that it reads so show one bird. Last logged: cross-entropy of a verdict
+   {calibration[verdict]:.3f}, of its own answers {calibration[tokens]:.3f} a token.
+
+The weights are those of one run of this recipe, from nothing to the end; the third part began with the bfloat16 weights
+of the second.
 
 No stream draws a test species of the benchmark (seeds 0 to 9, 100 species). Pictures measured below are of seeds that
 no stream reaches.
@@ -275,12 +284,12 @@ Verdicts right / groups of 8 whose rewards are not all equal, percent:
 {verdicts}
 
 ## At the start of a run
-{start[pairs]} balanced pairs from micro-batches of 16 training species x 4 BENCHMARK pictures:
-{start[contributing]:.1%} contribute (same species {start[contributing, same]:.1%}, different
-{start[contributing, different]:.1%}); mean reward {start[reward, same]:.3f} on same and
-{start[reward, different]:.3f} on different pairs. The mean of the frozen tower's tokens retrieves the test species with
-Recall@1 {retrieval[recall_at_1]:.3f}, MAP@R {retrieval[map_at_r]:.3f}, NMI {retrieval[nmi]:.3f}: there is something
-left to learn.
+Balanced pairs from micro-batches of 16 training species x 4 pictures, percent:
+
+{start}
+
+The mean of the frozen tower's tokens retrieves the benchmark's test species with Recall@1 {retrieval[recall_at_1]:.3f},
+MAP@R {retrieval[map_at_r]:.3f}, NMI {retrieval[nmi]:.3f}: there is something left to learn.
 
 ## Where it looks
 Share of decoder layer 3's head-averaged attention, renormalised over the image's 49 tokens, that falls inside the mask
@@ -304,6 +313,8 @@ def write_card(found: dict, curves: dict[str, list[dict]], seed: int) -> str:
         for name in ATTRIBUTES
     ]
     looks.append(["**mean**", *(_percent(shares["mean"][row]) for shares in attention.values() for row in rows)])
+    shares = [key for key in next(iter(found["contribution"].values())) if key != "pairs"]
+    start = [[key, *(_percent(of[key]) for of in found["contribution"].values())] for key in shares]
     return CARD.format(
         parameters=found["parameters"] / 1e6,
         seed=seed,
@@ -311,7 +322,8 @@ def write_card(found: dict, curves: dict[str, list[dict]], seed: int) -> str:
         language=curves["language"][-1],
         accuracy=_table(["attribute", *settings], accuracy),
         verdicts=_table(["pair", *settings], verdicts),
-        start=found["contribution"],
+        calibration=curves["calibration"][-1],
+        start=_table(["", *found["contribution"]], start),
         retrieval=found["frozen_retrieval"],
         looks=_table(["attribute", *(f"{row}, {name}" for name in attention for row in rows)], looks),
     )

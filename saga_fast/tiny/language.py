@@ -362,6 +362,13 @@ def quantized_linears(model: Qwen3VLForConditionalGeneration) -> list[nn.Linear]
     return [module for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
 
 
+def unquantize(model: Qwen3VLForConditionalGeneration) -> None:
+    """Takes `FakeNF4` off again; the weights are those that were trained."""
+    for linear in quantized_linears(model):
+        if parametrize.is_parametrized(linear):
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+
+
 def attention_of_rows(layer: nn.Module, h: Tensor, cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
     """Head-averaged causal attention (B, R, L) of positions `rows` (R,) in a decoder layer with input h (B, L, D)."""
     attention = layer.self_attn
@@ -539,9 +546,7 @@ def train_language(
                 scratch,
             )
             scratch.replace(checkpoint)
-    for linear in quantized_linears(model):
-        if parametrize.is_parametrized(linear):
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    unquantize(model)
     return model, tokenizer
 
 

@@ -3,9 +3,10 @@
     python -m saga_fast.tiny.recipe --out DIR         # train, measure, write DIR/supervisor with its card; resumes
     python -m saga_fast.tiny.recipe --evaluate DIR    # measure the model folder DIR and print what its card says
 
-Two halves, as training both at once from scratch leaves the verdict a guess: `tower.py` teaches the vision tower to
-name attributes by heads that are thrown away, `language.py` teaches the language model to write the answer from the
-frozen tower's tokens. Both draw random combinations in EASY pictures and never a test species of the benchmark.
+Three parts, as training tower and language model at once from scratch leaves the verdict a guess: `tower.py` teaches
+the vision tower to name attributes by heads that are thrown away; `language.py` teaches the language model to write the
+answer from the frozen tower's tokens; `calibration.py` has its verdict agree with how well it reads. All draw random
+combinations and never a test species of the benchmark.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import ATTRIBUTES
+from saga_fast.tiny.calibration import calibrate
 from saga_fast.tiny.card import curves_svg, measure, write_card
 from saga_fast.tiny.language import save, train_language
 from saga_fast.tiny.tower import train_tower
@@ -29,19 +31,20 @@ def read_log(path: Path) -> list[dict]:
 
 
 def train(out: Path, seed: int) -> Path:
-    """Both halves, then the measured card; returns the model folder."""
+    """All parts, then the measured card; returns the model folder."""
     out.mkdir(parents=True, exist_ok=True)
     tower = train_tower(out, seed)
-    model, tokenizer = train_language(out, tower, seed)
+    if not (out / "language" / "config.json").exists():
+        save(*train_language(out, tower, seed), out / "language")
     folder = out / "supervisor"
-    save(model, tokenizer, folder)
+    save(*calibrate(out / "language", out, seed), folder)
     card(folder, out, seed)
     return folder
 
 
 def card(folder: Path, logs: Path, seed: int) -> None:
     """Measure the model in `folder`; write its README.md, card.json and curves.svg from that and the training logs."""
-    tower, language = read_log(logs / "tower.jsonl"), read_log(logs / "language.jsonl")
+    tower, language, calibration = (read_log(logs / f"{part}.jsonl") for part in ("tower", "language", "calibration"))
     curves = {
         "tower": [
             {"step": line["step"], "loss": line["loss"], "accuracy": sum(line["right"].values()) / len(ATTRIBUTES)}
@@ -50,6 +53,11 @@ def card(folder: Path, logs: Path, seed: int) -> None:
         "language": [
             {"step": line["step"], "loss": line["loss"], "point": line["point"]}
             for line in language
+            if not line["question"][1]
+        ],
+        "calibration": [
+            {"step": line["step"], "verdict": line["verdict"], "tokens": line["tokens"]}
+            for line in calibration
             if not line["question"][1]
         ],
     }

@@ -37,7 +37,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from saga_fast.config import PRESETS, Config, stored
 from saga_fast.data import ClassBalancedSampler, aircraft, cars, cub, split
-from saga_fast.losses.balance import Balance
 from saga_fast.report import write_report
 from saga_fast.runtime import checkpoint
 from saga_fast.runtime import run as run_module
@@ -932,7 +931,7 @@ def make_resumable(out: Path, config: Config | None = None) -> run_module.Run:
     optimizer.step()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     sampler = ClassBalancedSampler([0, 0, 1, 1], 2, 2)
-    return run_module.Run(out, config or CONFIG, encoder, dml, optimizer, schedule, sampler, Balance(), 1)
+    return run_module.Run(out, config or CONFIG, run_module.State(encoder, dml, optimizer, schedule, sampler), 1)
 
 
 CONFIG = PRESETS["drawn-birds"]

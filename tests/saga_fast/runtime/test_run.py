@@ -17,9 +17,8 @@ from PIL import Image
 
 from saga_fast.config import PRESETS, Config, stored
 from saga_fast.data import ClassBalancedSampler
-from saga_fast.losses.balance import Balance
 from saga_fast.runtime import checkpoint, run
-from saga_fast.runtime.run import Run
+from saga_fast.runtime.run import Run, State
 from saga_fast.runtime.trackers import Guest
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.utils.errors import InputError
@@ -36,13 +35,13 @@ def make(out: Path, config: Config = CONFIG, seed: int = 0) -> Run:
     optimizer = torch.optim.AdamW([*encoder.parameters(), *dml.parameters()])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     sampler = ClassBalancedSampler([0, 0, 1, 1, 2, 2], 2, 2, config.seed)
-    return Run(out, config, encoder, dml, optimizer, schedule, sampler, Balance(), 1)
+    return Run(out, config, State(encoder, dml, optimizer, schedule, sampler), 1)
 
 
 def step(run: Run) -> None:
-    run.encoder(torch.ones(3)).sum().backward()
-    run.optimizer.step()
-    run.schedule.step()
+    run.state.encoder(torch.ones(3)).sum().backward()
+    run.state.optimizer.step()
+    run.state.schedule.step()
     run.record(run.step, {"loss_dml": 1.0, "micro_batches": 1})
 
 
@@ -62,7 +61,7 @@ def test_it_goes_on_from_the_checkpoint(begun):
     again.restore("abc")
     assert (again.step, again.batches, again.before, again.id) == (1, 1, BEFORE, begun.id)
     assert len((begun.out / "metrics.jsonl").read_text().splitlines()) == 1
-    assert again.schedule.last_epoch == 1 and stored(begun.out) == CONFIG
+    assert again.state.schedule.last_epoch == 1 and stored(begun.out) == CONFIG
 
 
 def test_what_is_said_anew_is_kept_for_the_next_time(begun):
@@ -85,7 +84,7 @@ def test_another_supervisor_is_refused(begun):
 
 def test_another_data_set_is_refused(begun):
     other = make(begun.out)
-    other.sampler = ClassBalancedSampler([0, 0, 1, 1, 2, 2, 2], 2, 2)
+    other.state.sampler = ClassBalancedSampler([0, 0, 1, 1, 2, 2, 2], 2, 2)
     with pytest.raises(InputError, match="saved with another training set"):
         other.restore("abc")
 

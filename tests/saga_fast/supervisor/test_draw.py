@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime.oom import Fits
-from saga_fast.supervisor.draw import draw_contributing, draw_pairs
+from saga_fast.supervisor.draw import Candidates, draw_contributing, draw_pairs
 from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.rollout import Engine, Rollouts, Sampling
 from saga_fast.supervisor.supervisor import Supervisor
@@ -80,10 +80,12 @@ def test_a_draw_keeps_the_first_in_order_and_accounts_for_every_token(contribute
 
     draw = draw_contributing(
         SimpleNamespace(engine=engine, judge=judge, slots=slots),
-        VisualFeatures(torch.arange(2.0 * count)[:, None, None], ()),
-        torch.arange(2 * count).view(-1, 2),
-        [i % 2 == 0 for i in range(count)],
-        FIRST_ID,
+        Candidates(
+            VisualFeatures(torch.arange(2.0 * count)[:, None, None], ()),
+            torch.arange(2 * count).view(-1, 2),
+            [(0, i % 2) for i in range(count)],
+            FIRST_ID,
+        ),
         wanted,
         rate,
         Fits(),
@@ -114,7 +116,8 @@ def drawn_with(question: Question, slots: int, judge, fits: Fits | None = None) 
     pairs = torch.tensor([[i, (5 * i + 3) % 10] for i in range(10)])
     features = random_features(10, dtype=torch.float32)
     supervisor = Judge(question, slots, judge)
-    draw = draw_contributing(supervisor, features, pairs, [True, False] * 5, 77, 3, 0.5, fits or Fits())
+    candidates = Candidates(features, pairs, [(0, 0), (0, 1)] * 5, 77)
+    draw = draw_contributing(supervisor, candidates, 3, 0.5, fits or Fits())
     return draw, [(pair.completions, pair.contributes) for pair in draw.pairs]
 
 

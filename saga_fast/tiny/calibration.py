@@ -1,0 +1,150 @@
+"""Third part of the recipe: the verdict, calibrated on the model's own readings.
+
+The language model has learned to judge what is written, and takes every difference that it writes for one that is
+there, or forgives it by chance. Here it answers about pictures that hide a part of what they are asked for, and of each
+answer that it samples the verdict alone is replaced by the truth. So it learns how often two pictures that it reads so
+show one bird, and its doubt comes from the pictures. The other tokens are its own samples at temperature 1: their
+expected gradient is zero, which keeps the reading what it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+
+from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.mllm import Mllm, load_mllm
+from saga_fast.supervisor.rollout import Sampling
+from saga_fast.tiny.birds import BENCHMARK, HARD, change
+from saga_fast.tiny.card import ask, look
+from saga_fast.tiny.language import (
+    ORDERS,
+    PROMPT,
+    FakeNF4,
+    LanguageTrainer,
+    Question,
+    quantized_linears,
+    questions,
+    unquantize,
+)
+from saga_fast.tiny.tower import Log, learning_rate, render, seen_attributes
+from saga_fast.towers import tower_of
+
+SAMPLING = Sampling(group_size=2, temperature=1.0, top_p=1.0, max_new_tokens=220)
+APART = {0: 0.5, 1: 0.15, 2: 0.15, None: 0.2}  # share of pairs by how many attributes differ; None: strangers
+
+
+class Answers(NamedTuple):
+    """What the model says of n pairs that share a question. question: order, and whether the prompt is generic.
+    features: bf16, of 2n pictures. texts: of each pair, with the verdict that is true."""
+
+    question: tuple[str, bool]
+    features: VisualFeatures
+    texts: list[list[str]]
+
+
+def draw_pairs(count: int, rng: np.random.Generator) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """Pairs of birds as a run draws them: half of one bird, the others siblings and strangers."""
+    kinds = rng.choice(len(APART), count, p=list(APART.values()))
+    pairs = []
+    for kind in kinds:
+        bird, apart = seen_attributes(rng), list(APART)[kind]
+        other = seen_attributes(rng) if apart is None else change(bird, apart, rng)
+        pairs.append((bird, other))
+    return pairs
+
+
+def with_verdict(text: str, key: str, same: bool) -> str | None:
+    """The answer with this verdict in place of its own; None for one that is no JSON as the model was taught it."""
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(answer, dict) or json.dumps(answer, ensure_ascii=False) != text:
+        return None
+    return json.dumps({**answer, key: "yes" if same else "no"}, ensure_ascii=False)
+
+
+def answers(mllm: Mllm, seed: int, count: int) -> Iterator[Answers]:
+    """What the model says of `count` pairs in each question, half of them in BENCHMARK pictures, half in HARD ones."""
+    for (number, order), generic in itertools.product(enumerate(ORDERS), (False, True)):
+        prompt = PROMPT.as_generic() if generic else PROMPT
+        for part, nuisance in enumerate((BENCHMARK, HARD)):
+            stream = (seed, 6, number, generic, part)
+            pairs = draw_pairs(count // 2, np.random.default_rng(stream))
+            birds = list(itertools.chain(*pairs))
+            pixels = render(birds, nuisance, [(*stream, i) for i in range(len(birds))]).pixels
+            same = [a == b for a, b in pairs]
+            texts = [
+                [text for text in (with_verdict(said, prompt.verdict_key, alike) for said in group) if text]
+                for group, alike in zip(ask(mllm, pixels, order, generic, SAMPLING), same)
+            ]
+            features = look(tower_of(mllm.visual), pixels)
+            yield Answers((order, generic), features.map(Tensor.bfloat16), texts)
+
+
+def loss(
+    trainer: LanguageTrainer, question: Question, tokenizer, given: Answers, pairs: list[int], rng
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the verdicts plus that of whole answers, a token; one answer of each of `pairs`."""
+    texts = [given.texts[pair][rng.integers(len(given.texts[pair]))] for pair in pairs]
+    rows = [torch.tensor([*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id]) for t in texts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    prefix = question.prefix.input_ids.expand(len(rows), -1)
+    images = torch.tensor([[2 * pair, 2 * pair + 1] for pair in pairs]).flatten()
+    features = given.features.select(images).map(Tensor.float)
+    h = trainer.hidden(question, torch.cat([prefix, ids.clamp_min(0)], 1), features)
+    logits = trainer.model.lm_head(h[:, prefix.shape[1] - 1 : -1]).float()
+    tokens = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=-100, reduction="none").view_as(ids)
+    # The verdict is the answer's third token from its end: `yes`, `"}`, end of turn.
+    verdicts = torch.stack([row[len(of) - 3] for row, of in zip(tokens, rows)])
+    return verdicts.mean(), tokens.sum() / (ids >= 0).sum()
+
+
+def calibrate(
+    folder: Path,
+    out: Path,
+    seed: int = 0,
+    count: int = 768,
+    steps: int = 300,
+    size: int = 12,
+    peak: float = 3e-4,
+) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast]:
+    """Train the language model of the model in `folder` through NF4, logging to OUT/calibration.jsonl."""
+    torch.manual_seed(seed + 2)
+    given = list(answers(load_mllm(folder), seed, count))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for linear in quantized_linears(model):
+        parametrize.register_parametrization(linear, "weight", FakeNF4())
+    trainer, asked = LanguageTrainer(model), questions(tokenizer)
+    trained = [*trainer.language.parameters(), *model.lm_head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+    log = Log(out / "calibration.jsonl")
+    for step in range(steps):
+        rng = np.random.default_rng((seed, step, 7))
+        some = given[rng.choice(len(given), p=np.array([4, 4, 1, 1, 4, 4, 1, 1]) / 20)]
+        readable = [pair for pair, texts in enumerate(some.texts) if texts]
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 20)
+        with torch.autocast("cpu", torch.bfloat16):
+            verdict, tokens = loss(
+                trainer, asked[some.question], tokenizer, some, rng.choice(readable, size).tolist(), rng
+            )
+        optimizer.zero_grad()
+        (verdict + tokens).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 5 == 4:
+            log(step=step + 1, question=some.question, verdict=verdict.item(), tokens=tokens.item())
+    unquantize(model)
+    return model, tokenizer
