@@ -151,7 +151,7 @@ def reading(encoder: Encoder) -> float:
     supervisor = Supervisor(mllm, PROMPTS["drawn-birds"], "images_first", grid, sampling)
     birds = DrawnBirds("test")
     _, images = load_images(DataConfig(name="drawn-birds"), encoder.image_size)
-    pairs = draw_pairs(images.labels, READ, seed=0).flatten()
+    pairs = draw_pairs(images.labels, READ, seed=0, first_id=0).flatten()
     batch = images.batch(pairs.tolist())
     with torch.no_grad():
         completions = supervisor.roll_out(encoder.tower(batch.pixels), torch.arange(READ))
