@@ -1,7 +1,7 @@
 """Hostile input by the thousand, each kind against an oracle of its own: nothing crashes, hangs or earns what it should
 not.
 
-    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # 100,000 cases; the ordinary suite tries the first hundreds
+    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # 112,000 cases; the ordinary suite tries the first hundreds
 
 Cases are grown from good input by the grammar of what is read, not from random characters alone.
 """
@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -26,17 +27,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.io import loadmat, savemat
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from saga_fast.data import aircraft, cars, cub
+from saga_fast.data import aircraft, cars, cub, split
 from saga_fast.runtime import checkpoint
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, tomllib
 from saga_fast.supervisor.verdict import attribute_spans, parse, reward, tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.images import as_rgb, open_rgb
 
 from .data import released
 
@@ -671,3 +674,229 @@ def lists_are_right(folder: Path) -> Callable[[tuple[str, list[Change]]], str]:
 @cases(100, 5_000)
 def test_lists_name_images_within_their_root_or_are_refused(count, tmp_path):
     hunt(count, st.lists(edits(), min_size=BATCH, max_size=BATCH), lists_are_right(tmp_path))
+
+
+# ── Lists of one's own ──────────────────────────────────────────────────────────────────────────────────────────────
+
+ROWS = [(f"{name}/{i}.jpg", name, half) for name, half in (("a", "train"), ("b", "test"), ("c", "val")) for i in (1, 2)]
+ROWS += [
+    ("x, y.jpg", "a", "train"),
+    ("é猫.jpg", "b", "TEST"),
+    ("../out.jpg", "7", "train"),
+    ("/abs/z.jpg", "7", "train"),
+]
+CELLS = [
+    *(
+        '"',
+        '""',
+        ",",
+        ";",
+        "\t",
+        "\n",
+        "\r",
+        "\r\n",
+        " ",
+        "\0",
+        "\ufeff",
+        "\u2028",
+        "\x1c",
+        "'",
+        "\\",
+        "\\,",
+        "=1+1",
+        "{0}",
+    ),
+    *("path", "label", "split", "train", "test", "val", "trian", "NaN", "null", "1", "1.0", "true", "x" * 140_000),
+    *("a/1.jpg", "./a/1.jpg", "a/../a/1.jpg", "..", "~", "/", "a//b", "{", "}", "[", "]", "[" * 3000, "9" * 5000),
+    *(
+        '"path": ',
+        '"path": "a/1.jpg", ',
+        '"label": ["a"]',
+        '"split": null',
+        "\\ud800",
+        "\\u0000",
+        '{"path": "q"}\n',
+        "\udcff",
+    ),
+]
+
+
+@st.composite
+def splits(draw) -> list[tuple[str, bytes]]:
+    """(suffix, content) of lists grown from good ones, in any of the encodings that are read, and in others."""
+    chance = random.Random(draw(st.integers(0, 2**32)))
+    rows = chance.sample(ROWS, chance.randint(5, len(ROWS)))
+    if draw(st.booleans()):
+        suffix, separator = chance.choice([(".csv", ","), (".csv", ";"), (".tsv", "\t")])
+        order = chance.sample(range(3), 3)
+        quoted = [[f'"{cell}"' if set(cell) & set(",;\t ") else cell for cell in row] for row in rows]
+        table = [["path", "label", "split"], *quoted]
+        text = chance.choice(["\n", "\r\n"]).join(separator.join(row[i] for i in order) for row in table)
+    else:
+        suffix = ".jsonl"
+        text = "\n".join(json.dumps(dict(zip(split.COLUMNS, row)), ensure_ascii=chance.random() < 0.5) for row in rows)
+    encodings = ["utf-8"] * 8 + ["utf-8-sig", "utf-16", "latin-1", "utf-16-be"]
+    return [
+        (suffix, content.encode(chance.choice(encodings), "surrogatepass" if chance.random() < 0.1 else "replace"))
+        for content in grown(draw, text, CELLS)
+    ]
+
+
+def listed(suffix: str, text: str) -> list[dict[str, Any]]:
+    """The rows by the json module, or by the grammar of CSV as RFC 4180 has it, spaces before a value left out."""
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    separator = max(",;\t", key=text.lstrip("\r\n").partition("\n")[0].count)
+    value = re.compile(
+        rf' *(?:"((?:[^"]|"")*)"|((?:[^"{separator}\r\n][^{separator}\r\n]*)?))({separator}|\r\n|\r|\n|\Z)'
+    )
+    rows: list[list[str]] = [[]]
+    at = 0
+    while at < len(text):
+        quoted, plain, end = (found := value.match(text, at)).groups()
+        rows[-1].append(plain if quoted is None else quoted.replace('""', '"'))
+        at = found.end()
+        if end != separator:
+            rows.append([])
+        elif at == len(text):
+            rows[-1].append("")
+    header, *rows = [row for row in rows if any(cell.strip() for cell in row)]
+    assert all(len(row) == len(header) for row in rows)
+    return [dict(zip((name.strip().casefold() for name in header), row)) for row in rows]
+
+
+def splits_are_right(folder: Path) -> Callable[[tuple[str, bytes]], str]:
+    halves_of = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+    halves_of |= dict.fromkeys(("val", "valid", "validation"), "val")
+
+    def holds(case: tuple[str, bytes]) -> str:
+        suffix, content = case
+        (path := folder / f"my{suffix}").write_bytes(content)
+        try:
+            halves = split.load_list(path)
+        except InputError as error:
+            assert str(path) in str(error)
+            return refused(error)
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        found = [
+            (r["path"], str(r["label"]).strip(), halves_of[r["split"].strip().casefold()]) for r in listed(suffix, text)
+        ]
+        test = "test" if any(half == "test" for *_, half in found) else "val"
+        for half, data in zip(("train", test), halves):
+            rows = [(os.fspath(image), data.classes[label]) for image, label in zip(data.paths, data.labels)]
+            assert rows == [(os.fspath(folder / image), label) for image, label, its in found if its == half]
+            assert data.classes == sorted(set(data.classes)) and min(Counter(data.labels).values()) >= 2
+        images = [os.path.realpath(folder / image) for image, *_ in found]
+        assert len(set(images)) == len(images)
+        return f"read {suffix}"
+
+    return holds
+
+
+@cases(200, 6_000)
+def test_a_list_of_ones_own_is_read_as_it_stands_or_refused(count, tmp_path):
+    hunt(count, splits(), splits_are_right(tmp_path))
+
+
+# ── EXIF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+UPRIGHT = [lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1, ::-1], lambda a: a[::-1], lambda a: a.swapaxes(0, 1)]
+UPRIGHT += [lambda a: np.rot90(a, -1), lambda a: a.swapaxes(0, 1)[::-1, ::-1], lambda a: np.rot90(a)]
+TAGS = [
+    0x10E,
+    0x10F,
+    0x11A,
+    0x11A,
+    0x11B,
+    0x128,
+    0x128,
+    0x131,
+    0x132,
+    0x13B,
+    0x213,
+    0x8769,
+    0x8825,
+    0xA005,
+    0x927C,
+    0x9286,
+]
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+EDGES = [
+    b"\0",
+    b"\xff",
+    struct.pack("<d", np.nan),
+    struct.pack("<f", np.inf),
+    struct.pack("<ii", -1, 0),
+    b"6\0",
+    b"\x80",
+]
+Block = tuple[str, bytes, int | None]
+
+
+@st.composite
+def exif_blocks(draw) -> list[Block]:
+    """(suffix, EXIF, its orientation) of blocks of odd tags; None where damage may have changed the orientation too."""
+    chance, blocks = random.Random(draw(st.integers(0, 2**32))), []
+    for _ in range(BATCH):
+        order = chance.choice("<>")
+        orientation = chance.randint(1, 8)
+        entries = [(0x112, 3, 1, struct.pack(f"{order}H", orientation))]
+        for _ in range(chance.randint(0, 5)):
+            kind = chance.choice([*SIZES, 0, 99, 65535])
+            value = b"".join(chance.choice([*EDGES, chance.randbytes(8)]) for _ in range(chance.randint(0, 4)))
+            count = len(value) // SIZES.get(kind, 1)
+            count = chance.choice([count] * 6 + [0, 1, 2**31, 2**32 - 1])
+            entries.append((chance.choice([*TAGS, chance.randrange(0x113, 2**16)]), kind, count, value))
+        rows, data, start = b"", b"", 14 + 12 * len(entries)
+        for tag, kind, count, value in sorted(entries):
+            held = value[:4].ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{order}I", start + len(data))
+            rows += struct.pack(f"{order}HHI", tag, kind, count) + held
+            data += value if len(value) > 4 else b""
+        head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+        block: Any = head + rows + struct.pack(f"{order}I", chance.choice([0, 0, 8, 2**32 - 1])) + data
+        known: int | None = orientation
+        if chance.random() < 0.4:
+            block, known = bytearray(block), None
+            for _ in range(chance.randint(1, 4)):
+                match chance.randrange(3):
+                    case 0 if block:
+                        block[chance.randrange(len(block))] = chance.choice([0, 1, 3, 8, 127, 255])
+                    case 1:
+                        del block[chance.randint(0, len(block)) :]
+                    case _:
+                        at = chance.randint(0, len(block))
+                        block[at:at] = chance.choice(EDGES)
+        blocks.append((chance.choice(["jpg", "png", "webp"]), bytes(block), known))
+    return blocks
+
+
+def exif_is_right(folder: Path) -> Callable[[Block], str]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    picture = picture.resize((24, 18), Image.Resampling.NEAREST)
+    settings = {"jpg": {"quality": 100, "subsampling": 0}, "png": {}, "webp": {"lossless": True, "method": 0}}
+    plain = {}
+    for suffix in settings:
+        picture.save(folder / f"plain.{suffix}", **settings[suffix])
+        plain[suffix] = np.asarray(Image.open(folder / f"plain.{suffix}").convert("RGB"))
+
+    def holds(case: Block) -> str:
+        suffix, exif, orientation = case
+        picture.save(path := folder / f"a.{suffix}", exif=b"Exif\0\0" + exif, **settings[suffix])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = np.asarray(open_rgb(path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own, of what it opens without us
+                image = Image.open(path)
+            assert np.array_equal(as_rgb(image), found)
+            assert np.array_equal(as_rgb(open_rgb(path)), found)
+        turned = [number for number, turn in enumerate(UPRIGHT, 1) if np.array_equal(turn(plain[suffix]), found)]
+        assert turned == [orientation] if orientation else len(turned) == 1
+        return "damaged" if orientation is None else f"turned {suffix}"
+
+    return holds
+
+
+@cases(200, 6_000)
+def test_exif_turns_a_picture_or_is_passed_over_but_never_refuses_it(count, tmp_path):
+    hunt(count, exif_blocks(), exif_is_right(tmp_path))
