@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import os
+import re
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +40,8 @@ FORMATS = {
 }
 KINDS = 8  # of files passed over that are told one by one
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192: 192 MB once decoded
+MAX_JPEG = 2**28  # bytes that are searched for EXIF; of `MAX_PIXELS` none is larger
+EXIF_OF_JPEG = re.compile(rb"(\xff\xe1..)Exif\0\0", re.DOTALL)
 
 
 class Plugin(NamedTuple):
@@ -80,7 +85,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         if not os.path.isfile(path):
             raise OSError("not a regular file" if os.path.lexists(path) else "no such file")
         # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a lying one wrong.
-        with open(path, "rb") as file, _quiet(), Image.open(file, formats=_formats()) as image:
+        with open(path, "rb") as file, _quiet(), _identify(file) as image:
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         cause = _without_plugin(path) if isinstance(error, UnidentifiedImageError) else _cause(error)
@@ -163,9 +168,25 @@ TURNS = {
 
 def _orientation(image: Image.Image) -> int | None:
     """Of the EXIF tags that one alone. Pillow's `exif_transpose` writes the others anew, and falls over odd ones."""
+    value = None
     with suppress(Exception):  # tags that cannot be read do not make a picture unreadable
         value = image.getexif().get(0x0112)
-        return int(value) if value in TURNS else None
+    if value is None:  # Pillow reads no further than a tag whose value is not all there
+        with suppress(Exception):
+            value = _find_orientation(image.info.get("exif", b""))
+    return int(value) if value in TURNS else None
+
+
+def _find_orientation(exif: bytes) -> int | None:
+    """By the TIFF standard: byte order, place of the first directory, its count of entries of 12 bytes."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}[exif[:2]]
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start)
+    for entry in range(count):
+        tag, kind, values, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * entry)
+        if (tag, kind, values) == (0x0112, 3, 1):
+            return value
     return None
 
 
@@ -183,6 +204,24 @@ def _to_eight_bits(values: np.ndarray, full: int | None) -> np.ndarray:
     if largest > full:
         raise ValueError(f"values up to {largest:g}; accepted are 0 to 1 in floats, 0 to 255, and 0 to 65535")
     return (values.astype(np.int64) >> 8 if full == 65535 else np.rint(values * (255 / full))).astype(np.uint8)
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    """As `Image.open`, which refuses a JPEG for some odd resolutions in its EXIF: that one is opened without."""
+    try:
+        return Image.open(file, formats=_formats())
+    except (UnidentifiedImageError, ArithmeticError, LookupError, ValueError):
+        file.seek(0)
+        if file.read(3) != b"\xff\xd8\xff":
+            raise
+        file.seek(0)
+        data = file.read(MAX_JPEG)
+        if not (found := EXIF_OF_JPEG.search(data)):
+            raise
+        image = Image.open(io.BytesIO(EXIF_OF_JPEG.sub(rb"\1none\0\0", data)), formats=("JPEG",))
+        size = int.from_bytes(found[1][-2:], "big") - 2
+        image.info["exif"] = data[found.start() + 4 : found.start() + 4 + size]
+        return image
 
 
 @functools.cache

@@ -8,6 +8,7 @@ Cases are grown from good input by the grammar of what is read, not from random 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -725,7 +726,7 @@ CELLS = [
 def splits(draw) -> list[tuple[str, bytes]]:
     """(suffix, content) of lists grown from good ones, in any of the encodings that are read, and in others."""
     chance = random.Random(draw(st.integers(0, 2**32)))
-    rows = chance.sample(ROWS, chance.randint(5, len(ROWS)))
+    rows = chance.sample(ROWS, len(ROWS) - chance.choice([0, 0, 0, 1, 5]))
     if draw(st.booleans()):
         suffix, separator = chance.choice([(".csv", ","), (".csv", ";"), (".tsv", "\t")])
         order = chance.sample(range(3), 3)
@@ -735,11 +736,9 @@ def splits(draw) -> list[tuple[str, bytes]]:
     else:
         suffix = ".jsonl"
         text = "\n".join(json.dumps(dict(zip(split.COLUMNS, row)), ensure_ascii=chance.random() < 0.5) for row in rows)
-    encodings = ["utf-8"] * 8 + ["utf-8-sig", "utf-16", "latin-1", "utf-16-be"]
-    return [
-        (suffix, content.encode(chance.choice(encodings), "surrogatepass" if chance.random() < 0.1 else "replace"))
-        for content in grown(draw, text, CELLS)
-    ]
+    encodings = [("utf-8", "surrogateescape")] * 20
+    encodings += [(name, "replace") for name in ("utf-8-sig", "utf-16", "latin-1", "utf-16-be")]
+    return [(suffix, content.encode(*chance.choice(encodings))) for content in grown(draw, text, CELLS)]
 
 
 def listed(suffix: str, text: str) -> list[dict[str, Any]]:
@@ -885,14 +884,16 @@ def exif_is_right(folder: Path) -> Callable[[Block], str]:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = np.asarray(open_rgb(path))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own, of what it opens without us
-                image = Image.open(path)
-            assert np.array_equal(as_rgb(image), found)
             assert np.array_equal(as_rgb(open_rgb(path)), found)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own, of what it opens, or refuses, without us
+                with contextlib.suppress(Image.UnidentifiedImageError):
+                    image = None
+                    image = Image.open(path)
+            assert image is None or np.array_equal(as_rgb(image), found)
         turned = [number for number, turn in enumerate(UPRIGHT, 1) if np.array_equal(turn(plain[suffix]), found)]
         assert turned == [orientation] if orientation else len(turned) == 1
-        return "damaged" if orientation is None else f"turned {suffix}"
+        return f"{'turned' if orientation else 'damaged'} {suffix}{'' if image else ', refused by Pillow'}"
 
     return holds
 
