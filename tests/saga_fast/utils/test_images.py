@@ -313,7 +313,7 @@ def test_an_odd_tag_neither_refuses_a_picture_nor_hides_its_orientation(tmp_path
 
 
 def test_a_jpeg_that_pillow_refuses_for_its_resolution_is_read(tmp_path, picture):
-    exif = tags(TURNED, (0x128, 3, b"\2\0"), (0x11A, 7, b""))
+    exif = tags(TURNED, (0x128, 3, b"\2\0"), (0x11A, 7, b"1"))
     picture.save(path := tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=100, subsampling=0)
     with pytest.raises(UnidentifiedImageError):
         Image.open(path)
