@@ -44,6 +44,7 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import flush, hidden, locked, replace
 
 LINES = "metrics.jsonl", "telemetry.jsonl"
+COUNTS = "step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing"  # what a run counts
 SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by
 
 
@@ -170,10 +171,11 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.sampler.load_state_dict(state["sampler"])
         checkpoint.unpack_rng(parts["rng"], state["rng"])
-        self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.drawn, self.contributing = state["drawn"], state["contributing"]
-        self.best = state["best"]
+        for name in COUNTS:
+            if type(state[name]) is not int or state[name] < 0:
+                raise TypeError(f"{name} is no count")
+            setattr(self, name, state[name])
+        self.before, self.best = dict(state["before"]), state["best"] and dict(state["best"])
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
         """The steps `numbers`, each followed by the checkpoint that is due. Raises Stopped after SIGTERM or Ctrl-C."""
@@ -206,13 +208,8 @@ class Run:
         rng, rng_rest = checkpoint.pack_rng()
         parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
         state = {
-            "step": self.step,
-            "batches": self.batches,
+            **{name: getattr(self, name) for name in COUNTS},
             "before": self.before,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "drawn": self.drawn,
-            "contributing": self.contributing,
             "best": self.best,
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
