@@ -15,7 +15,7 @@ import secrets
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import flush, hidden, locked, replace
 
 LINES = "metrics.jsonl", "telemetry.jsonl"
+COUNTS = "step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"  # what a run counts
 SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by
 
 
@@ -183,14 +184,13 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.sampler.load_state_dict(state["sampler"])
         checkpoint.unpack_rng(parts["rng"], state["rng"])
-        for name in ("step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"):
-            if not isinstance(state[name], int):
+        for name in COUNTS:
+            if type(state[name]) is not int or state[name] < 0:
                 raise ValueError(f"{name} is {state[name]!r}, not a count")
-        self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.drawn, self.contributing = state["drawn"], state["contributing"]
+            setattr(self, name, state[name])
         self.balance.load_state_dict(state["balance"])
-        self.best, self.recall, self.stale = state["best"], state["recall"], state["stale"]
+        self.before, self.recall = figures(state["before"]), float(state["recall"])
+        self.best = figures(state["best"]) if state["best"] else None
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
         """The steps `numbers`, each followed by the checkpoint that is due, until patience is at an end. Raises Stopped
@@ -226,17 +226,11 @@ class Run:
         rng, rng_rest = checkpoint.pack_rng()
         parts = {"encoder": self.encoder.state_dict(), "dml": self.dml.state_dict(), "optimizer": optimizer, "rng": rng}
         state = {
-            "step": self.step,
-            "batches": self.batches,
+            **{name: getattr(self, name) for name in COUNTS},
             "before": self.before,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "drawn": self.drawn,
-            "contributing": self.contributing,
             "best": self.best,
             "balance": self.balance.state_dict(),
             "recall": self.recall,
-            "stale": self.stale,
             "optimizer": optimizer_rest,
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(self.batches),
@@ -361,6 +355,14 @@ class Run:
                 self.board.close()
             write_report(self.out)
         return final
+
+
+def figures(found: Mapping[str, float]) -> dict[str, float]:
+    """A copy. Raises ValueError if not all of them are numbers, AttributeError if it is no mapping."""
+    for name, value in found.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    return dict(found)
 
 
 def append(path: Path, data: bytes) -> None:
