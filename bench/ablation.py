@@ -156,7 +156,7 @@ def reading(encoder: Encoder, data: DataConfig) -> float:
     supervisor = Supervisor(mllm, PROMPTS["drawn-birds"], "images_first", grid, sampling)
     birds = DrawnBirds("test", data.species, data.images_per_species, data.seed, data.nuisance)
     _, images = load_images(data, encoder.image_size)
-    pairs = draw_pairs(images.labels, READ, seed=0).flatten()
+    pairs = draw_pairs(images.labels, READ, seed=0, first_id=0).flatten()
     batch = images.batch(pairs.tolist())
     with torch.no_grad():
         completions = supervisor.roll_out(encoder.tower(batch.pixels), torch.arange(READ))

@@ -44,7 +44,7 @@ def roll_out(
     if data.name != "drawn-birds":
         raise InputError(f"data.name: {data.name!r}; only drawn-birds knows the right answer")
     birds = DrawnBirds("train", data.species, data.images_per_species, data.seed, data.nuisance)
-    rows = draw_pairs(batch.labels, t.config.rollout.pairs_per_batch, (t.config.seed << 40) + first_id)[:wanted]
+    rows = draw_pairs(batch.labels, t.config.rollout.pairs_per_batch, t.config.seed, first_id)[:wanted]
     one: Tensor = torch.ones(1)
     judged = []
     for a, b in rows.tolist():

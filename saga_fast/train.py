@@ -269,7 +269,7 @@ def roll_out(
     (n, 2) of the batch that are pairs, and of the first of them what became of them. Pair i has the id first_id + i,
     unique in the run."""
     config = t.config
-    pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, (config.seed << 40) + first_id)
+    pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, config.seed, first_id)
     classes = [(a, b) for a, b in batch.labels[pairs].tolist()]
     readings = t.readings if config.rollout.credit == "attributes" else None
     candidates = Candidates(features, pairs, classes, first_id)
@@ -458,7 +458,7 @@ def products(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[floa
 def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tuple[PixelLoader | None, PixelLoader]]:
     """Everything that an optimizer step needs, the run's folder, and the images of validation and test. Raises
     InputError for what cannot be run, before the folder is made."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed ^ config.seed >> 32)  # all 64 bits; of a seed, a CPU reads the lower 32
     device = distributed.device()
     bf16 = config.optim.precision == "bf16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)

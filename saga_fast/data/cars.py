@@ -23,6 +23,9 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +99,29 @@ def _by_folder(root: Path) -> tuple[ImageFiles, ImageFiles]:
 def _variable(path: Path, name: str) -> np.ndarray:
     """A one-dimensional variable of a .mat file."""
     try:
-        file = io.BytesIO(read_regular(path, MAX_BYTES))
-        return np.atleast_1d(loadmat(file, squeeze_me=True, variable_names=[name])[name])
+        content = read_regular(path, MAX_BYTES)
+        with ProcessPoolExecutor(1, get_context("fork" if hasattr(os, "fork") else "spawn")) as apart:
+            return apart.submit(_load, content, name).result()
     except OSError as error:
         raise InputError(
             f"{str(path)!r}: cannot be read ({error.strerror or error}); it is part of the release: check --data.root"
         ) from error
     except KeyError as error:
         raise InputError(f"{str(path)!r}: holds no `{name}`; take the file from the release again") from error
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{str(path)!r}: not a readable .mat file (what reads it crashed); take it from the release again"
+        ) from error
     except Exception as error:  # scipy raises whatever a broken file makes it stumble over
         cause = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{str(path)!r}: not a readable .mat file ({cause}); take it from the release again"
         ) from error
+
+
+def _load(content: bytes, name: str) -> np.ndarray:
+    """In a process of its own: some damaged files crash scipy's compiled reader, and the process with it."""
+    return np.atleast_1d(loadmat(io.BytesIO(content), squeeze_me=True, variable_names=[name])[name])
 
 
 def _listed(path: Path, folder: str, field: str, classes: int) -> list[Listed]:

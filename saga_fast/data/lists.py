@@ -120,7 +120,7 @@ def split_list(
     seen: dict[str, str] = {}
     for image, label, place in images:
         parts = Path(image)
-        if "\0" in image or ".." in parts.parts or parts.is_absolute():
+        if "\0" in image or ".." in parts.parts or parts.is_absolute() or not parts.parts:
             raise InputError(f"{place}: {image!r} is no path within {str(root)!r}; correct or remove the line")
         real = os.path.realpath(root / image)
         if not Path(real).is_relative_to(home):

@@ -61,4 +61,9 @@ class Balance:
         return {**vars(self), "pairs": list(self.pairs), "rewards": list(self.rewards)}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        """Raises ValueError if it is no such state."""
+        match state:
+            case {"norm_dml": float(), "norm_lm": float(), "pairs": [float(), float()], "rewards": [float(), float()]}:
+                vars(self).update(state)
+            case _:
+                raise ValueError(f"balance is {state!r}; accepted are four entries as in {self.state_dict()}")

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import flush, hidden, locked, replace
 
 LINES = "metrics.jsonl", "telemetry.jsonl"
+COUNTS = "step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"  # what a run counts
 SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by
 
 
@@ -185,15 +186,14 @@ class Run:
         self.state.schedule.load_state_dict(state["schedule"])
         self.state.sampler.load_state_dict(state["sampler"])
         checkpoint.unpack_rng(parts["rng"], state["rng"])
-        for name in ("step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"):
-            if not isinstance(state[name], int):
+        for name in COUNTS:
+            if type(state[name]) is not int or state[name] < 0:
                 raise ValueError(f"{name} is {state[name]!r}, not a count")
-        self.step, self.batches, self.before = state["step"], state["batches"], state["before"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.drawn, self.contributing = state["drawn"], state["contributing"]
+            setattr(self, name, state[name])
         self.state.balance.load_state_dict(state["balance"])
         self.state.readings.load_state_dict(state["readings"])
-        self.best, self.recall, self.stale = state["best"], state["recall"], state["stale"]
+        self.before, self.recall = figures(state["before"]), float(state["recall"])
+        self.best = figures(state["best"]) if state["best"] else None
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
         """The steps `numbers`, each followed by the checkpoint that is due, until patience is at an end. Raises Stopped
@@ -230,18 +230,12 @@ class Run:
         encoder, dml = self.state.encoder.state_dict(), self.state.dml.state_dict()
         parts = {"encoder": encoder, "dml": dml, "optimizer": optimizer, "rng": rng}
         state = {
-            "step": self.step,
-            "batches": self.batches,
+            **{name: getattr(self, name) for name in COUNTS},
             "before": self.before,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "drawn": self.drawn,
-            "contributing": self.contributing,
             "best": self.best,
             "balance": self.state.balance.state_dict(),
             "readings": self.state.readings.state_dict(),
             "recall": self.recall,
-            "stale": self.stale,
             "optimizer": optimizer_rest,
             "schedule": self.state.schedule.state_dict(),
             "sampler": self.state.sampler.state_dict(self.batches),
@@ -366,6 +360,14 @@ class Run:
                 self.board.close()
             write_report(self.out)
         return final
+
+
+def figures(found: Mapping[str, float]) -> dict[str, float]:
+    """A copy. Raises ValueError if not all of them are numbers, AttributeError if it is no mapping."""
+    for name, value in found.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    return dict(found)
 
 
 def append(path: Path, data: bytes) -> None:

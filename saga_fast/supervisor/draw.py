@@ -8,11 +8,11 @@ come before can no longer be kept, and its rollouts stop at once; one that comes
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,16 +96,15 @@ class Draw:
         }
 
 
-def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
+def draw_pairs(labels: Tensor, count: int, seed: int, first_id: int) -> Tensor:
     """(≤ count, 2) indices of distinct pairs in a batch of `labels` (B,), same- and different-class pairs in turn.
 
-    seed: any whole number from 0 on.
+    seed: of the run; first_id: of the first pair, unique in the run. Both are whole numbers from 0 on, of any size.
     """
-    if seed >= 2**63:  # more than a generator takes; smaller ones stay what they are
-        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator().manual_seed(seed)
+    # NumPy reads them whole; of a CPU generator's seed, PyTorch reads 32 bits.
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(first_id,)))
     pairs = torch.combinations(torch.arange(len(labels)))
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    pairs = pairs[torch.from_numpy(random.permutation(len(pairs)))]
     same = labels.cpu()[pairs[:, 0]] == labels.cpu()[pairs[:, 1]]
     half = min(count // 2, int(same.sum()), int((~same).sum()))
     return torch.stack([pairs[same][:half], pairs[~same][:half]], 1).flatten(0, 1).to(labels.device)

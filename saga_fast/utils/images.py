@@ -41,6 +41,7 @@ FORMATS = {
 HEAD = 32  # bytes that tell a format
 KINDS = 8  # of files passed over that are told one by one
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192: 192 MB once decoded
+MAX_JPEG = 2**28  # bytes read to set EXIF aside; no JPEG of `MAX_PIXELS` is larger
 
 
 class Plugin(NamedTuple):
@@ -101,7 +102,7 @@ def _decode(file: BinaryIO) -> Image.Image:
                 return to_rgb(image)
         except UnidentifiedImageError:
             file.seek(0)
-            rest, exif = _without_exif(file.read())
+            rest, exif = _without_exif(file.read(MAX_JPEG))
             if exif is None:
                 raise
             # A JPEG that Pillow opens but for odd tags, of which the orientation alone is read.

@@ -493,6 +493,20 @@ def test_a_resumed_run_keeps_its_configuration(unbroken, monkeypatch, capsys):
     assert stop.value.code == 2 and "a resumed run keeps that" in capsys.readouterr().err
 
 
+def test_the_weights_a_run_begins_with_depend_on_all_of_its_seed(tmp_path, monkeypatch):
+    drawn = []
+
+    def draws(*given) -> None:
+        drawn.append(torch.rand(()).item())
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer, "load_images", draws)
+    for seed in (5, 5 + 2**32, 5 + 2**62, 5):
+        with pytest.raises(InterruptedError):
+            trainer.train(dataclasses.replace(small(), seed=seed), tmp_path / "run")
+    assert len(set(drawn)) == 3 and drawn[0] == drawn[3]
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(adaptive):
     encoder = torch.nn.Module()

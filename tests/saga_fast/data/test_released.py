@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from saga_fast.data import PUBLISHED, load_dataset
+from saga_fast.data import PUBLISHED, cars, load_dataset
 from saga_fast.utils.errors import InputError
 
 from . import released
@@ -285,6 +287,7 @@ def test_a_bad_line_of_aircraft_is_named(part, text, message, tmp_path):
         ("class", [1.0, 2.0], "annotation 5: class .*, accepted are 1 to 4"),
         ("relative_im_path", 7, "annotation 5: relative_im_path is 7, accepted is a file's name"),
         ("relative_im_path", "", "annotation 5: relative_im_path is .*, accepted is a file's name"),
+        ("relative_im_path", ".", "annotation 5: '.' is no path within"),
         ("relative_im_path", "/etc/passwd", "annotation 5: '/etc/passwd' is no path within"),
         ("relative_im_path", "car_ims/../../x.jpg", "annotation 5: 'car_ims/../../x.jpg' is no path within"),
         ("relative_im_path", "car_ims/000001.jpg", "annotation 5: .* again, first in .*annotation 1"),
@@ -297,6 +300,12 @@ def test_a_bad_annotation_of_cars_is_named(field, value, message, tmp_path):
     savemat(root / "cars_annos.mat", {name: variables[name] for name in ("annotations", "class_names")})
     with pytest.raises(InputError, match=message):
         load_dataset("cars", root)
+
+
+def test_a_mat_file_that_crashes_its_reader_is_named(tmp_path, monkeypatch):
+    root = released.cars_whole(tmp_path)
+    monkeypatch.setattr(cars, "loadmat", lambda *_, **__: os.kill(os.getpid(), signal.SIGSEGV))
+    assert "cars_annos.mat': not a readable .mat file (what reads it crashed); take it" in refusal("cars", root)
 
 
 def test_a_mat_file_without_the_variable_is_named(tmp_path):

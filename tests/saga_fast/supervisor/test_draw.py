@@ -24,11 +24,19 @@ FIRST_ID = 1 << 20
 
 def test_pairs_are_balanced_and_distinct():
     labels = torch.arange(8).repeat_interleave(4)
-    pairs = draw_pairs(labels, 32, seed=3)
+    pairs = draw_pairs(labels, 32, seed=3, first_id=FIRST_ID)
     same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
     assert same.tolist() == [True, False] * 16
     assert len({tuple(pair) for pair in pairs.tolist()}) == 32 and (pairs[:, 0] != pairs[:, 1]).all()
-    assert not torch.equal(pairs, draw_pairs(labels, 32, seed=4))
+
+
+def test_no_two_seeds_and_no_two_draws_of_a_run_have_the_same_pairs():
+    labels = torch.arange(8).repeat_interleave(4)
+    seeds, steps = (0, 3, 3 + 2**24, 3 + 2**32, 2**63 - 1), (0, 1, 2**12, 2**12 + 1, 2**31)
+    places = [(seed, (step << 20) + drawn) for seed in seeds for step in steps for drawn in (0, 32)]
+    drawn = {draw_pairs(labels, 32, *place).numpy().tobytes() for place in places}
+    assert len(drawn) == len(places)
+    assert drawn == {draw_pairs(labels, 32, *place).numpy().tobytes() for place in places}
 
 
 class Timetable:

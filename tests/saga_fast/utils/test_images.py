@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -270,11 +270,14 @@ def test_classes_are_halved_in_order_and_train_gets_the_odd_one():
 # ── Odd tags ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tags(*entries: tuple[int, int, bytes], order: str = "<") -> bytes:
+def tags(*entries: tuple[int, int, bytes | None], order: str = "<") -> bytes:
     """EXIF of (tag, type, value as it is stored) entries, written by hand: Pillow writes no tag it finds odd."""
     sizes = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
     rows, data, start = b"", b"", 8 + 2 + 12 * len(entries) + 4
     for tag, kind, value in sorted(entries):
+        if value is None:  # it would be where the file has ended
+            rows += struct.pack(f"{order}HHII", tag, kind, 1, 2**20)
+            continue
         held = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{order}I", start + len(data))
         rows += struct.pack(f"{order}HHI", tag, kind, len(value) // sizes[kind]) + held
         data += value if len(value) > 4 else b""
@@ -292,6 +295,7 @@ ODD = {
     "ResolutionUnit -5": (0x128, 8, struct.pack("<h", -5)),
     "ResolutionUnit as text": (0x128, 2, b"a\0"),
     "Software as numbers": (0x131, 9, struct.pack("<ii", -5, 7)),
+    "Make that is not there": (0x10F, 5, None),
 }
 
 
@@ -303,9 +307,20 @@ def test_an_odd_tag_neither_refuses_a_picture_nor_hides_its_orientation(tmp_path
     picture.save(path := tmp_path / f"a.{suffix}", exif=exif, **settings)
     turned = np.rot90(np.asarray(picture, int), -1)
     assert np.abs(np.asarray(open_rgb(path), int) - turned).max() <= 3
+    assert not recwarn.list, "of a picture that is right nobody is told"
     with Image.open(path) as image:
         assert np.array_equal(as_rgb(image), open_rgb(path))
-    assert not recwarn.list, "of a picture that is right nobody is told"
+
+
+def test_a_jpeg_that_pillow_refuses_for_its_resolution_is_read(tmp_path, picture):
+    exif = tags(TURNED, (0x128, 3, b"\2\0"), (0x11A, 7, b"1"))
+    picture.save(path := tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=100, subsampling=0)
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(path)
+    assert np.abs(np.asarray(open_rgb(path), int) - np.rot90(np.asarray(picture, int), -1)).max() <= 3
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match="truncated"):
+        open_rgb(path)
 
 
 @pytest.mark.parametrize("value", [(0x112, 3, b"\x09\0"), (0x112, 2, b"6\0"), (0x112, 12, struct.pack("<d", np.nan))])
