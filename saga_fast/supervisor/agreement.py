@@ -19,7 +19,8 @@ Described = tuple[dict[str, str], dict[str, str]]  # attribute → value, of ite
 
 
 def agreement(a: str, b: str) -> float:
-    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if none."""
+    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if
+    none; so one without words agrees with nothing."""
     a_words, b_words = Counter(a.casefold().split()), Counter(b.casefold().split())
     shared = sum((a_words & b_words).values())
     return 2 * shared / max(1, a_words.total() + b_words.total())
@@ -34,9 +35,9 @@ def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -
     """
     rewards = torch.zeros(2, len(attributes), len(group))
     for m, name in enumerate(attributes):
-        said = [[described[item].get(name) for described in group] for item in (0, 1)]
-        known = {(a, b): agreement(a, b) for a in set(said[0]) - {None} for b in set(said[1]) - {None}}
-        table = torch.tensor([[known.get((a, b), 0.0) for b in said[1]] for a in said[0]])
+        said = [[described[item].get(name, "") for described in group] for item in (0, 1)]
+        known = {(a, b): agreement(a, b) for a in set(said[0]) for b in set(said[1])}
+        table = torch.tensor([[known[a, b] for b in said[1]] for a in said[0]])
         rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
     return rewards
 
