@@ -23,7 +23,7 @@ from transformers import AutoModel, Qwen3VLConfig
 
 from bench import record, write_json
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.runtime.memory import GIB, Predictor, Step, as_nf4, on_meta, prefill_bytes, replay_bytes
+from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, as_nf4, on_meta, prefill_bytes, replay_bytes
 from saga_fast.runtime.oom import gradients_all_or_none
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
@@ -63,7 +63,7 @@ def step_of(arguments: argparse.Namespace) -> Step:
     prefix = PairPrefix.of(Prefix([0] * arguments.prefix, spans), (rows, columns), "meta")
     sampling = Sampling(arguments.group_size, max_new_tokens=arguments.max_new_tokens)
     return Step(
-        encoder, decoder, prefix, sampling, arguments.batch, arguments.pairs, proxies,
+        encoder, SupervisorParts(decoder, prefix, sampling), arguments.batch, arguments.pairs, proxies,
         8 if arguments.states == "8bit" else 32, not arguments.no_checkpointing,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
     encoder, supervisor = record.supervisor(sizes, Path(folder), sizes.short)
     pixels = sizes.pixels()
     if phase == "tower":
-        predictor = Predictor(Step(encoder, None, None, supervisor.sampling, settings["images"], 1, autocast=False))
+        predictor = Predictor(Step(encoder, None, settings["images"], 1, autocast=False))
         foretold = predictor.footprint(Plan(), 0).phases["A. embed"]
 
         def work() -> dict[str, Any]:

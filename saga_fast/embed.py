@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -244,20 +244,28 @@ class Plan:
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            places: dict[str | None, list[tuple[int, int]]] = {}
+            places: dict[str, list[tuple[int, int]]] = {}
             for place, file in enumerate(files):
-                name, row = fresh.get(file) or (None, indexed[file])
-                places.setdefault(name, []).append((place, row))
+                if file in fresh:
+                    name, row = fresh[file]
+                    places.setdefault(name, []).append((place, row))
+            if known and new < len(files):
+                old = [(place, indexed[file]) for place, file in enumerate(files) if file not in fresh]
+                yield from _moved(indices.read_vectors(index, known), old)
             for name, pairs in places.items():
-                to, of = np.array(pairs).T
-                vectors = indices.read_vectors(index, known) if name is None else chunks.vectors(name)
-                for start in range(0, len(to), indices.BLOCK):
-                    block = slice(start, start + indices.BLOCK)
-                    yield to[block], vectors[of[block]]
+                yield from _moved(chunks.vectors(name), pairs)
 
         with _writing(index):
             line = indices.write(index, encoder, files, model.embedding_dim, parts(), factory, blocks)
         return Embedded(*counts, line)
+
+
+def _moved(vectors: np.ndarray, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows of an index, their vectors), in blocks. pairs: a row of the index, and where its vector is in `vectors`."""
+    to, of = np.array(pairs).T
+    for start in range(0, len(to), indices.BLOCK):
+        block = slice(start, start + indices.BLOCK)
+        yield to[block], vectors[of[block]]
 
 
 def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) -> Iterator[str]:
@@ -267,7 +275,7 @@ def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) ->
     not there; one that stdin names is passed on all the same.
     """
     skipped = Counter() if skipped is None else skipped
-    for item in map(os.fspath, images):
+    for item in (os.fspath(image) for image in images):
         if item == "-":
             for line in sys.stdin.buffer.read().splitlines():
                 name = os.fsdecode(line)
@@ -323,26 +331,27 @@ def _processes() -> Iterator[None]:
 
 def _on_first(function: Callable[[], Result]) -> Result:
     """What `function` returns in the first process, or the InputError that it raises there, in every process."""
-    result = error = None
+    outcome: Any = None
     if distributed.rank() == 0:
         try:
-            result = function()
-        except InputError as raised:
-            error = raised
-    result, error = distributed.everyone((result, error))[0]
-    if error:
-        raise error
-    return result
+            outcome = function()
+        except InputError as error:
+            outcome = error
+    outcome = distributed.everyone(outcome)[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
 
 
 def _collect(chunks: Chunks) -> None:
     """Send to the first process the chunks that only others see, as on another host."""
     seen = distributed.everyone(chunks.names())
     for name in sorted(set().union(*seen) - set(seen[0])):
-        owner, box = next(rank for rank, names in enumerate(seen) if name in names), [None]
+        owner = next(rank for rank, names in enumerate(seen) if name in names)
         if distributed.rank() == owner:
             dist.send_object_list([(chunks.folder / name).read_bytes()], dst=0)
         elif distributed.rank() == 0:
+            box: list[Any] = [None]
             dist.recv_object_list(box, src=owner)
             (chunks.folder / "received").write_bytes(box[0])
             os.rename(chunks.folder / "received", chunks.folder / name)

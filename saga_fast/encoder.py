@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from saga_fast.towers import VisionTower, VisualFeatures, tower_from_config
+from saga_fast.towers import VisionTower, VisualFeatures, config_of, tower_from_config
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import sha256
 from saga_fast.utils.images import as_rgb, open_rgb, to_pixels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from huggingface_hub.hub_mixin import DataclassInstance
 
 __all__ = ["AttributePooler", "Encoder", "Pooler", "VisionTower", "VisualFeatures", "make_pooler"]
 
@@ -86,6 +86,8 @@ class AttributePooler(nn.Module):
 
     kind = "attributes"
     SHARPNESS = 4.0
+    used: Tensor
+    place: Tensor
 
     def __init__(self, width: int, embedding_dim: int, attributes: Sequence[str]) -> None:
         super().__init__()
@@ -141,7 +143,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
     vision_config: the tower's configuration as a dict; pooler: "attributes", "attention", "mean" or "max";
     embedding_dim: D_e; image_size: the side S in pixels that images are resized to; attributes: the M names of the
     blocks of an embedding, where the pooler is "attributes".
-    `card`: the text of its README.md; `sha256`: of configuration and weights, known once it is loaded from a folder.
+    `card`: the text of its README.md; `sha256`: of configuration and weights; empty until it is loaded from a folder.
     """
 
     def __init__(
@@ -156,18 +158,18 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         self.image_size, self.embedding_dim = image_size, embedding_dim
         self.attributes: tuple[str, ...] = tuple(attributes) if pooler == "attributes" else ()
         self.card: str | None = None
-        self.sha256: str | None = None
+        self.sha256 = ""
         self.tower = tower_from_config(vision_config)
         self.pooler = make_pooler(pooler, self.tower.width, embedding_dim, self.attributes)
         self.tower.grid(image_size, image_size)
 
     @classmethod
     def from_tower(
-        cls, model: PreTrainedModel, pooler: str, embedding_dim: int, image_size: int, attributes: Sequence[str] = ()
+        cls, model: nn.Module, pooler: str, embedding_dim: int, image_size: int, attributes: Sequence[str] = ()
     ) -> Encoder:
-        """A new encoder around a copy of an MLLM's own tower, in fp32, with a fresh pooler."""
+        """A new encoder around a copy of `model`, as `tower_of` takes it, in fp32, with a fresh pooler."""
         named = {"attributes": tuple(attributes)} if pooler == "attributes" else {}
-        encoder = cls(model.config.to_diff_dict(), pooler, embedding_dim, image_size, **named)
+        encoder = cls(config_of(model).to_diff_dict(), pooler, embedding_dim, image_size, **named)
         encoder.tower.model.load_state_dict(model.state_dict())
         return encoder
 
@@ -258,7 +260,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         *,
         repo_id: str | None = None,
         push_to_hub: bool = False,
-        config: dict | None = None,
+        config: dict | DataclassInstance | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
         **push: Any,
     ) -> str | None:

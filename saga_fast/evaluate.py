@@ -70,13 +70,13 @@ def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLo
     workers = data.workers
     if workers is None:
         workers = 0 if data.name == "drawn-birds" else min(8, cores())
-    halves = tuple(
+    train_images, test_images = (
         PixelLoader(part, image_size, workers, skip_unreadable=data.skip_unreadable, name=f"{data.name} {half}")
         for part, half in ((train, "train"), (test, "test"))
     )
-    for half, what in zip(halves, ("training", "test")):
-        _check_ranks(half, what)
-    return halves
+    _check_ranks(train_images, "training")
+    _check_ranks(test_images, "test")
+    return train_images, test_images
 
 
 def _check_ranks(images: PixelLoader, what: str) -> None:

@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 
 from saga_fast.config import TINY, Config, parse_flags
 from saga_fast.encoder import Encoder
-from saga_fast.runtime.memory import GIB, Predictor, Step, as_nf4, on_meta
+from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, as_nf4, on_meta
 from saga_fast.supervisor.families import KINDS
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, Pretrained, read_pretrained
@@ -38,15 +38,15 @@ class Arguments(Config):
 
 def check(name: str, config: Arguments) -> Iterator[str]:
     """What there is to say of a model, line by line. Raises InputError where it cannot be used as `config` says."""
-    name = SUPERVISOR if name == TINY else name
-    known = read_pretrained(name, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
+    model = SUPERVISOR if name == TINY else name
+    known = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
     mllm = shapes(known, config)
     side = config.data.image_size
     encoder = empty_encoder(mllm, config)
     rows, columns = encoder.tower.grid(side, side)
     decoder, text = mllm.decoder, known.config.text_config
     kind = known.config.model_type
-    yield f"{name}: {KINDS[kind].name} ({kind}), which can be used"
+    yield f"{model}: {KINDS[kind].name} ({kind}), which can be used"
     yield (
         f"tower: {_count(sum(p.numel() for p in encoder.tower.parameters()))} parameters, at {side} pixels "
         f"{rows * columns} tokens an image ({rows} x {columns} of {encoder.tower.width} numbers)"
@@ -106,8 +106,8 @@ def _memory(supervisor: Supervisor, encoder: Encoder, config: Arguments) -> Iter
     states = 8 if config.optim.states == "8bit" else 32
     rollout = config.rollout
     step = Step(
-        encoder, supervisor.decoder, supervisor.prefix, supervisor.sampling, batch, rollout.pairs, None, states,
-        config.encoder.checkpointing, config.optim.precision == "bf16",
+        encoder, SupervisorParts.of(supervisor), batch, rollout.pairs, None, states, config.encoder.checkpointing,
+        config.optim.precision == "bf16",
     )  # fmt: skip
     predictor = Predictor(step)
     yield "memory of a step, without the metric loss's proxies, GiB:"

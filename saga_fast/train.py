@@ -50,7 +50,7 @@ from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
 from saga_fast.runtime import distributed
 from saga_fast.runtime.health import spread
-from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
+from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, free_bytes
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
 from saga_fast.runtime.run import SELECTS, Run, State, held
 from saga_fast.runtime.signals import Stopped
@@ -62,7 +62,7 @@ from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import AnchorAttention, Group, Replay
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor, Written, anchor_of, ask
+from saga_fast.supervisor.supervisor import Supervisor, Written, anchor_of, ask, positions
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower, tower_of
@@ -98,6 +98,13 @@ class Training:
     @property
     def device(self) -> torch.device:
         return self.encoder.device
+
+    @property
+    def judge(self) -> Supervisor:
+        """The supervisor of a run that has one, which is where pairs are drawn."""
+        if self.supervisor is None:
+            raise ValueError("without lambda.lm and lambda.kl there is no supervisor")
+        return self.supervisor
 
     @property
     def voice(self) -> float:
@@ -141,7 +148,7 @@ class Pair(NamedTuple):
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`; returns what final.json holds. Raises InputError, Diverged."""
     t, run, (validation_images, test_images) = set_up(config, out, resume)
-    config, supervisor = t.config, t.supervisor
+    config = t.config
     sampled = sampled_steps(run.total, config.log.samples_every)
     t.encoder.train()
     progress = tqdm(
@@ -157,11 +164,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
         def sample(buffer: list[Pair], step: int = step) -> None:
             if buffer and step in sampled and distributed.rank() == 0:
-                run.sample(step, describe(supervisor, t.encoder, buffer, t.autocast()), sheet(buffer))
+                run.sample(step, describe(t.judge, t.encoder, buffer, t.autocast()), sheet(buffer))
 
         log = optimizer_step(t, step, run.contribution_rate, sample)
         log |= run.count(log)
-        if config.log.evaluate_every and (step + 1) % config.log.evaluate_every == 0:
+        every = config.log.evaluate_every
+        if every and validation_images and (step + 1) % every == 0:
             held_out = embed_all(t.encoder.eval(), validation_images)
             log[SELECTS] = score(held_out, validation_images.labels)["recall_at_1"]
             t.encoder.train()
@@ -177,7 +185,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 "lower the learning rates"
             )
 
-    if supervisor and supervisor.decoder.fingerprint() != t.frozen:
+    if t.supervisor and t.supervisor.decoder.fingerprint() != t.frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
     run.take_best()
     embeddings = embed_all(t.encoder.eval(), test_images)
@@ -273,7 +281,7 @@ def roll_out(
     classes = [(a, b) for a, b in batch.labels[pairs].tolist()]
     readings = t.readings if config.rollout.credit == "attributes" else None
     candidates = Candidates(features, pairs, classes, first_id)
-    return pairs, draw_contributing(t.supervisor, candidates, wanted, contribution_rate, t.oom, readings)
+    return pairs, draw_contributing(t.judge, candidates, wanted, contribution_rate, t.oom, readings)
 
 
 def contributing(batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
@@ -299,24 +307,22 @@ def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
     """Phase C: adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share
     of the buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
     tokens = [sum(map(len, pair.completions)) for pair in buffer]
-    packed = [len(t.supervisor.prefix) + count for count in tokens]
+    packed = [len(t.judge.prefix) + count for count in tokens]
     shares = distributed.balance(packed, distributed.ranks())
     mine = [buffer[i] for i in shares[distributed.rank()]]
-    written = (
-        [t.supervisor.written(pair.completions) for pair in mine] if t.config.reads_attributes else [[] for _ in mine]
-    )
-    described = (
-        [rewarded_descriptions(pair, found) for pair, found in zip(mine, written)]
-        if t.config.lambda_.kl > 0
-        else [{} for _ in mine]
-    )
+    written: list[list[Written]] = [[] for _ in mine]
+    described: list[dict[int, Written]] = [{} for _ in mine]
+    if t.config.reads_attributes:
+        written = [t.judge.written(pair.completions) for pair in mine]
+    if t.config.lambda_.kl > 0:
+        described = [rewarded_descriptions(pair, found) for pair, found in zip(mine, written)]
     rewarded = sum(distributed.everyone(sum(map(len, described))))
     loss_lm = loss_kl = 0.0
     drift: list[float] = []
     if mine:
         # The features that the pairs were rolled out with: no weight has changed since.
         leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in mine))])
-        groups = [make_group(t, pair, *found, sum(tokens)) for pair, *found in zip(mine, written, described)]
+        groups = [make_group(t, *found, sum(tokens)) for found in zip(mine, written, described)]
         result = policy_gradient(t, mine, leaves, groups)
         loss_lm = result.loss.item()
         for pair, found in zip(mine, result.log_probs):
@@ -346,11 +352,8 @@ def make_group(
     coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
     if pair.credit is not None:
         scale = t.config.rollout.credit_weight / total_tokens
-        add_attribute_credit(coefficients, pair.credit, written, t.supervisor.prompt.attributes, scale)
-    spans = {
-        g: tuple([at for tokens in item.values() for at in tokens] for item in items) for g, items in described.items()
-    }
-    return Group(pair.completions, coefficients, spans)
+        add_attribute_credit(coefficients, pair.credit, written, t.judge.prompt.attributes, scale)
+    return Group(pair.completions, coefficients, {g: positions(items) for g, items in described.items()})
 
 
 def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> Replay:
@@ -362,19 +365,19 @@ def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, gro
     def replay_within(token_budget: int) -> Replay:
         for leaf in leaves.levels:
             leaf.grad = None
-        return t.supervisor.replay(leaves, groups, token_budget)
+        return t.judge.replay(leaves, groups, token_budget)
 
-    prefix = len(t.supervisor.prefix)
+    prefix = len(t.judge.prefix)
     packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
-    result = t.oom.run("replay", min(packed, t.supervisor.plan.token_budget), replay_within, least=prefix)
+    result = t.oom.run("replay", min(packed, t.judge.plan.token_budget), replay_within, least=prefix)
     if weight > 0:
         # An image may be in several pairs: it goes through the tower once, with the gradient of all.
         numbers, image = torch.cat([pair.images for pair in buffer]).unique(return_inverse=True)
         first = torch.stack([(image == i).nonzero()[0, 0] for i in range(len(numbers))])
         pixels = torch.cat([pair.pixels for pair in buffer])[first].to(t.device)
         wanted = [
-            leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_add_(0, image.to(t.device), weight * leaf.grad)
-            for leaf in leaves.levels
+            gradient.new_zeros(len(pixels), *gradient.shape[1:]).index_add_(0, image.to(t.device), weight * gradient)
+            for gradient in result.gradients
         ]
 
         def back(rows: slice) -> None:
@@ -392,7 +395,7 @@ def align(
     described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share."""
     with t.autocast():
         beta = t.encoder.pooler.attention(tokens.detach())  # (images, queries, N)
-    queries, names = beta.shape[1], t.supervisor.prompt.attributes
+    queries, names = beta.shape[1], t.judge.prompt.attributes
     targets = []
     for entry in attention:
         found = described[entry.group][entry.rollout][entry.image]
@@ -479,21 +482,24 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone.
-    mllm = None
+    asked = prompt if config.uses_supervisor else None
     if config.encoder.tower is None:
         pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
-        if config.uses_supervisor:
-            check_question(config, pretrained.mllm, prompt)
+        if asked:
+            check_question(config, pretrained.mllm, asked)
         dtype = torch.bfloat16 if bf16 else torch.float32
         mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-    encoder = make_encoder(config, mllm, prompt).to(device)
-    supervisor = make_supervisor(config, mllm, encoder, prompt) if config.uses_supervisor else None
+        visual: nn.Module = mllm.visual
+    else:
+        mllm, visual = None, load_tower(config.encoder.tower)
+    encoder = make_encoder(config, visual, prompt).to(device)
+    supervisor = make_supervisor(config, mllm, encoder, asked) if mllm and asked else None
     settings = {}
     if config.dml.loss == "potential-field":
         settings = dict(alpha=config.dml.alpha, delta=config.dml.delta, proxies_per_class=config.dml.proxies_per_class)
     classes = len(train_images.dataset.classes)
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
-    del mllm
+    del mllm, visual
     config = plan_memory(config, supervisor, encoder, dml, resume)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
@@ -503,16 +509,18 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
         {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
         {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW
+    adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if config.optim.states == "8bit":
-        from bitsandbytes.optim import AdamW8bit as adamw  # seconds to import
+        from bitsandbytes.optim import AdamW8bit  # seconds to import
+
+        adamw = AdamW8bit
     optimizer = adamw([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
     )
 
     t = Training(config, encoder, supervisor, dml, optimizer, schedule, autocast)
-    t.frozen = supervisor and supervisor.decoder.fingerprint()
+    t.frozen = supervisor.decoder.fingerprint() if supervisor else None
     state = State(encoder, dml, optimizer, schedule, sampler, t.balance, t.readings)
     run = Run(out, config, state, steps)
     if resume:
@@ -526,9 +534,8 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     return t, run, (validation_images, test_images)
 
 
-def make_encoder(config: Config, mllm: Mllm | None, prompt: Prompt | None) -> Encoder:
-    """The encoder to train, around the tower that the configuration names, or, where it names none, the MLLM's own."""
-    visual = mllm.visual if config.encoder.tower is None else load_tower(config.encoder.tower)
+def make_encoder(config: Config, visual: nn.Module, prompt: Prompt | None) -> Encoder:
+    """The encoder to train, around a copy of the MLLM's own vision model or of one that stands alone."""
     attributes = prompt.attributes if prompt else ()
     return Encoder.from_tower(
         visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size, attributes
@@ -578,9 +585,7 @@ def plan_memory(
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
         encoder,
-        supervisor and supervisor.decoder,
-        supervisor and supervisor.prefix,
-        supervisor and supervisor.sampling,
+        SupervisorParts.of(supervisor) if supervisor else None,
         -(-batch // ranks),
         -(-rollout.pairs // ranks),
         dml,

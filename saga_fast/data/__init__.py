@@ -32,6 +32,7 @@ from saga_fast.utils.images import passed_over
 
 __all__ = [
     "DATASETS",
+    "IN_FILES",
     "PUBLISHED",
     "Augmentation",
     "Batch",
@@ -61,14 +62,14 @@ def _drawn_birds(root: None, **settings: Any) -> tuple[ImageDataset, ImageDatase
     return DrawnBirds("train", **settings), DrawnBirds("test", **settings)
 
 
-DATASETS: dict[str, Callable[..., tuple[ImageDataset, ImageDataset]]] = {
-    "drawn-birds": _drawn_birds,
+IN_FILES: dict[str, Callable[..., tuple[ImageFiles, ImageFiles]]] = {
     "cub": cub.load_cub,
     "cars": cars.load_cars,
     "aircraft": aircraft.load_aircraft,
     "inat-aves": inat.load_inat_aves,
     "folder": load_folder,
 }
+DATASETS: dict[str, Callable[..., tuple[ImageDataset, ImageDataset]]] = {"drawn-birds": _drawn_birds, **IN_FILES}
 
 PUBLISHED: dict[str, Published] = {
     "cub": cub.PUBLISHED,

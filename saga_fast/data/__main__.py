@@ -17,7 +17,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from saga_fast.data import DATASETS, PUBLISHED, cores, notes
+from saga_fast.data import IN_FILES, PUBLISHED, cores, notes
 from saga_fast.data.dataset import ImageFiles, Subset, check_classes
 from saga_fast.data.loader import ahead
 from saga_fast.utils.errors import InputError, exit_on_input_error
@@ -62,12 +62,12 @@ def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
     skip_unreadable: broken images are printed, but right, as long as enough of each class are left. Raises InputError
     for a data set whose lists cannot be read.
     """
-    train, test = DATASETS[name](root)
+    train, test = IN_FILES[name](root)
     wrong = 0
     for half, data in (("train", train), ("test", test)):
         faults = broken(data, workers, f"{name} {half}")
         for index in sorted(faults):
-            path = data.paths[index]  # type: ignore[attr-defined]  # of a data set in files
+            path = data.paths[index]
             print(faults[index] if os.path.lexists(path) else f"{str(path)!r}: missing")
         if skip_unreadable and faults:
             check_classes(Subset(data, [index for index in range(len(data)) if index not in faults]), root)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         prog="python -m saga_fast.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="count it and open it all")
-    command.add_argument("name", choices=[name for name in DATASETS if name != "drawn-birds"], help="the data set")
+    command.add_argument("name", choices=list(IN_FILES), help="the data set")
     command.add_argument("--root", type=Path, required=True, help="the folder of its files, or a list of one's own")
     command.add_argument(
         "--skip-unreadable", action="store_true", help="as --data.skip-unreadable will: list broken images, go on"

@@ -113,10 +113,8 @@ def split_list(
         raise InputError(f"{str(root)!r}: {len(classes)} classes in its lists; training and testing need one each")
     home = os.path.realpath(root)
     middle = (len(classes) + 1) // 2
-    halves = tuple(
-        ImageFiles([], [], list(names), [root / folder for folder in folders])
-        for names in (classes[:middle], classes[middle:])
-    )
+    within = [root / folder for folder in folders]
+    train, test = (ImageFiles([], [], list(names), within) for names in (classes[:middle], classes[middle:]))
     seen: dict[str, str] = {}
     for image, label, place in images:
         parts = Path(image)
@@ -130,9 +128,9 @@ def split_list(
         if real in seen:
             raise InputError(f"{place}: {image!r} again, first in {seen[real]}; take one of the two out")
         seen[real] = place
-        half = halves[label >= middle]
+        half, first = (train, 0) if label < middle else (test, middle)
         half.paths.append(root / image)
-        half.labels.append(label - middle * (label >= middle))
-    for half in halves:
+        half.labels.append(label - first)
+    for half in (train, test):
         check_classes(half, root)
-    return halves
+    return train, test

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pytorch_metric_learning.losses import MultiSimilarityLoss, NTXentLoss, ProxyAnchorLoss
 from torch import nn
 
 from saga_fast.losses.potential_field import PotentialField
 from saga_fast.utils.errors import InputError
 
-METRIC_LOSSES = {
+METRIC_LOSSES: dict[str, Callable[..., nn.Module]] = {
     "potential-field": PotentialField,
     "proxy-anchor": lambda classes, dim, margin=0.1, alpha=32: ProxyAnchorLoss(classes, dim, margin, alpha),
     "multi-similarity": lambda _, __, alpha=2, beta=50, base=0.5: MultiSimilarityLoss(alpha, beta, base),

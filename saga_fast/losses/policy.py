@@ -34,9 +34,9 @@ def add_attribute_credit(
     completion says of each of the `attributes` of item 1 and item 2. written: G times, for item 1 and item 2, attribute
     → positions in the completion of its value's tokens. scale: the credit's weight over |T|.
     """
-    credit = credit.tolist()
+    of = credit.tolist()
     for g, items in enumerate(written):
         for item, found in enumerate(items):
             for m, name in enumerate(attributes):
-                if credit[item][m][g] and name in found:
-                    coefficients[g][found[name]] -= scale * credit[item][m][g]
+                if of[item][m][g] and name in found:
+                    coefficients[g][found[name]] -= scale * of[item][m][g]

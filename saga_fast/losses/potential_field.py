@@ -28,6 +28,8 @@ class PotentialField(nn.Module):
     finite, still repels, and is zero where they coincide and no direction is defined.
     """
 
+    proxy_labels: Tensor
+
     def __init__(
         self, num_classes: int, embedding_dim: int, alpha: float = 3.0, delta: float = 0.2, proxies_per_class: int = 15
     ):

@@ -117,10 +117,9 @@ def write_report(run: Path) -> Path:
     with _reading(run / "gallery" / "gallery.json"):
         shown = _gallery(run / "gallery", sprites)
 
-    folder = Environment(
-        loader=PackageLoader("saga_fast.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    script = folder.loader.get_source(folder, "page.js")[0]
+    here = PackageLoader("saga_fast.report", "")
+    folder = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    script = here.get_source(folder, "page.js")[0]
     values = {
         "name": run.resolve().name,
         "described": described,
@@ -135,7 +134,7 @@ def write_report(run: Path) -> Path:
         "phase_chart": phase_chart,
         "machine": machine,
         "sprites": sprites,
-        "style": Markup(folder.loader.get_source(folder, "page.css")[0]),
+        "style": Markup(here.get_source(folder, "page.css")[0]),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "shades": range(1, SHADES + 1),

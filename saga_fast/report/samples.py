@@ -72,7 +72,7 @@ def _describe_pair(supervisor: Supervisor, features: VisualFeatures, pair: Any) 
     for g, completion in enumerate(pair.completions):
         text, attributes = _read(completion, supervisor)
         verdict, reward = parse(supervisor.text(completion), supervisor.prompt), float(pair.rewards[g])
-        if reward:
+        if verdict and reward:
             same = verdict.same
             rewarded += [g] if attributes else []
         rollouts.append(

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import faiss
 import numpy as np
@@ -147,14 +147,14 @@ def _compare_all(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.n
 
 def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchParameters | None:
     """What makes a search that many times as thorough as the index would; None where faiss has nothing of the kind."""
-    kind = faiss.downcast_index(index)
+    kind, make = faiss.downcast_index(index), cast(Any, faiss)  # its stubs know neither all of these nor their keywords
     if isinstance(kind, faiss.IndexPreTransform):
         inner = _parameters(kind.index, effort, count)
-        return faiss.SearchParametersPreTransform(index_params=inner) if inner else None
+        return make.SearchParametersPreTransform(index_params=inner) if inner else None
     if isinstance(kind, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(nprobe=min(effort * kind.nprobe, kind.nlist))
+        return make.SearchParametersIVF(nprobe=min(effort * kind.nprobe, kind.nlist))
     if isinstance(kind, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=max(count, effort * kind.hnsw.efSearch))  # type: ignore[attr-defined]
+        return make.SearchParametersHNSW(efSearch=max(count, effort * kind.hnsw.efSearch))
     return None
 
 

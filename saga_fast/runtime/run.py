@@ -256,8 +256,8 @@ class Run:
 
     def count(self, log: dict[str, float]) -> dict[str, int]:
         """Takes in how many pairs a step drew and whether its update was applied; what is logged of that."""
-        self.drawn += log.get("pairs_drawn", 0)
-        self.contributing += log.get("pairs_contributing", 0)
+        self.drawn += int(log.get("pairs_drawn", 0))
+        self.contributing += int(log.get("pairs_contributing", 0))
         applied = log.pop("applied")
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
@@ -266,7 +266,7 @@ class Run:
     def record(self, step: int, log: dict[str, float]) -> None:
         """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
         best/, if it is the best."""
-        self.step, self.batches = step + 1, self.batches + log["micro_batches"]
+        self.step, self.batches = step + 1, self.batches + int(log["micro_batches"])
         better = log.get(SELECTS, -1.0) > self.recall
         if SELECTS in log:
             self.recall = max(self.recall, log[SELECTS])

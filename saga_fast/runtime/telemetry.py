@@ -20,7 +20,8 @@ class Telemetry:
 
     def __init__(self, device: torch.device) -> None:
         self._readings: dict[str, Callable[[], float]] = {}
-        self._energy = self._joules = None
+        self._joules: Callable[[], float] | None = None  # since the driver was loaded
+        self._energy = 0.0
         self._cpu = time.process_time()
         if device.type == "cuda":
             with contextlib.suppress(pynvml.NVMLError):
@@ -36,13 +37,17 @@ class Telemetry:
             "gpu_utilisation": lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
             "gpu_memory_bytes": lambda: pynvml.nvmlDeviceGetMemoryInfo(gpu).used,
         }
+
+        def joules() -> float:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+
         for name, reading in readings.items():
             with contextlib.suppress(pynvml.NVMLError):  # what this GPU cannot say is not asked again
                 reading()
                 self._readings[name] = reading
         with contextlib.suppress(pynvml.NVMLError):
-            self._joules = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
-            self._energy = self._joules()
+            self._energy = joules()
+            self._joules = joules
 
     def read(self) -> dict[str, float]:
         """Since the last `read`: seconds_cpu, of all threads of this process, and gpu_joules. Since the process began:
@@ -53,7 +58,7 @@ class Telemetry:
         for name, reading in self._readings.items():
             with contextlib.suppress(pynvml.NVMLError):
                 read[name] = reading()
-        if self._energy is not None:
+        if self._joules is not None:
             with contextlib.suppress(pynvml.NVMLError):
                 energy = self._joules()
                 read["gpu_joules"], self._energy = energy - self._energy, energy

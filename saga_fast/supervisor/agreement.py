@@ -22,7 +22,8 @@ Described = tuple[dict[str, str], dict[str, str]]  # attribute → value, of ite
 
 
 def agreement(a: str, b: str) -> float:
-    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if none."""
+    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if
+    none; so one without words agrees with nothing."""
     a_words, b_words = Counter(a.casefold().split()), Counter(b.casefold().split())
     shared = sum((a_words & b_words).values())
     return 2 * shared / max(1, a_words.total() + b_words.total())
@@ -50,18 +51,16 @@ class ClassReadings:
         rewards = torch.zeros(2, len(attributes), len(group))
         for item, label in enumerate(classes):
             for m, name in enumerate(attributes):
-                known = Counter(self.values.get(label, {}).get(name, {}))
+                known: Counter[str] = Counter()
+                known.update(self.values.get(label, {}).get(name, {}))
                 if classes[0] == classes[1]:
-                    known.update(other[1 - item].get(name) for other in group)
-                total = known.total()
-                del known[None]
-                said = [described[item].get(name) for described in group]
+                    known.update(other[1 - item].get(name, "") for other in group)
+                said = [described[item].get(name, "") for described in group]
                 earned = {
-                    value: sum(weight * agreement(value, other) for other, weight in known.items()) / total
-                    for value in set(said) - {None}
-                    if total
+                    value: sum(weight * agreement(value, other) for other, weight in known.items())
+                    for value in set(said)
                 }
-                rewards[item, m] = torch.tensor([earned.get(value, 0.0) for value in said])
+                rewards[item, m] = torch.tensor([earned[value] for value in said]) / max(known.total(), 1)
         return rewards
 
     def add(self, group: Sequence[Described], classes: tuple[int, int]) -> None:

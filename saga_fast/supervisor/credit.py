@@ -16,7 +16,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.supervisor.replay import Group
-from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.supervisor.supervisor import Supervisor, positions
 from saga_fast.supervisor.verdict import tokens_by_attribute
 
 
@@ -63,8 +63,8 @@ def gradient_by_attribute(
         leaves = features.detach()
         for leaf in leaves.levels:
             leaf.requires_grad_()
-        supervisor.replay(leaves, [Group(completions, only, {})])
-        squared = torch.stack([leaf.grad.square().sum() for leaf in leaves.levels]).sum()
+        gradients = supervisor.replay(leaves, [Group(completions, only, {})]).gradients
+        squared = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         credit[name] = Credit(tokens, at_token, float(squared.sqrt()))
     return credit
 
@@ -77,7 +77,7 @@ def attention_by_attribute(
     for g in rollouts:
         items = tokens_by_attribute(completions[g], supervisor.tokenizer, supervisor.prompt)
         if all(any(item.values()) for item in items):
-            described[g] = tuple([t for tokens in item.values() for t in tokens] for item in items)
+            described[g] = positions(items)
             names[g] = [[(name, len(tokens)) for name, tokens in item.items()] for item in items]
     none = [torch.zeros(len(completion)) for completion in completions]
     for entry in supervisor.replay(features.detach(), [Group(completions, none, described)]).attention:

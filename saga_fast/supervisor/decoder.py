@@ -8,8 +8,9 @@ caller's: a prefill, a decode step and a replay differ only in the `attend` they
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,47 @@ from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_ma
 from saga_kernels.nf4 import BLOCK
 
 ONE_LESS = ("gemma3_text",)  # model types of language models whose norms multiply by one more than their weight
+
+
+class Norm(Protocol):
+    weight: Tensor
+
+
+class Attention(Protocol):
+    """Of a layer of transformers; `q_norm` and `k_norm` are some models' alone."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    head_dim: int
+    scaling: float
+
+
+class Mlp(Protocol):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+class Layer(Protocol):
+    """What all decoders of transformers call alike. Norms around the MLP are called otherwise where there are four."""
+
+    self_attn: Attention
+    mlp: Mlp
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+
+
+class LanguageModel(Protocol):
+    """A decoder of transformers, of which this is all that `FrozenDecoder` reads."""
+
+    config: PretrainedConfig
+    embed_tokens: nn.Embedding
+    layers: Iterable[Layer]
+    norm: Norm
+    rotary_emb: nn.Module
+
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -42,15 +84,18 @@ class Projection:
     @classmethod
     def of(cls, *linears: nn.Linear) -> Projection:
         weights = tuple(_frozen(linear.weight) for linear in linears)
-        if len(weights) > 1 and all(isinstance(weight, Tensor) for weight in weights):
-            weights = (torch.cat(weights),)
-            rows = weights[0].split([linear.out_features for linear in linears])
+        dense = [weight for weight in weights if isinstance(weight, Tensor)]
+        packed = [weight for weight in weights if isinstance(weight, NF4Weight)]
+        if len(dense) == len(linears) > 1:
+            whole = torch.cat(dense)
+            rows = whole.split([linear.out_features for linear in linears])
             for linear, row in zip(linears, rows):  # the model keeps views: nothing is there twice
                 linear.weight.data = row
-        elif len(weights) > 1 and all(isinstance(weight, NF4Weight) for weight in weights):
-            weights = _merged([linear.weight for linear in linears], weights)
-        biases = [linear.bias for linear in linears]
-        return cls(weights, None if None in biases else torch.cat(biases).detach())
+            weights = (whole,)
+        elif len(packed) == len(linears) > 1:
+            weights = _merged([cast(Params4bit, linear.weight) for linear in linears], packed)
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        return cls(weights, torch.cat(biases).detach() if len(biases) == len(linears) else None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,13 +103,14 @@ class Projection:
         return sum(weight.shape[0] for weight in self.weights), self.weights[0].shape[1]
 
     @property
-    def is_dense(self) -> bool:
-        """Whether `weights` is one dense matrix."""
-        return len(self.weights) == 1 and isinstance(self.weights[0], Tensor)
+    def matrix(self) -> Tensor | None:
+        """`weights` where they are one dense matrix, None where they are not."""
+        first, *others = self.weights
+        return first if isinstance(first, Tensor) and not others else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.is_dense:
-            return linear(x, self.weights[0], self.bias)
+        if (matrix := self.matrix) is not None:
+            return linear(x, matrix, self.bias)
         parts = [linear(x, w) if isinstance(w, Tensor) else nf4_matmul(x, w) for w in self.weights]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if self.bias is None else y + self.bias
@@ -93,12 +139,12 @@ class DecoderLayer:
     down_norm: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Module, offset: float = 0.0) -> DecoderLayer:
+    def of(cls, layer: Layer, offset: float = 0.0) -> DecoderLayer:
         """offset: what is added to the norms' weights. Scores are scaled by head_dim ** -0.5 in all our ops; where a
         model scales them otherwise, its q_norm takes the rest. Raises ValueError where it has none."""
         attention, mlp = layer.self_attn, layer.mlp
 
-        def norm(of: nn.Module, name: str) -> Tensor | None:
+        def norm(of: object, name: str) -> Tensor | None:
             return _norm_weight(getattr(of, name), offset) if hasattr(of, name) else None
 
         q_norm, k_norm = norm(attention, "q_norm"), norm(attention, "k_norm")
@@ -106,18 +152,18 @@ class DecoderLayer:
             if q_norm is None:
                 raise ValueError(f"scores are scaled by {attention.scaling}, and no q_norm can take that")
             q_norm = q_norm * (attention.scaling * attention.head_dim**0.5)
-        four = hasattr(layer, "pre_feedforward_layernorm")
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
         return cls(
-            norm(layer, "input_layernorm"),
+            _norm_weight(layer.input_layernorm, offset),
             Projection.of(attention.q_proj, attention.k_proj, attention.v_proj),
             q_norm,
             k_norm,
             Projection.of(attention.o_proj),
-            norm(layer, "post_attention_layernorm") if four else None,
-            norm(layer, "pre_feedforward_layernorm" if four else "post_attention_layernorm"),
+            norm(layer, "post_attention_layernorm") if before_mlp else None,
+            _norm_weight(before_mlp or layer.post_attention_layernorm, offset),
             Projection.of(mlp.gate_proj, mlp.up_proj),
             Projection.of(mlp.down_proj),
-            norm(layer, "post_feedforward_layernorm") if four else None,
+            norm(layer, "post_feedforward_layernorm") if before_mlp else None,
         )
 
 
@@ -133,7 +179,15 @@ class FrozenDecoder:
     is no whole number of NF4's blocks of 64.
     """
 
-    def __init__(self, language_model: nn.Module, head: nn.Linear, quantize_head: bool = False) -> None:
+    embedding: NF4Weight | Tensor
+    head: NF4Weight | Tensor
+    eps: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def __init__(self, language_model: LanguageModel, head: nn.Linear, quantize_head: bool = False) -> None:
         config = language_model.config
         embedding = language_model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
@@ -162,8 +216,8 @@ class FrozenDecoder:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(tokens,) int64 → (tokens, D). Visual positions hold pads here; the caller overwrites them."""
-        dense = isinstance(self.embedding, Tensor)
-        rows = F.embedding(input_ids, self.embedding) if dense else _rows(self.embedding, input_ids)
+        table = self.embedding
+        rows = F.embedding(input_ids, table) if isinstance(table, Tensor) else _rows(table, input_ids)
         return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def logits(self, h: Tensor) -> Tensor:
@@ -198,6 +252,7 @@ class FrozenDecoder:
             h, x = add_rms_norm(h if rows is None else h[rows], o, layer.mlp_norm, self.eps)
             out = self.norm_branch(layer.down(self.gate.forward(layer.gate_up(x))), layer.down_norm)
             if i < len(deepstack) and rows is None:
+                assert visual is not None, "a DeepStack level is added at the rows `visual`"
                 h = (h + out).index_add(0, visual, deepstack[i])
                 x = rms_norm(h, norm, self.eps)
             else:
@@ -229,17 +284,18 @@ class FrozenDecoder:
     ) -> Tensor:
         qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        cos, sin = rotation
+        k = rope(k, cos, sin, layer.k_norm, self.eps)
         if asking is not None:
-            q = q[asking]
-        angles = rotation if asking is None else [angle[asking] for angle in rotation]
-        q, k = rope(q, *angles, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
+            q, cos, sin = q[asking], cos[asking], sin[asking]
+        q = rope(q, cos, sin, layer.q_norm, self.eps)
         return layer.o(attend(i, q, k, v).flatten(-2))
 
     def fingerprint(self) -> str:
         """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA."""
         digest = hashlib.sha256()
         for tensor in self._tensors():
-            digest.update(tensor.flatten().view(torch.uint8).cpu().numpy())
+            digest.update(tensor.flatten().view(torch.uint8).cpu().numpy().data)
         return digest.hexdigest()
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -257,13 +313,13 @@ class FrozenDecoder:
             yield from tensors(value)
 
 
-def _norm_weight(norm: nn.Module, offset: float) -> Tensor:
+def _norm_weight(norm: Norm, offset: float) -> Tensor:
     return norm.weight.detach() + offset if offset else norm.weight.detach()
 
 
-def activation(config: PretrainedConfig) -> str | None:
-    """The name of the gate's activation, where the configuration has one."""
-    return getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+def activation(config: PretrainedConfig) -> str:
+    """The name of the gate's activation; empty where the configuration has none."""
+    return getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or ""
 
 
 def sliding(config: PretrainedConfig) -> bool:
@@ -272,16 +328,16 @@ def sliding(config: PretrainedConfig) -> bool:
     return "sliding_attention" in kinds and getattr(config, "sliding_window", None) is not None
 
 
-def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:
+def _frozen(weight: Tensor) -> NF4Weight | Tensor:
     return NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
 
 
-def _merged(parameters: Sequence[Params4bit], weights: tuple[NF4Weight, ...]) -> tuple[NF4Weight, ...]:
+def _merged(parameters: Sequence[Params4bit], weights: Sequence[NF4Weight]) -> tuple[NF4Weight, ...]:
     """All in one, of which the `Params4bit` become views; the weights as they are where NF4 cannot hold them in one."""
     try:
         whole = NF4Weight.concatenate(weights)
     except ValueError:
-        return weights
+        return tuple(weights)
 
     def parts(joined: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor]:
         return joined.split([x.numel() for x in of])
@@ -297,7 +353,7 @@ def _merged(parameters: Sequence[Params4bit], weights: tuple[NF4Weight, ...]) ->
     return (whole,)
 
 
-def _quantized(weight: nn.Parameter) -> NF4Weight:
+def _quantized(weight: Tensor) -> NF4Weight:
     """A (V, D) matrix in NF4 whose absmax is not nested, so that each row's blocks stand by themselves."""
     if hasattr(weight, "quant_state"):
         return NF4Weight.from_bitsandbytes(weight)

@@ -75,12 +75,12 @@ class Draw:
 
     def summary(self) -> dict[str, float]:
         """For a step's line in the log."""
-        log = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
+        log: dict[str, float] = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
         if not self.pairs:
             return log
-        if self.pairs[0].said is not None:
-            names = list(dict.fromkeys(name for pair in self.pairs for said in pair.said for i in said for name in i))
-            log["value_entropy"] = value_entropy([pair.said for pair in self.pairs], names)
+        if said := [pair.said for pair in self.pairs if pair.said is not None]:
+            names = list(dict.fromkeys(name for group in said for items in group for item in items for name in item))
+            log["value_entropy"] = value_entropy(said, names)
             # Rolled out for nothing, if verdicts alone counted.
             log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
@@ -187,7 +187,7 @@ def _judge(
         return {}
     completions, two = [pair.completions for pair in done.values()], [classes[i] for i in done]
     rewards, well_formed = supervisor.judge(completions, [a == b for a, b in two])
-    said = [supervisor.read(group) for group in completions] if readings else [None] * len(done)
+    said = [supervisor.read(group) for group in completions] if readings else []
     stacked = rewards[:, None]
     if readings:
         names = supervisor.prompt.attributes
@@ -202,7 +202,7 @@ def _judge(
             stacked[j, 0],
             well_formed[j],
             advantages[j, 0],
-            said[j],
+            said[j] if readings else None,
             advantages[j, 1:].unflatten(0, (2, -1)) if readings else None,
             bool(contributes[j]),
             pair.broken,

@@ -44,8 +44,8 @@ class Scratch:
         return Weights(*(self._dense(name, getattr(layer, name)) for name in Weights._fields))
 
     def _dense(self, name: str, projection: Projection) -> Tensor:
-        if projection.is_dense:
-            return projection.weights[0]
+        if (matrix := projection.matrix) is not None:
+            return matrix
         if name not in self._buffers:
             self._buffers[name] = self._like.new_empty(projection.shape)
         return projection.dense(self._buffers[name])
@@ -60,17 +60,23 @@ class Weights(NamedTuple):
     down: Tensor
 
 
+class FirstHalf(NamedTuple):
+    """Of one layer, what its backward reads of its first half. attended: what attention gives, before its norm, where
+    it has one."""
+
+    q: Tensor  # (asking, heads, head_dim) before norm and rotation
+    kv: Tensor  # (rows, 2 kv_heads, head_dim), k before them
+    o: Tensor
+    lse: Tensor
+    attended: Tensor | None
+    middle: Tensor
+
+
 class Kept(NamedTuple):
-    """Of one layer, between forward and backward: its input h, and what the policy keeps. attended: what attention
-    gives, before its norm, where it has one."""
+    """Of one layer, between forward and backward: its input h, and what the policy keeps."""
 
     h: Tensor
-    q: Tensor | None = None  # (asking, heads, head_dim) before norm and rotation
-    kv: Tensor | None = None  # (rows, 2 kv_heads, head_dim), k before them
-    o: Tensor | None = None
-    lse: Tensor | None = None
-    attended: Tensor | None = None
-    middle: Tensor | None = None
+    half: FirstHalf | None = None
     gate_up: Tensor | None = None
 
 
@@ -122,13 +128,13 @@ class FrozenPass:
         decoder = self.decoder
         self._levels, self._visual = len(deepstack), visual
         if self.whole_images and visual is not None:
-            rows = visual.view(-1, self.whole_images)
-            self._images = Images(rows, self.own[rows])
+            places = visual.view(-1, self.whole_images)
+            self._images = Images(places, self.own[places])
         for i, layer in enumerate(decoder.layers):
             weights = self.scratch.weights(layer)
             asking = self.asking if i == decoder.depth - 1 else None
-            kept, (_, *keys) = self._attend(i, layer, weights, h, asking, observe)
-            x = rms_norm(kept.middle, layer.mlp_norm, decoder.eps)
+            half, (_, keys, values) = self._attend(i, layer, weights, h, asking, observe)
+            x = rms_norm(half.middle, layer.mlp_norm, decoder.eps)
             parts = []
             for rows in _chunks(len(x), self.recompute):
                 gate_up = F.linear(x[rows], weights.gate_up, layer.gate_up.bias)
@@ -136,12 +142,13 @@ class FrozenPass:
                 parts.append(decoder.norm_branch(out, layer.down_norm))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             if keep:
-                policy = {"none": kept._replace(gate_up=gate_up), "mlp": kept, "full": Kept(h)}
-                self._kept.append(policy[self.recompute])
+                again = self.recompute
+                self._kept.append(Kept(h) if again == "full" else Kept(h, half, gate_up if again == "none" else None))
             if self.hold:
-                self.held.append(tuple(keys))
-            h = out.add_(kept.middle)
+                self.held.append((keys, values))
+            h = out.add_(half.middle)
             if i < len(deepstack) and asking is None:
+                assert visual is not None, "a DeepStack level is added at the rows `visual`"
                 h.index_add_(0, visual, deepstack[i])
         if keep:
             self._last = h
@@ -161,8 +168,8 @@ class FrozenPass:
 
     def _attend(
         self, i: int, layer: DecoderLayer, weights: Weights, h: Tensor, asking: Tensor | None, observe: Observe | None
-    ) -> tuple[Kept, tuple[Tensor, Tensor, Tensor]]:
-        """The first half of a layer: all of `Kept` but gate and up; and what met in attention, q, keys and values."""
+    ) -> tuple[FirstHalf, tuple[Tensor, Tensor, Tensor]]:
+        """The first half of a layer, and what met in its attention: q, keys and values."""
         decoder = self.decoder
         x = rms_norm(h, layer.input_norm, decoder.eps)
         split, bias = decoder.heads * decoder.head_dim, layer.qkv.bias
@@ -181,9 +188,9 @@ class FrozenPass:
             observe(i, self._layout(asking), rotated, keys, lse)
         attended, residual = F.linear(o.flatten(-2), weights.o, layer.o.bias), h if asking is None else h[asking]
         if layer.o_norm is None:
-            return Kept(h, q, kv, o, lse, None, attended.add_(residual)), (rotated, keys, values)
+            return FirstHalf(q, kv, o, lse, None, attended.add_(residual)), (rotated, keys, values)
         middle = rms_norm(attended, layer.o_norm, decoder.eps).add_(residual)
-        return Kept(h, q, kv, o, lse, attended, middle), (rotated, keys, values)
+        return FirstHalf(q, kv, o, lse, attended, middle), (rotated, keys, values)
 
     def _rotate(
         self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, asking: Tensor | None
@@ -206,15 +213,15 @@ class FrozenPass:
     ) -> Tensor:
         """The gradient of a layer's input, of all rows or of those that are wanted."""
         decoder, weights, (cos, sin) = self.decoder, self.scratch.weights(layer), self.rotations[i]
-        if kept.q is None:
-            kept, (q, keys, values) = self._attend(i, layer, weights, kept.h, asking, None)
+        if (half := kept.half) is None:
+            half, (q, keys, values) = self._attend(i, layer, weights, kept.h, asking, None)
         else:
-            q, keys, values = self._rotate(i, layer, kept.q, kept.kv, asking)
+            q, keys, values = self._rotate(i, layer, half.q, half.kv, asking)
 
         # The MLP, in runs of rows where gate and up are computed again.
-        d_middle = torch.empty_like(kept.middle)
+        d_middle = torch.empty_like(half.middle)
         for rows in _chunks(len(d), self.recompute):
-            middle = kept.middle[rows]
+            middle = half.middle[rows]
             if (gate_up := kept.gate_up) is None:
                 x = rms_norm(middle, layer.mlp_norm, decoder.eps)
                 gate_up = F.linear(x, weights.gate_up, layer.gate_up.bias)
@@ -228,10 +235,10 @@ class FrozenPass:
         # Attention.
         d_attended = d_middle
         if layer.o_norm is not None:
-            d_attended = ops.rms_norm_backward(d_middle, None, kept.attended, layer.o_norm, decoder.eps)
-        d_o = (d_attended @ weights.o).view_as(kept.o)
+            d_attended = ops.rms_norm_backward(d_middle, None, half.attended, layer.o_norm, decoder.eps)
+        d_o = (d_attended @ weights.o).view_as(half.o)
         where, scale, onto = self._layout(asking).offsets, decoder.head_dim**-0.5, (None, None, None)
-        met = q, keys, values, kept.o, kept.lse
+        met = q, keys, values, half.o, half.lse
         d_q, d_keys, d_values = ops.group_attention_backward(d_o, *met, *where, scale, *onto)
         if self._images is not None and asking is None:
             later_backward(d_o, *met, (d_q, d_keys, d_values), self._images)
@@ -242,8 +249,8 @@ class FrozenPass:
             for total, own in zip(self.earlier_gradient[i], (d_keys, d_values)):
                 total += own[self.before]
         d_k, d_v = (d_keys, d_values) if len(self.before) == 0 else (d_keys[self.own], d_values[self.own])
-        d_q = self._unrotate(d_q, kept.q, layer.q_norm, *self._angles(i, asking)).flatten(1)
-        d_k = self._unrotate(d_k, kept.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
+        d_q = self._unrotate(d_q, half.q, layer.q_norm, *self._angles(i, asking)).flatten(1)
+        d_k = self._unrotate(d_k, half.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
         d_v = d_v.flatten(1)
         if asking is not None:  # zeros for the others: of their attention and MLP nothing was computed
             d_q, d_middle = (x.new_zeros(len(kept.h), x.shape[1]).index_copy_(0, asking, x) for x in (d_q, d_middle))

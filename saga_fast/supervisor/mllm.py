@@ -207,8 +207,8 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
     for part in ("text_config", "vision_config"):
         said = getattr(config, part, None)
-        if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
-            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+        if (depth := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
+            yield f"has {depth} layers in the {part} of its config.json; accepted are up to {DEPTH}"
     if (gate := activation(text)) not in GATES:
         yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
     if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
@@ -241,7 +241,7 @@ def _positions(text: PretrainedConfig) -> int | None:
     return min(limits, default=None)
 
 
-def _hold(rotary: nn.Module) -> None:
+def _hold(rotary: Any) -> None:
     """Up to `_positions` the frequencies are what they are now: nothing looks and changes them."""
     kinds = rotary.rope_type
     rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"

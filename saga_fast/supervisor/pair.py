@@ -129,7 +129,8 @@ class Question:
 
     def with_preamble(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim)."""
-        return tuple(
-            torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)
-            for first, rest in ((self.keys[layer], k), (self.values[layer], v))
-        )
+
+        def whole(first: Tensor, rest: Tensor) -> Tensor:
+            return torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)
+
+        return whole(self.keys[layer], k), whole(self.values[layer], v)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from saga_fast.supervisor.families.base import PLAIN, ImageText
 from saga_fast.utils.errors import InputError, first_line
@@ -228,14 +228,14 @@ def build_prefix(
             "use the vision-language model's own template"
         )
     first, second = found
-    prefix, spans = ids[:first], []
-    for rest in (ids[first + 1 : second], ids[second + 1 :]):
-        spans.append((len(prefix), len(prefix) + tokens_per_image))
-        prefix += [pad] * (tokens_per_image + newline) + rest
-    return Prefix(prefix, tuple(spans), asked.rfind(THINK) > asked.rfind(THOUGHT))
+    image = [pad] * (tokens_per_image + newline)
+    input_ids = [*ids[:first], *image, *ids[first + 1 : second], *image, *ids[second + 1 :]]
+    second += len(image) - 1
+    spans = (first, first + tokens_per_image), (second, second + tokens_per_image)
+    return Prefix(input_ids, spans, asked.rfind(THINK) > asked.rfind(THOUGHT))
 
 
-def _render(tokenizer, messages: list[dict], **settings: bool) -> str:
+def _render(tokenizer, messages: list[dict[str, Any]], **settings: bool) -> str:
     """settings: whether the template writes the head of the turn that is to come; it does by default."""
     settings = {"add_generation_prompt": True, **settings}
     return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **settings)
@@ -246,7 +246,7 @@ def end_of_turn(tokenizer) -> int | None:
     be asked: what `build_prefix` needs of it, that says."""
     said = "Yes"
     for content in ([{"type": "text", "text": said}], said):
-        turns = [
+        turns: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "text", "text": "?"}]},
             {"role": "assistant", "content": content},
         ]

@@ -83,12 +83,12 @@ def _prompt(values: dict[str, Any], place: str) -> Prompt:
         if not isinstance(given, kind) or (kind is list and not all(isinstance(name, str) for name in given)):
             wanted = "a list of strings" if kind is list else "a string"
             raise InputError(f"{place}: {field} is {_kinds(given)}; accepted is {wanted}")
-    words = {field: " ".join(values[field].split()) for field in ("role", "item", "verdict_key")}
+    role, item, verdict_key = (" ".join(values[field].split()) for field in ("role", "item", "verdict_key"))
     if not values["attributes"]:
         raise InputError(
             f"{place}: attributes: empty; a prompt needs at least one (--supervisor.generic asks for none)"
         )
     try:
-        return Prompt(**words, attributes=tuple(" ".join(name.split()) for name in values["attributes"]))
+        return Prompt(role, item, verdict_key, tuple(" ".join(name.split()) for name in values["attributes"]))
     except InputError as error:
         raise InputError(f"{place}: {error}") from None

@@ -10,7 +10,7 @@ reference model, KL to it: one on-policy update needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.frozen_pass import Earlier, FrozenPass, Observe, Recompute, Scratch
+from saga_fast.supervisor.frozen_pass import Earlier, FrozenPass, KeysValues, Observe, Recompute, Scratch
 from saga_fast.supervisor.pair import Question
 from saga_kernels import GroupLayout, attention_onto, token_logprob
 
@@ -34,7 +34,7 @@ class Group:
 
     completions: Sequence[Sequence[int]]
     coefficients: Sequence[Tensor]
-    described: dict[int, tuple[Sequence[int], Sequence[int]]]
+    described: Mapping[int, tuple[Sequence[int], Sequence[int]]]
 
 
 class AnchorAttention(NamedTuple):
@@ -47,11 +47,13 @@ class AnchorAttention(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """loss: () Σ coefficient · log π. log_probs [group][g]: (T_g,) fp32. attention: one entry a described image."""
+    """loss: () Σ coefficient · log π. log_probs [group][g]: (T_g,) fp32. attention: one entry a described image.
+    gradients: the `.grad` of each level of the features; none where they require none."""
 
     loss: Tensor
     log_probs: list[list[Tensor]]
     attention: list[AnchorAttention]
+    gradients: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def replay(
     for group, found in zip(groups, log_probs):
         for coefficients, log_prob in zip(group.coefficients, found):
             loss = loss + coefficients.to(log_prob) @ log_prob
-    return Replay(loss, log_probs, sorted(run.attention, key=lambda entry: entry[:3]))
+    return Replay(loss, log_probs, sorted(run.attention, key=lambda entry: entry[:3]), run.gradients)
 
 
 def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -129,9 +131,11 @@ class _Run:
         self.keep = features.tokens.requires_grad
         self.log_probs: dict[tuple[int, int], Tensor] = {}
         self.attention: list[AnchorAttention] = []
-        if self.keep:
-            for leaf in features.levels:
-                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        self.gradients: list[Tensor] = []
+        for leaf in features.levels if self.keep else ():
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+            self.gradients.append(leaf.grad)
 
     @torch.no_grad()
     def whole(self, pack: Sequence[int]) -> None:
@@ -191,13 +195,15 @@ class _Run:
         d = self._meet_head(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
         # In float32, whatever the decoder's dtype: as many sums as slices would round in bf16.
         wide = torch.promote_types(self.decoder.dtype, torch.float32)
-        gradient = [tuple(torch.zeros_like(x, dtype=wide) for x in kv) for kv in before.held] if self.keep else None
+        gradient: KeysValues = []
+        if self.keep:
+            gradient = [(torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)) for k, v in before.held]
         for part in _packs([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
             run = FrozenPass(
                 self.decoder, self.scratch, layout, torch.cat([self._positions(c) for c in chosen], 1),
-                self.plan.recompute, before.held.__getitem__, gradient,
+                self.plan.recompute, before.held.__getitem__, gradient if self.keep else None,
             )  # fmt: skip
             h = self.decoder.embed(torch.cat([self._ids(c) for c in chosen]))
             observe = self._observer([(i, g, 0, k) for k, g in enumerate(part)])
@@ -246,7 +252,8 @@ class _Run:
 
         def earlier(layer: int) -> tuple[Tensor, Tensor]:
             pair = question.keys[layer], question.values[layer]
-            return tuple(x.expand(groups, *x.shape).flatten(0, 1) for x in pair)
+            keys, values = (x.expand(groups, *x.shape).flatten(0, 1) for x in pair)
+            return keys, values
 
         return earlier
 
@@ -260,5 +267,5 @@ class _Run:
         return [level[images].flatten(0, 1).to(self.decoder.dtype) for level in self.features.deepstack]
 
     def _give(self, images: slice, d: Tensor, levels: Sequence[Tensor]) -> None:
-        for leaf, gradient in zip((self.features.tokens, *self.features.deepstack), (d, *levels)):
-            leaf.grad[images] += gradient.view_as(leaf[images])
+        for total, gradient in zip(self.gradients, (d, *levels)):
+            total[images] += gradient.view_as(total[images])

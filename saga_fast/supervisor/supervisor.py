@@ -19,6 +19,14 @@ from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens
 from saga_fast.utils.errors import InputError
 
 Written = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
+
+
+def positions(written: Written) -> tuple[list[int], list[int]]:
+    """All of an answer that describes item 1, and item 2, attribute by attribute."""
+    first, second = ([at for tokens in item.values() for at in tokens] for item in written)
+    return first, second
+
+
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 
 

@@ -10,20 +10,22 @@ lead an answer, up to the first `</think>`, are passed over, be it the text or t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from saga_fast.supervisor.prompt import THINK, THOUGHT, Prompt
 from saga_fast.utils.errors import InputError
 
 Span = tuple[int, int]
+Value: TypeAlias = "dict[str, Value] | _String | None"  # of JSON, as `_Scanner` reads it
+Found = TypeVar("Found")
 
 MAX_DEPTH = 8  # an answer needs 2
 _ATOM = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(r"[ \t\n\r]+")
 _BRACKETS = re.compile(r"[\[\]{}]")
 _SAYS = r"[\s\"'`*]*[:=]"  # what makes a verdict of its key in prose, be it quoted or bold
 
@@ -47,7 +49,8 @@ class _Scanner:
         self.text, self.at, self.top_key = text, at, top_key
 
     def peek(self) -> str:
-        self.at = _SPACE.match(self.text, self.at).end()
+        if space := _SPACE.match(self.text, self.at):
+            self.at = space.end()
         return self.text[self.at : self.at + 1]
 
     def take(self, symbol: str) -> None:
@@ -71,21 +74,24 @@ class _Scanner:
                 yield
         self.take(closing)
 
-    def value(self, depth: int) -> dict | _String | None:
+    def object(self, depth: int) -> dict[str, Value]:
+        found: dict[str, Value] = {}
+        for _ in self.members("{", "}"):
+            key = self.string().value
+            if key in found or (key == self.top_key and depth < MAX_DEPTH):
+                raise ValueError(f"key {key!r} again")
+            self.take(":")
+            found[key] = self.value(depth - 1)
+        return found
+
+    def value(self, depth: int) -> Value:
         if depth == 0:
             raise ValueError("nested too deep")
         match self.peek():
             case '"':
                 return self.string()
             case "{":
-                found = {}
-                for _ in self.members("{", "}"):
-                    key = self.string().value
-                    if key in found or (key == self.top_key and depth < MAX_DEPTH):
-                        raise ValueError(f"key {key!r} again")
-                    self.take(":")
-                    found[key] = self.value(depth - 1)
-                return found
+                return self.object(depth)
             case "[":
                 for _ in self.members("[", "]"):
                     self.value(depth - 1)
@@ -96,7 +102,7 @@ class _Scanner:
         return None
 
 
-def _read(text: str, prompt: Prompt) -> dict[str, dict | _String | None] | None:
+def _read(text: str, prompt: Prompt) -> dict[str, Value] | None:
     """The one JSON object in `text`, or None."""
     end = text.find(THOUGHT)
     if text.lstrip().startswith(THINK):
@@ -107,14 +113,14 @@ def _read(text: str, prompt: Prompt) -> dict[str, dict | _String | None] | None:
     return answer
 
 
-def _read_answer(text: str, begin: int, prompt: Prompt) -> dict[str, dict | _String | None] | None:
+def _read_answer(text: str, begin: int, prompt: Prompt) -> dict[str, Value] | None:
     """The one JSON object in text[begin:], or None."""
     start = text.find("{", begin)
     if start < 0:
         return None
     scanner = _Scanner(text, start, prompt.verdict_key)
     try:
-        answer = scanner.value(MAX_DEPTH)
+        answer = scanner.object(MAX_DEPTH)
     except ValueError:
         return None
     around = f"{text[begin:start]}\n{text[scanner.at :]}".casefold()
@@ -141,7 +147,7 @@ def parse(text: str, prompt: Prompt) -> Verdict | None:
     return Verdict(word == "yes", _well_formed(answer, prompt)) if word in ("yes", "no") else None
 
 
-def _well_formed(answer: dict, prompt: Prompt) -> bool:
+def _well_formed(answer: dict[str, Any], prompt: Prompt) -> bool:
     if tuple(answer) != prompt.keys:
         return False
     described = [answer[key] for key in prompt.item_keys]
@@ -161,25 +167,28 @@ def reward(verdict: Verdict | None, same: bool) -> float:
 def attribute_values(text: str, prompt: Prompt) -> tuple[dict[str, str], dict[str, str]]:
     """What the completion says of each attribute of item 1 and of item 2. Attributes not described in text are left
     out; unreadable text gives empty dicts."""
-    answer = _read(text, prompt) or {}
-
-    def values(described: object) -> dict[str, str]:
-        found = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}
-        return {name: value.value for name, value in found.items() if isinstance(value, _String)}
-
-    return tuple(values(answer.get(key)) for key in prompt.item_keys) or ({}, {})
+    return _of_items(text, prompt, lambda string: string.value)
 
 
 def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[str, Span]]:
     """Where the completion describes each attribute: for item 1 and item 2, attribute -> half-open character range of
     its value, between the quotes. Attributes not described in text are left out; unreadable text gives empty dicts."""
+    return _of_items(text, prompt, lambda string: (string.start, string.end))
+
+
+def _of_items(text: str, prompt: Prompt, what: Callable[[_String], Found]) -> tuple[dict[str, Found], dict[str, Found]]:
+    """For item 1 and item 2, `what` is to be known of the string that describes each attribute."""
     answer = _read(text, prompt) or {}
 
-    def spans(described: object) -> dict[str, Span]:
+    def found(key: str) -> dict[str, Found]:
+        described = answer.get(key)
         values = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}
-        return {name: (value.start, value.end) for name, value in values.items() if isinstance(value, _String)}
+        return {name: what(value) for name, value in values.items() if isinstance(value, _String)}
 
-    return tuple(spans(answer.get(key)) for key in prompt.item_keys) or ({}, {})
+    if prompt.generic:
+        return {}, {}
+    first, second = prompt.item_keys
+    return found(first), found(second)
 
 
 # Byte-level BPE spells each byte as one printable character (GPT-2's table): a printable Latin-1 byte as itself, the
@@ -222,4 +231,6 @@ def tokens_by_attribute(
         start, end = byte_at[span[0]], byte_at[span[1]]
         return [i for i, piece in enumerate(pieces) if max(ends[i] - len(piece), start) < min(ends[i], end)]
 
-    return tuple({name: positions(span) for name, span in item.items()} for item in attribute_spans(text, prompt))
+    items = attribute_spans(text, prompt)
+    first, second = ({name: positions(span) for name, span in item.items()} for item in items)
+    return first, second

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,7 +71,8 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
     if packed:  # of packed weights the headers do not say the shapes
         del config.quantization_config
     with telling(name, "is not whole ({}); restore the file"), quiet(progress=False):
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        # A pair, as `output_loading_info` asks for it, of which the types do not know.
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -79,6 +81,7 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
             ignore_mismatched_sizes=True,
             **SAFELY,
         )
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     unknown = sorted(key for key in found["unexpected_keys"] if not (packed and _PACKING.search(key)))
     others = sorted((key, tuple(there), tuple(asked)) for key, there, asked in found["mismatched_keys"])

@@ -141,15 +141,18 @@ class Drawing(NamedTuple):
     masks: dict[str, np.ndarray]  # attribute -> (SIZE, SIZE) bool, the visible part; empty unless asked for
 
 
-def _ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0, steps: int = 28) -> np.ndarray:
-    """Outline of an ellipse turned by `angle` (radians): (steps, 2)."""
+Point = Sequence[float] | np.ndarray  # x and y
+
+
+def _ellipse(at: Point, rx: float, ry: float, angle: float = 0.0, steps: int = 28) -> np.ndarray:
+    """Outline of an ellipse around `at`, turned by `angle` (radians): (steps, 2)."""
     t = np.linspace(0, 2 * np.pi, steps, endpoint=False)
     u, v = rx * np.cos(t), ry * np.sin(t)
     c, s = np.cos(angle), np.sin(angle)
-    return np.stack([x + c * u - s * v, y + s * u + c * v], 1)
+    return np.stack([at[0] + c * u - s * v, at[1] + s * u + c * v], 1)
 
 
-def _clip(polygon: np.ndarray, point: Sequence[float], normal: Sequence[float]) -> np.ndarray:
+def _clip(polygon: np.ndarray, point: Point, normal: Point) -> np.ndarray:
     """The part of a convex polygon (n, 2) on the side of a line that `normal` points to."""
     side = (polygon - np.asarray(point)) @ np.asarray(normal)
     kept = []
@@ -163,21 +166,22 @@ def _clip(polygon: np.ndarray, point: Sequence[float], normal: Sequence[float]) 
 
 
 class _Canvas:
-    """Draws in bird units onto the picture and, with the same strokes, onto a map of region ids."""
+    """Draws in bird units onto the picture and, with the same strokes, onto a map of region ids.
+
+    region: what is painted, one of those that attributes are read at; of any other name, none of them.
+    """
 
     def __init__(self, background: Image.Image, matrix: np.ndarray, offset: np.ndarray, masks: bool):
         self.image, self.matrix, self.offset = background, matrix, offset
         self.unit = float(np.sqrt(abs(np.linalg.det(matrix))))
         self.paint = ImageDraw.Draw(background)
         self.regions = Image.new("L", background.size) if masks else None
-        self.mark = ImageDraw.Draw(self.regions) if masks else None
+        self.mark = ImageDraw.Draw(self.regions) if self.regions else None
 
     def _pixels(self, points: np.ndarray) -> list[tuple[float, float]]:
         return [tuple(p) for p in (points @ self.matrix.T + self.offset).tolist()]
 
-    def fill(
-        self, points: np.ndarray, color: tuple[int, int, int], region: str | None = None, outline: bool = False
-    ) -> None:
+    def fill(self, points: np.ndarray, color: tuple[int, int, int], region: str = "", outline: bool = False) -> None:
         pixels = self._pixels(points)
         self.paint.polygon(pixels, fill=color)
         if self.mark:
@@ -185,7 +189,7 @@ class _Canvas:
         if outline:
             self.paint.line([*pixels, pixels[0]], fill=_INK, width=2)
 
-    def stroke(self, points: np.ndarray, color: tuple[int, int, int], width: float, region: str | None = None) -> None:
+    def stroke(self, points: np.ndarray, color: tuple[int, int, int], width: float, region: str = "") -> None:
         pixels, width = self._pixels(points), max(1, round(width * self.unit))
         self.paint.line(pixels, fill=color, width=width, joint="curve")
         if self.mark:
@@ -216,7 +220,7 @@ def _tail(shape: str) -> np.ndarray:
     return np.array([(0.0, -0.13), (0.28, -0.15), (0.62, 0.0), (0.28, 0.15), (0.0, 0.13)])
 
 
-def _turned(points: np.ndarray, angle: float, at: Sequence[float]) -> np.ndarray:
+def _turned(points: np.ndarray, angle: float, at: Point) -> np.ndarray:
     c, s = np.cos(angle), np.sin(angle)
     return points @ np.array([(c, s), (-s, c)]) + np.asarray(at)
 
@@ -244,12 +248,12 @@ def _bird(canvas: _Canvas, a: dict[str, str], rng: np.random.Generator, nuisance
 
     tilt = -0.42
     axis, normal = np.array([np.cos(tilt), np.sin(tilt)]), np.array([-np.sin(tilt), np.cos(tilt)])
-    body = _ellipse(0.0, 0.0, 0.60, 0.44, tilt, 40)
+    body = _ellipse((0.0, 0.0), 0.60, 0.44, tilt, 40)
     canvas.fill(body, COLORS[a["belly color"]], "belly", outline=True)
     canvas.fill(_clip(body, 0.20 * axis, axis), COLORS[a["breast color"]], "breast", outline=True)
     canvas.fill(_clip(body, -0.13 * normal, -normal), COLORS[a["back color"]], "back", outline=True)
 
-    skull = _ellipse(*head, 0.29, 0.28)
+    skull = _ellipse(head, 0.29, 0.28)
     canvas.fill(
         _turned(_bill(a["bill shape"], a["bill length"] == "long"), gaze, head + (0.25, 0.06)),
         _BILL,
@@ -261,8 +265,8 @@ def _bird(canvas: _Canvas, a: dict[str, str], rng: np.random.Generator, nuisance
     canvas.fill(_clip(skull, head + 0.02 * up, up), COLORS[a["crown color"]], "crown", outline=True)
     eye = head + (0.10, 0.03)
     if a["eye ring"] != "absent":
-        canvas.fill(_ellipse(*eye, 0.145, 0.145, steps=18), COLORS[a["eye ring"]], "eye")
-    canvas.fill(_ellipse(*eye, 0.075, 0.075, steps=14), _INK, "eye")
+        canvas.fill(_ellipse(eye, 0.145, 0.145, steps=18), COLORS[a["eye ring"]], "eye")
+    canvas.fill(_ellipse(eye, 0.075, 0.075, steps=14), _INK, "eye")
 
     wing_at, wing_tilt = np.array([-0.16, 0.04]), tilt + 0.16 + rng.uniform(-1, 1) * nuisance.head
     wing = _turned(_WING, wing_tilt, wing_at)
@@ -274,7 +278,7 @@ def _bird(canvas: _Canvas, a: dict[str, str], rng: np.random.Generator, nuisance
             canvas.fill(_turned(bar, wing_tilt, wing_at), mark, "wing")
     elif a["wing pattern"] == "spotted":
         for u, v in ((-0.22, 0.0), (-0.06, -0.08), (-0.04, 0.09), (0.12, -0.09), (0.13, 0.08), (0.26, 0.0)):
-            canvas.fill(_turned(_ellipse(u, v, 0.05, 0.05, steps=10), wing_tilt, wing_at), mark, "wing")
+            canvas.fill(_turned(_ellipse((u, v), 0.05, 0.05, steps=10), wing_tilt, wing_at), mark, "wing")
 
 
 _WING = np.array(
@@ -291,10 +295,10 @@ _WING = np.array(
 )
 
 
-def _blob(rng: np.random.Generator, x: float, y: float, size: float) -> np.ndarray:
-    """A leaf or a twig around (x, y)."""
+def _blob(rng: np.random.Generator, at: Point, size: float) -> np.ndarray:
+    """A leaf or a twig around `at`."""
     thin = rng.uniform(0.12, 0.55)
-    return _ellipse(x, y, size, size * thin, rng.uniform(0, np.pi), 14)
+    return _ellipse(at, size, size * thin, rng.uniform(0, np.pi), 14)
 
 
 def _background(rng: np.random.Generator, side: int) -> Image.Image:
@@ -315,12 +319,12 @@ def draw(attributes: dict[str, str], nuisance: Nuisance, rng: np.random.Generato
     canvas = _Canvas(_background(rng, side), matrix, offset, masks)
     for _ in range(rng.integers(0, nuisance.clutter + 1)):
         color = np.array(COLORS[_COLOR_NAMES[rng.integers(len(_COLOR_NAMES))]]) * 0.6 + rng.uniform(20, 90, 3)
-        canvas.fill(_blob(rng, *rng.uniform(-1.3, 1.3, 2), rng.uniform(0.08, 0.35)), tuple(color.astype(int).tolist()))
+        canvas.fill(_blob(rng, rng.uniform(-1.3, 1.3, 2), rng.uniform(0.08, 0.35)), tuple(color.astype(int).tolist()))
     canvas.offset = offset - matrix @ np.array([0.0, 0.02])
     _bird(canvas, attributes, rng, nuisance)
     for _ in range(rng.integers(0, nuisance.occlusion + 1)):
         color = rng.uniform((40, 60, 20), (120, 130, 80))
-        leaf = _blob(rng, *rng.uniform(-0.8, 0.8, 2), rng.uniform(0.12, 0.30))
+        leaf = _blob(rng, rng.uniform(-0.8, 0.8, 2), rng.uniform(0.12, 0.30))
         canvas.fill(leaf, tuple(color.astype(int).tolist()))
 
     image = canvas.image.reduce(SUPERSAMPLE)
@@ -391,7 +395,7 @@ def species(count: int = 100, seed: int = 0) -> list[dict[str, str]]:
     return found
 
 
-class DrawnBirds(Sequence):
+class DrawnBirds:
     """Half of the species as a data set of (RGB image, label); pictures are drawn when asked for.
 
     Args:

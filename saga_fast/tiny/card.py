@@ -14,7 +14,7 @@ from saga_fast.encoder import VisionTower, VisualFeatures
 from saga_fast.retrieval.metrics import retrieval_metrics
 from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
-from saga_fast.supervisor.prompt import build_prefix
+from saga_fast.supervisor.prompt import Order, build_prefix
 from saga_fast.supervisor.rollout import Sampling, rollout
 from saga_fast.supervisor.verdict import attribute_spans, parse
 from saga_fast.tiny.birds import ATTRIBUTES, NUISANCES, DrawnBirds, Nuisance, change
@@ -37,7 +37,7 @@ def look(tower: VisionTower, pixels: Tensor) -> VisualFeatures:
 
 
 def ask(
-    mllm: Mllm, pixels: Tensor, order: str = ORDERS[0], generic: bool = False, sampling: Sampling = SAMPLING
+    mllm: Mllm, pixels: Tensor, order: Order = ORDERS[0], generic: bool = False, sampling: Sampling = SAMPLING
 ) -> list[list[str]]:
     """Answers [pair][g] about pixels (2n, 3, S, S): pictures a and b of pair 0, of pair 1, …"""
     prompt = PROMPT.as_generic() if generic else PROMPT
@@ -54,11 +54,11 @@ def ask(
 
 def held_out_pairs(kind: str, count: int) -> list[tuple[dict[str, str], dict[str, str]]]:
     """Pairs of birds of one of KINDS, from a seed that no training stream reaches."""
-    rng = np.random.default_rng((HELD_OUT, list(KINDS).index(kind)))
+    rng, apart = np.random.default_rng((HELD_OUT, list(KINDS).index(kind))), KINDS[kind]
     pairs = []
     for _ in range(count):
         bird = seen_attributes(rng)
-        pairs.append((bird, seen_attributes(rng) if KINDS[kind] is None else change(bird, KINDS[kind], rng)))
+        pairs.append((bird, seen_attributes(rng) if apart is None else change(bird, apart, rng)))
     return pairs
 
 
@@ -72,20 +72,20 @@ def written_right(text: str, birds: tuple[dict[str, str], dict[str, str]]) -> np
     )
 
 
-def reading(mllm: Mllm, nuisance: Nuisance, order: str, count: int) -> dict:
+def reading(mllm: Mllm, nuisance: Nuisance, order: Order, count: int) -> dict:
     """Accuracy by attribute, well-formed rate; by kind of pair the verdict's accuracy and how many groups disagree."""
     right, formed, kinds = [], [], {}
     for kind in KINDS:
         pairs = held_out_pairs(kind, count)
         seeds = [(HELD_OUT, list(KINDS).index(kind), i) for i in range(2 * count)]
         texts = ask(mllm, render(list(itertools.chain(*pairs)), nuisance, seeds).pixels, order)
-        rewards = []
+        judged = []
         for birds, group in zip(pairs, texts):
             verdicts = [parse(text, PROMPT) for text in group]
             formed += [verdict is not None and verdict.well_formed for verdict in verdicts]
-            rewards.append([verdict is not None and verdict.same == (birds[0] == birds[1]) for verdict in verdicts])
+            judged.append([verdict is not None and verdict.same == (birds[0] == birds[1]) for verdict in verdicts])
             right += [found for text in group if (found := written_right(text, birds)) is not None]
-        rewards = np.array(rewards)
+        rewards = np.array(judged)
         kinds[kind] = {"verdict": rewards.mean(), "contributing": (rewards.min(1) != rewards.max(1)).mean()}
     accuracy = np.concatenate(right).mean(0)
     return {
@@ -166,7 +166,7 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
 def frozen_retrieval(mllm: Mllm) -> dict[str, float]:
     """Retrieval on the benchmark's test species by the mean of the frozen tower's tokens."""
     birds = DrawnBirds("test")
-    features = look(tower_of(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
+    features = look(tower_of(mllm.visual), torch.stack([_pixels(birds[i][0]) for i in range(len(birds))]))
     embeddings = torch.nn.functional.normalize(features.tokens.mean(1), dim=-1)
     return retrieval_metrics(embeddings, torch.tensor(birds.labels))
 

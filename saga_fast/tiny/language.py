@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -20,12 +20,17 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.pair import PairPrefix
-from saga_fast.supervisor.prompt import PROMPTS, Prompt, build_prefix
+from saga_fast.supervisor.prompt import PROMPTS, Order, Prompt, build_prefix
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny.birds import ATTRIBUTES, MODERATE, Nuisance, change, differing
 from saga_fast.tiny.tower import (
@@ -41,7 +46,7 @@ from saga_fast.tiny.tower import (
 )
 
 PROMPT = PROMPTS["drawn-birds"]
-ORDERS = ("images_first", "instruction_first")
+ORDERS: tuple[Order, Order] = ("images_first", "instruction_first")
 VOCABULARY = 1024
 SPECIAL = (
     "<|endoftext|>",
@@ -123,7 +128,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
     """The tiny Qwen3-VL with random weights, float32."""
-    token = tokenizer.convert_tokens_to_ids
+    number = tokenizer.get_vocab()
     config = Qwen3VLConfig(
         text_config=dict(
             vocab_size=VOCABULARY,
@@ -142,10 +147,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
             bos_token_id=None,
         ),
         vision_config=VISION,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=number["<|image_pad|>"],
+        video_token_id=number["<|video_pad|>"],
+        vision_start_token_id=number["<|vision_start|>"],
+        vision_end_token_id=number["<|vision_end|>"],
         tie_word_embeddings=False,
     )
     model = Qwen3VLForConditionalGeneration(config)
@@ -224,6 +229,12 @@ class FamilyPool:
                 self.birds[row] = bird
         self.drawn = max(self.drawn, count)
 
+    def of(self, pictures: Tensor) -> Seen:
+        """What the tower saw of `pictures` (n,) int64, in that order. Raises ValueError before any family is drawn."""
+        if self.seen is None:
+            raise ValueError("no family is drawn yet; call grow_to")
+        return self.seen.select(pictures)
+
     def pairs(self, count: int, rng: np.random.Generator) -> Tensor:
         """(count, 2) picture numbers: 40% same bird, 40% siblings, 20% strangers, either way round."""
         families = min(self.drawn, self.capacity)
@@ -252,7 +263,7 @@ class Question(NamedTuple):
     values: Tensor  # (2, 12) int64, positions in the completion; (2, 0) for the generic prompt
 
 
-def questions(tokenizer: PreTrainedTokenizerFast) -> dict[tuple[str, bool], Question]:
+def questions(tokenizer: PreTrainedTokenizerBase) -> dict[tuple[Order, bool], Question]:
     """By (order, generic)."""
     found = {}
     bird = seen_attributes(np.random.default_rng(0))
@@ -283,26 +294,25 @@ class Example(NamedTuple):
 def write(question: Question, tokenizer, pool: FamilyPool, count: int, rng: np.random.Generator) -> Example:
     """`count` pairs with their answers, some miswritten: what is written wrong is read, not learned from."""
     pairs = pool.pairs(count, rng)
+    seen = pool.of(pairs.flatten())
     rows, marks, differ = [], [], []
     start = len(question.prefix)
     for a, b in pairs.tolist():
         true = (pool.birds[a], pool.birds[b])
-        written = true if question.prompt.generic else tuple(miswrite(bird, rng) for bird in true)
-        ids = tokenizer.encode(answer(question.prompt, *written, rng), add_special_tokens=False) + [
-            tokenizer.eos_token_id
-        ]
+        written = true if question.prompt.generic else (miswrite(true[0], rng), miswrite(true[1], rng))
+        text = answer(question.prompt, written[0], written[1], rng)
+        tokens = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
         differ.append([written[0][name] != written[1][name] for name in ATTRIBUTES])
-        learned = np.ones(len(ids), bool)
+        right = torch.ones(len(tokens), dtype=torch.bool)
         if not question.prompt.generic:
-            for item, at in enumerate(question.values.numpy()):
-                learned[at] = [true[item][name] == written[item][name] for name in ATTRIBUTES]
-        rows.append(torch.tensor(ids))
-        marks.append(torch.from_numpy(learned))
+            for item, at in enumerate(question.values):
+                right[at] = torch.tensor([true[item][name] == written[item][name] for name in ATTRIBUTES])
+        rows.append(torch.tensor(tokens))
+        marks.append(right)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     learned = nn.utils.rnn.pad_sequence(marks, batch_first=True, padding_value=False)
     input_ids = torch.cat([question.prefix.input_ids.expand(count, -1), ids], 1)
     labels = F.pad(torch.where(learned, ids, -100), (start, 0), value=-100)
-    seen = pool.seen.select(pairs.flatten())
     return Example(input_ids, labels, seen.features, seen.looked.unflatten(0, (count, 2)), torch.tensor(differ))
 
 
@@ -369,7 +379,7 @@ def unquantize(model: Qwen3VLForConditionalGeneration) -> None:
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
 
 
-def attention_of_rows(layer: nn.Module, h: Tensor, cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
+def attention_of_rows(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
     """Head-averaged causal attention (B, R, L) of positions `rows` (R,) in a decoder layer with input h (B, L, D)."""
     attention = layer.self_attn
     x = layer.input_layernorm(h)
@@ -392,7 +402,9 @@ class LanguageTrainer:
     def __init__(self, model: Qwen3VLForConditionalGeneration):
         self.model, self.language = model, model.model.language_model
         self.probes = nn.ModuleDict({"differs": nn.Linear(WIDTH, 1), "names": nn.Linear(WIDTH, len(ATTRIBUTES))})
-        self.halfway, self.last = torch.empty(0), {}
+        # What the layers got when `hidden` ran last.
+        self.halfway = self.last = torch.empty(0)
+        self.rotation = torch.empty(0), torch.empty(0)
         self.language.layers[2].register_forward_pre_hook(self._keep_halfway)
         self.language.layers[-1].register_forward_pre_hook(self._keep_last, with_kwargs=True)
 
@@ -400,7 +412,7 @@ class LanguageTrainer:
         self.halfway = args[0]
 
     def _keep_last(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.last = {"h": args[0], "rotation": kwargs["position_embeddings"]}
+        self.last, self.rotation = args[0], kwargs["position_embeddings"]
 
     def parameters(self) -> list[nn.Parameter]:
         """All but the tower's."""
@@ -429,7 +441,7 @@ class LanguageTrainer:
         """
         values = start + question.values[1]
         told = self.probes["differs"](self.halfway[:, values]).squeeze(-1).float()
-        named = self.probes["names"](self.last["h"][:, int(values[-1]) + 1 :]).float()
+        named = self.probes["names"](self.last[:, int(values[-1]) + 1 :]).float()
         target = differ.float()
         return F.binary_cross_entropy_with_logits(told, target) + F.binary_cross_entropy_with_logits(
             named, target[:, None].expand_as(named)
@@ -462,7 +474,8 @@ class LanguageTrainer:
         """
         prefix = question.prefix
         rows = (question.values + len(prefix) - ahead).flatten()
-        attention = attention_of_rows(self.language.layers[-1], self.last["h"], *self.last["rotation"], rows)
+        cos, sin = self.rotation
+        attention = attention_of_rows(self.language.layers[-1], self.last, cos, sin, rows)
         attention = attention.unflatten(1, question.values.shape)
         onto = torch.stack([attention[:, item][..., prefix.images[item]] for item in range(2)], 1)
         return onto / onto.sum(-1, keepdim=True)
@@ -552,5 +565,5 @@ def train_language(
 
 def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a model folder that transformers loads: bf16 safetensors, configuration, tokenizer and chat template."""
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from saga_fast.towers import tower_of
 HELD_OUT_SEEDS = range(10)
 WIDTH, GRID = 192, 7  # width of a merged token; merged tokens a side
 
-VISION = dict(
+VISION: dict[str, Any] = dict(
     depth=4,
     hidden_size=128,
     intermediate_size=384,
@@ -74,7 +75,7 @@ def cell_areas(masks: dict[str, np.ndarray]) -> np.ndarray:
     return cells.mean((2, 4), dtype=np.float32).reshape(len(ATTRIBUTES), -1)
 
 
-def render(birds: list[dict[str, str]], nuisance: Nuisance, seeds: list[tuple[int, ...]]) -> Batch:
+def render(birds: list[dict[str, str]], nuisance: Nuisance, seeds: Sequence[tuple[int, ...]]) -> Batch:
     """Pictures of these birds, each from its own seed."""
     drawn = [
         draw(bird, nuisance, np.random.default_rng(seed), masks=True) for bird, seed in zip(birds, seeds, strict=True)
@@ -145,7 +146,7 @@ class TowerTrainer(nn.Module):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, and which attributes the last level read right: bool (B, 12)."""
         features = self.tower(batch.pixels)
-        total, right = 0.0, None
+        total, right = torch.zeros(()), torch.empty(0)
         inside = batch.areas > 0.02
         seen = inside.any(-1)
         for level, (heads, tokens) in enumerate(zip(self.heads, features.levels)):

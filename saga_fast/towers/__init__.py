@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from saga_fast.towers.base import VisionTower, VisualFeatures
+from saga_fast.towers.base import VisionTower, VisualFeatures, config_of
 
-__all__ = ["VisionTower", "VisualFeatures", "load_tower", "tower_class", "tower_from_config", "tower_of"]
+__all__ = ["VisionTower", "VisualFeatures", "config_of", "load_tower", "tower_class", "tower_from_config", "tower_of"]
 
 
 def load_tower(name: str | Path) -> nn.Module:
@@ -31,7 +31,7 @@ def load_tower(name: str | Path) -> nn.Module:
 def tower_of(model: nn.Module) -> VisionTower:
     """The tower around a vision model, a multimodal model that had its language model taken out, or what `load_tower`
     gave."""
-    return tower_class(model.config.model_type)(model)
+    return tower_class(config_of(model).model_type)(model)
 
 
 def tower_from_config(config: dict) -> VisionTower:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from saga_fast.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 try:
     from flash_attn import flash_attn_func
@@ -76,19 +76,25 @@ class VisionTower(nn.Module, ABC):
     model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may hold
     `image_mean` and `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if
     neither is known.
+    vit: the configuration of the ViT in it, where that is not the model's own.
     kinds: model types of the configurations that it is the tower of. not_vision: parts of the multimodal model that are
     not the tower's, where it is the rest.
     """
 
     kinds: ClassVar[tuple[str, ...]]
     not_vision: ClassVar[tuple[str, ...]] = ()
+    model: Any  # another library's module, of whose parts the types are known at run time alone
+    scale: Tensor
+    shift: Tensor
 
-    def __init__(self, model: PreTrainedModel, vit: PretrainedConfig) -> None:
+    def __init__(self, model: nn.Module, vit: PretrainedConfig | None = None) -> None:
         super().__init__()
         self.model = model
+        config = config_of(model)
+        vit = vit or config
         known = STATISTICS.get(vit.model_type, (None, None))
-        mean = getattr(model.config, "image_mean", known[0])
-        std = getattr(model.config, "image_std", known[1])
+        mean = getattr(config, "image_mean", known[0])
+        std = getattr(config, "image_std", known[1])
         if mean is None or std is None:
             raise InputError(
                 f"tower: pixel mean and standard deviation of a {vit.model_type!r} are unknown; "
@@ -100,7 +106,7 @@ class VisionTower(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def model_from_config(cls, config: dict) -> PreTrainedModel:
+    def model_from_config(cls, config: dict) -> nn.Module:
         """What `model` is, with fresh weights in fp32, of its configuration as a dict."""
 
     @property
@@ -140,6 +146,11 @@ class VisionTower(nn.Module, ABC):
         return tokens[:, tokens.shape[1] - count :]
 
 
+def config_of(model: nn.Module) -> PretrainedConfig:
+    """What stands beside the weights of a vision model, whichever library it is of."""
+    return cast("PretrainedConfig", model.config)
+
+
 def checkpoint_layers(model: nn.Module, on: bool) -> None:
     """Has transformers' layers in `model` keep their inputs alone for the backward pass, or no longer."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # seconds to import
@@ -147,7 +158,8 @@ def checkpoint_layers(model: nn.Module, on: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = on
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            # Declared nowhere, as transformers sets it from outside too.
+            cast(Any, layer)._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

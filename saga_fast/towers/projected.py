@@ -4,8 +4,10 @@ batches already.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 
 from saga_fast.towers.base import VisionTower, VisualFeatures, attend, checkpoint_layers
@@ -22,9 +24,9 @@ class ProjectedTower(VisionTower):
     otherwise, a subclass says so.
     """
 
-    kinds = ("internvl", "llava")
+    kinds: ClassVar[tuple[str, ...]] = ("internvl", "llava")
     vit_name = "vision_tower"
-    not_vision = ("language_model",)
+    not_vision: ClassVar[tuple[str, ...]] = ("language_model",)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, model.config.vision_config)
@@ -38,7 +40,7 @@ class ProjectedTower(VisionTower):
         return model
 
     @property
-    def vit(self) -> nn.Module:
+    def vit(self) -> Any:
         return getattr(self.model, self.vit_name)
 
     @property
@@ -53,7 +55,8 @@ class ProjectedTower(VisionTower):
     @property
     def cell(self) -> tuple[int, int]:
         patch = self.model.config.vision_config.patch_size
-        return tuple(round(side * self.merge) for side in ((patch, patch) if isinstance(patch, int) else patch))
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        return round(rows * self.merge), round(columns * self.merge)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         if height != width:

@@ -5,11 +5,11 @@ outside FlashAttention, and works out an image's positions and windows anew for 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -62,7 +62,7 @@ class QwenTower(VisionTower):
     kinds = tuple(MODELS)
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, model.config)
+        super().__init__(model)
         self._place = functools.lru_cache(maxsize=8)(self._place_patches)
         self._checkpointing = False
 
@@ -153,7 +153,7 @@ def _windows(rows: int, columns: int, side: int, merged: int, device: torch.devi
     return Windows(patches, torch.cat([group.flatten() for group in patches]).argsort())
 
 
-def _attend_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None) -> Tensor:
+def _attend_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None) -> Tensor:
     """One transformer block of the tower on x (B, patches, hidden), every image, or each of its windows, attending to
     itself."""
     attention = block.attn
@@ -162,10 +162,10 @@ def _attend_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows
     if windows is None:
         o = attend(q, k, v)
     else:
-        within = [
-            attend(*(part[:, patches].flatten(0, 1) for part in (q, k, v))).unflatten(0, (len(x), -1)).flatten(1, 2)
-            for patches in windows.patches
-        ]
+        within = []
+        for patches in windows.patches:
+            q_in, k_in, v_in = (part[:, patches].flatten(0, 1) for part in (q, k, v))
+            within.append(attend(q_in, k_in, v_in).unflatten(0, (len(x), -1)).flatten(1, 2))
         o = torch.cat(within, 1)[:, windows.back]
     x = x + attention.proj(o.flatten(2))
     return x + block.mlp(block.norm2(x))

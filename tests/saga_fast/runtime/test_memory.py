@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import memory
-from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
+from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, SupervisorParts, kept_by_tower, replay_bytes
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
@@ -36,10 +35,10 @@ def tiny():
     return encoder, mllm.decoder, PairPrefix.of(prefix, (7, 7))
 
 
-def step(tiny, **settings) -> Step:
+def step(tiny, sampling=Sampling(4, max_new_tokens=64), **settings) -> Step:  # noqa: B008
     encoder, decoder, prefix = tiny
-    sampling = Sampling(4, max_new_tokens=64)
-    return Step(encoder, decoder, prefix, sampling, **{"batch": 8, "pairs": 4, "autocast": False, **settings})
+    parts = SupervisorParts(decoder, prefix, sampling)
+    return Step(encoder, parts, **{"batch": 8, "pairs": 4, "autocast": False, **settings})
 
 
 @pytest.mark.parametrize("plan", WHOLE + SLICES, ids=str)
@@ -75,7 +74,7 @@ def test_what_autograd_keeps_of_the_tower_grows_by_the_image(tiny):
 
 def test_more_memory_buys_time_and_too_little_is_refused_with_the_numbers(tiny):
     long = Sampling(8, max_new_tokens=256)  # so that the tower is not what takes most
-    predictor = Predictor(dataclasses.replace(step(tiny), sampling=long))
+    predictor = Predictor(step(tiny, long))
     ample, slots, footprint = predictor.choose(GIB)
     assert (ample.recompute, slots) == ("none", 8) and footprint.peak <= GIB
     scarce, fewer, tight = predictor.choose(int(footprint.peak * 0.9))
@@ -173,7 +172,7 @@ def test_a_checkpointed_tower_takes_what_is_foretold(tiny, name):
     first, peaks = next(encoder.tower.parameters()), {}
     encoder.tower(pixels)  # positions are made once
     for on in (False, True):
-        predictor = Predictor(Step(encoder, None, None, None, 6, 1, checkpointing=on, autocast=False))
+        predictor = Predictor(Step(encoder, None, 6, 1, checkpointing=on, autocast=False))
         encoder.tower.checkpoint_blocks(on)
         with LiveBytes("cpu") as live:
             levels = encoder.tower(pixels).levels
@@ -186,7 +185,7 @@ def test_a_checkpointed_tower_takes_what_is_foretold(tiny, name):
 
 def test_a_step_without_a_supervisor_fits_or_is_refused_with_the_numbers():
     encoder = Encoder.from_tower(load_tower("efficientnet-lite0"), "mean", 64, 64)
-    predictor = Predictor(Step(encoder, None, None, None, 8, 1, states_bits=8, checkpointing=True, autocast=False))
+    predictor = Predictor(Step(encoder, None, 8, 1, states_bits=8, checkpointing=True, autocast=False))
     footprint = predictor.fit(GIB)
     assert "C. replay" not in footprint.phases and footprint.peak < GIB
     assert predictor.fit(int(footprint.peak * 1.12)) == footprint
