@@ -1,21 +1,8 @@
-from dataclasses import replace
-
 import pytest
 
 from bench import rollout
-from bench.record import SHAPES, model
 
-SHAPE = replace(SHAPES["small"], layers=3, pairs=2, group=2, short=6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(model(SHAPE, tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def known_shape(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny", SHAPE)
+from .tiny import SHAPE
 
 
 def test_both_sides_say_the_same_where_nothing_is_drawn(folder):

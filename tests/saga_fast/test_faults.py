@@ -34,40 +34,21 @@ from saga_fast.runtime.signals import StopSignals
 from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.train import train
 
+from . import small
+
 STEPS = 4
-FLAGS = (
-    *("--data.species", "16", "--data.images-per-species", "4"),
-    *("--data.classes-per-batch", "8", "--data.images-per-class", "2"),
-    *(
-        "--rollout.pairs",
-        "1",
-        "--rollout.group-size",
-        "4",
-        "--rollout.pairs-per-batch",
-        "2",
-        "--rollout.max-batches",
-        "1",
-    ),
-    *("--optim.steps", str(STEPS), "--log.checkpoint-every", "1", "--data.seed", "1"),
+FLAGS = small.small_flags(
+    data={"seed": 1},
+    rollout={"pairs": 1, "pairs_per_batch": 2, "max_batches": 1},
+    optim={"steps": STEPS},
+    lambda_={"adaptive": True},
+    log={"checkpoint_every": 1},
 )
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
     """The run in `out`, begun or, where it has begun, resumed."""
-    resume = ["--resume"] if (out / "config.json").exists() else []
-    command = [sys.executable, "-m", "saga_fast.train", "drawn-birds", "--out", str(out), *FLAGS, *flags, *resume]
-    with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sums of another number of threads have other bytes: here and in every process that is started."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return small.start(out, *FLAGS, *flags, *(["--resume"] if (out / "config.json").exists() else []))
 
 
 def product(out: Path) -> dict[str, bytes]:
@@ -77,7 +58,7 @@ def product(out: Path) -> dict[str, bytes]:
 
 def steps(out: Path) -> list[int]:
     """The steps that metrics.jsonl tells of."""
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in small.lines(out)]
 
 
 class Unbroken(NamedTuple):
@@ -91,7 +72,7 @@ class Unbroken(NamedTuple):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Unbroken:
     out, began = tmp_path_factory.mktemp("runs") / "unbroken", time.monotonic()
-    assert start(out).wait() == 0, out.with_suffix(".log").read_text()
+    small.finished(start(out), out)
     return Unbroken(out, product(out), time.monotonic() - began)
 
 
@@ -110,7 +91,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(kills, unbroken, tmp_path)
                 run.wait(moments.uniform(0, unbroken.seconds))
         run.send_signal(signal.SIGKILL)
         assert run.wait() in (0, -signal.SIGKILL), out.with_suffix(".log").read_text()
-    assert start(out).wait() == 0, out.with_suffix(".log").read_text()
+    small.finished(start(out), out)
     assert product(out) == unbroken.product
 
 
@@ -211,7 +192,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     train(*parse(["--out", str(out), *FLAGS, *flags]))
     kept = ["step-000002", "step-000003", "step-000004"]
     assert sorted(path.name for path in (out / "checkpoint").iterdir()) == kept
-    recalls = [json.loads(line)["validation_recall_at_1"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    recalls = [line["validation_recall_at_1"] for line in small.lines(out)]
     best = json.loads((out / "final.json").read_text())["best"]
     assert best == {"step": 1 + recalls.index(max(recalls)), "validation_recall_at_1": max(recalls)}
     weights = load_file(out / "best/model.safetensors")
