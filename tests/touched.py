@@ -49,7 +49,9 @@ def untouched(root: Path, ran: set[tuple[str, str]]) -> list[str]:
 def public_ops(root: Path) -> list[str]:
     """What the package exports that is no class."""
     tree = ast.parse((root / OPS).read_text())
-    (names,) = (node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node))
+    (names,) = (
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node)
+    )
     return sorted(name for name in ast.literal_eval(names) if name.islower())
 
 

@@ -10,6 +10,7 @@ def test_both_sides_say_the_same_where_nothing_is_drawn(folder):
     assert found["equal"] and found["tokens"] == 40 and found["different_pairs"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls,cache", rollout.RIVALS.values())
 def test_both_sides_make_rollouts_of_the_wanted_lengths(folder, calls, cache):
     """Each asserts its own lengths."""

@@ -143,6 +143,7 @@ def test_an_interrupted_call_loses_at_most_a_chunk(encoder, pictures, tmp_path, 
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(encoder, pictures, tmp_path):
     """kill -9 after the first chunk is on disk."""
     script = (
@@ -267,6 +268,7 @@ print(json.dumps(done[:3]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["shared", "host{rank}/index"])
 def test_two_processes_make_the_index_of_one(encoder, tmp_path, index):
     """On one disk, and on a disk each: then the second's chunks travel to the first."""
@@ -340,6 +342,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(encoder, pictures, tmp_path, a
     assert all(".index.chunks" in path.parts for path in left) and ("trained" in message or not left)
 
 
+@pytest.mark.slow
 def test_two_calls_into_one_index_take_turns(encoder, pictures, tmp_path, monkeypatch):
     """The second is told who is at it; what the first does is whole."""
     first = command("-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures"))

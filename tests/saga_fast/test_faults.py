@@ -1,6 +1,6 @@
 """A run that is killed anywhere, as often as you like, and resumed ends in the bytes of one that was left alone.
 
-pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; the ordinary suite does 3
+pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; `make test-all` has 3
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def unbroken(tmp_path_factory) -> Unbroken:
     return Unbroken(out, product(out), time.monotonic() - began)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.faults)])
 def test_killed_anywhere_it_resumes_to_the_same_bytes(kills, unbroken, tmp_path):
     """Every other kill waits for a checkpoint to be half written."""
@@ -102,6 +103,7 @@ def stepping(run: subprocess.Popen, out: Path) -> subprocess.Popen:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(number, unbroken, tmp_path):
     out = tmp_path / "a run"
@@ -141,6 +143,7 @@ def test_in_another_thread_signals_are_left_alone():
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_that_reaches_the_decoding_processes_too_ends_none_of_them():
     data = DrawnBirds("train", species=8, images_per_species=4)
     batches = PixelLoader(data, 16, workers=2, memory_limit=0).stream([[i] for i in range(len(data))])
@@ -174,6 +177,7 @@ def spoil(folder: Path, how: str) -> None:
         weights.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how,named", [("foreign", "of another run"), ("truncated", "SHA-256"), ("flipped", "SHA-256")])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, named, broken_run, unbroken):
     spoil(broken_run / f"checkpoint/step-{STEPS:06d}", how)
@@ -185,6 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, named, broke
     assert steps(broken_run) == list(range(STEPS))
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     out = tmp_path / "run"
     flags = ("--log.keep", "3", "--log.evaluate-every", "1", "--data.species", "20")
@@ -240,6 +245,7 @@ exit $code
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_and_is_told_once(unbroken, tmp_path):
     """On a real file system of 90 MB, in a mount name space of its own."""
     unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
@@ -261,6 +267,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_is_told_once(unbroken, tmp_pa
     assert steps(rescued) == list(range(STEPS))
 
 
+@pytest.mark.slow
 def test_a_folder_that_turns_read_only_is_told_once_and_the_lines_come_when_it_can_be_written(tmp_path, monkeypatch):
     """Written by a patch: whoever may mount may also write into what is read-only."""
     save, add = checkpoint.save, run.append

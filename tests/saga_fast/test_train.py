@@ -101,6 +101,7 @@ def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path):
     assert shown[0] == shown[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_what_it_began_with(tmp_path, capsys):
     """Its prompt file has become nonsense meanwhile."""
     file = tmp_path / "my.toml"
@@ -125,6 +126,7 @@ def test_a_resumed_run_asks_what_it_began_with(tmp_path, capsys):
     assert (broken / "final.json").read_bytes() == (whole / "final.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     """8-bit optimizer states, a checkpointed tower, embedding and head in NF4."""
     config = small(
@@ -142,6 +144,7 @@ def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_have_another_plan_and_goes_on_alike(unbroken, tmp_path, monkeypatch, capsys):
     """As on a card of half the size, where the plan it began with does not fit; the data has moved too."""
     out = broken_off(unbroken[0], tmp_path / "run", 2)
@@ -370,6 +373,7 @@ def photos(tmp_path) -> list[str]:
     return ["folder", "--data.root", str(tmp_path / "photos"), *flags.split(), "--log.checkpoint-every", "3"]
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_alike(photos, tmp_path, monkeypatch):
     looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # what every second step is said to find: best in step 4, stop at 8
     real = trainer.score
@@ -464,6 +468,7 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     assert torch.equal(encoder.pooler.weight.grad, rest[2])
 
 
+@pytest.mark.slow
 def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """One query per attribute, attribute credit, balance: their state is in the checkpoint."""
     monkeypatch.setattr(balance, "KNOWN", 4)
@@ -484,6 +489,7 @@ def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert encoders[0].attributes == PROMPTS["drawn-birds"].attributes
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_says_nothing_is_heard_and_teaches_nothing(tmp_path, monkeypatch):
     """Its verdicts are always `no`; the run goes as one by the metric loss alone, to the bytes of the weights."""
     monkeypatch.setattr(balance, "KNOWN", 4)

@@ -43,6 +43,7 @@ def rank(root: str, fails: int) -> None:
         print("all hold the same")
 
 
+@pytest.mark.slow
 def test_a_moments_fault_of_one_ranks_disk_is_one_line_that_names_the_rank(tmp_path):
     done = load(fill(tmp_path / "images", *CLASSES, images=5), fails=1, ranks=3)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -52,6 +53,7 @@ def test_a_moments_fault_of_one_ranks_disk_is_one_line_that_names_the_rank(tmp_p
     assert done.returncode and "all hold the same" not in done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_the_same_go_on(tmp_path):
     done = load(fill(tmp_path / "images", *CLASSES, images=5), fails=-1, ranks=2)
     assert done.returncode == 0 and "all hold the same" in done.stdout, done.stderr

@@ -103,6 +103,7 @@ def test_a_worker_that_is_killed_is_said_so():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "killed while a worker starts", "by itself"])
 def test_workers_do_not_outlive_the_process(root, end):
     script = f"""
@@ -151,6 +152,7 @@ def test_how_many_workers_unless_said(root):
     assert workers(name="drawn-birds", species=4, images_per_species=2) == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_that_decodes_as_it_goes_resumes_to_the_same_bytes(root, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "PixelLoader", functools.partial(PixelLoader, memory_limit=0))
     config = changed(

@@ -61,6 +61,7 @@ def assert_same_step(one: Path, several: Path) -> None:
         assert whole <= 1e-6 and max(deviation) <= 1e-5, (part, whole, names[deviation.index(max(deviation))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_take_the_step_that_one_process_takes(method, processes, tmp_path):
@@ -97,6 +98,7 @@ def test_a_restart_resumes_where_there_is_a_run(tmp_path):
         parse(arguments)
 
 
+@pytest.mark.slow
 def test_collectives_of_three_ranks():
     done = subprocess.run(command(__file__, processes=3), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -144,6 +146,7 @@ with exit_on_input_error():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failing,told", [("1", "error: rank 1: --out"), ("012", "error: --out"), ("0", "error: --out")]
 )

@@ -96,6 +96,7 @@ def test_a_gradient_cut_short_is_none():
     assert a.grad.tolist() == [6, 6] and b.grad.tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*out of memory")
 def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_path, monkeypatch):
     config = small(data={"seed": 1}, rollout={"max_batches": 1, "pairs_per_batch": 4}, optim={"steps": 2})
