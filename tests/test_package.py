@@ -37,6 +37,7 @@ def sdist(tmp_path_factory) -> Path:
     return tree.parent / done.stdout.split()[-1]
 
 
+@pytest.mark.slow
 def test_an_sdist_holds_every_source(sdist):
     with tarfile.open(sdist) as packed:
         held = {name.partition("/")[2] for name in packed.getnames()}

@@ -60,7 +60,7 @@ class ClassReadings:
                     value: sum(weight * agreement(value, other) for other, weight in known.items())
                     for value in set(said)
                 }
-                rewards[item, m] = torch.tensor([earned[value] for value in said]) / max(known.total(), 1)
+                rewards[item, m] = torch.tensor([earned[value] for value in said]) / (known.total() or 1)
         return rewards
 
     def add(self, group: Sequence[Described], classes: tuple[int, int]) -> None:

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.mllm import Mllm, load_mllm
+from saga_fast.supervisor.prompt import Order
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.tiny.birds import BENCHMARK, HARD, change
 from saga_fast.tiny.card import ask, look
@@ -48,7 +49,7 @@ class Answers(NamedTuple):
     """What the model says of n pairs that share a question. question: order, and whether the prompt is generic.
     features: bf16, of 2n pictures. texts: of each pair, with the verdict that is true."""
 
-    question: tuple[str, bool]
+    question: tuple[Order, bool]
     features: VisualFeatures
     texts: list[list[str]]
 
@@ -124,7 +125,7 @@ def calibrate(
     torch.manual_seed(seed + 2)
     given = list(answers(load_mllm(folder), seed, count))
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     for linear in quantized_linears(model):
         parametrize.register_parametrization(linear, "weight", FakeNF4())
     trainer, asked = LanguageTrainer(model), questions(tokenizer)

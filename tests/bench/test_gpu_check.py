@@ -8,10 +8,12 @@ import pytest
 
 from bench.gpu_check import Part, run
 
+from ..sweep import sweep
+
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arguments", [["bench.gpu_check", "--out", "nowhere"], ["bench.gpu", "norm"]])
+@pytest.mark.parametrize("arguments", sweep([["bench.gpu_check", "--out", "nowhere"], ["bench.gpu", "norm"]]))
 def test_without_a_gpu_it_says_so(arguments):
     command = [sys.executable, "-m", *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -1,21 +1,8 @@
-from dataclasses import replace
-
 import pytest
 
 from bench import rollout
-from bench.record import SHAPES, model
 
-SHAPE = replace(SHAPES["small"], layers=3, pairs=2, group=2, short=6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(model(SHAPE, tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def known_shape(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny", SHAPE)
+from .tiny import SHAPE
 
 
 def test_both_sides_say_the_same_where_nothing_is_drawn(folder):
@@ -23,6 +10,7 @@ def test_both_sides_say_the_same_where_nothing_is_drawn(folder):
     assert found["equal"] and found["tokens"] == 40 and found["different_pairs"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls,cache", rollout.RIVALS.values())
 def test_both_sides_make_rollouts_of_the_wanted_lengths(folder, calls, cache):
     """Each asserts its own lengths."""

@@ -1,6 +1,5 @@
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,10 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from bench import step
-from bench.record import SHAPES, model, supervisor
+from bench.record import supervisor
 from saga_fast.utils.errors import InputError
 
-SHAPE = replace(SHAPES["small"], layers=3, pairs=2, group=2, short=6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return model(SHAPE, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def known_shape(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny", SHAPE)
+from .tiny import SHAPE
 
 
 def dumped(folder, advantages):
@@ -66,7 +55,7 @@ def test_comparison_agrees_with_transformers_and_sees_a_difference(folder, tmp_p
 
     def compared(**changed):
         torch.save({**theirs, **changed}, file)
-        return step.compare(str(file), str(folder), "tiny", SHAPE.pairs, SHAPE.short)()
+        return step.compare(str(file), folder, "tiny", SHAPE.pairs, SHAPE.short)()
 
     found = compared()
     assert found["same_prompts"] and found["same_lengths"] and found["same_parameters"]
@@ -83,7 +72,7 @@ def test_comparison_agrees_with_transformers_and_sees_a_difference(folder, tmp_p
 def test_a_step_of_ours_moves_the_tower_and_tells_its_parts(folder, monkeypatch):
     built = []
     monkeypatch.setattr(step, "supervisor", lambda *a, **named: built.append(supervisor(*a, **named)) or built[0])
-    work = step.step(str(folder), "tiny", SHAPE.short)
+    work = step.step(folder, "tiny", SHAPE.short)
     encoder, judge = built[0]
     before = [p.clone() for p in encoder.tower.parameters()]
     frozen = judge.decoder.fingerprint()

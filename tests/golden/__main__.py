@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..saga_fast import small
 from . import compare
 
 EQUAL, DIFFERENT, NOT_COMPARED = 0, 1, 3
@@ -44,10 +44,8 @@ TINY = (
 
 def command(out: Path, steps: int, processes: int = 1, resume: bool = False) -> list[str]:
     """What trains the run in the folder `out`."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     flags = ["--resume"] if resume else [*TINY, *PLAN, "--optim.steps", str(steps)]
-    program = ["saga_fast.train", "drawn-birds", *flags, "--out", str(out)]
-    return [sys.executable, "-m", *(launcher if processes > 1 else []), *program]
+    return small.command("-m", "saga_fast.train", "drawn-birds", *flags, "--out", str(out), processes=processes)
 
 
 def execute(arguments: list[str], log: Path) -> None:
@@ -63,11 +61,7 @@ def train_all(folder: Path, run: Callable[[list[str], Path], None] = execute) ->
     """Trains every run in `folder`, and says what each left, by name."""
     birds, resumed, ranks = (folder / name for name in ("birds", "resumed", "ranks"))
     run(command(birds, 6), folder / "birds.log")
-    # As a kill after step 3 leaves it: later checkpoints, and all that the end writes, are not there.
-    shutil.copytree(birds, resumed)
-    for later in [*(resumed / "checkpoint").glob("step-*"), resumed / "encoder", resumed / "final.json"]:
-        if later.name != f"step-{STOP:06d}":
-            shutil.rmtree(later) if later.is_dir() else later.unlink()
+    small.broken_off(birds, resumed, STOP)
     run(command(resumed, 6, resume=True), folder / "resumed.log")
     run(command(ranks, 3, processes=2), folder / "ranks.log")
     return {path.name: compare.read(path) for path in (birds, resumed, ranks)}

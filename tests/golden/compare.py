@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..saga_fast.small import lines
+
 FILES = Path(__file__).parent / "files"  # one JSON a run
 PACKAGES = ("torch", "transformers", "bitsandbytes", "faiss-cpu", "numpy", "pillow", "scikit-learn")
 
@@ -34,10 +36,8 @@ class Outcome(NamedTuple):
 
 def read(run: Path) -> Left:
     """What the finished run in the folder `run` left."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
     hashes = json.loads((run / "encoder/manifest.json").read_text())["sha256"]
-    return Left(untimed, json.loads((run / "final.json").read_text()), hashes["model.safetensors"])
+    return Left(lines(run), json.loads((run / "final.json").read_text()), hashes["model.safetensors"])
 
 
 def environment() -> dict[str, str | None]:

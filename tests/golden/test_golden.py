@@ -147,3 +147,23 @@ def test_the_commands_are_the_trainers_and_leave_no_plan_to_the_memory_that_is_f
 def test_a_failing_run_is_shown(tmp_path):
     with pytest.raises(SystemExit, match=r"exit code 3\nwords of its own"):
         golden.execute(["sh", "-c", "echo words of its own; exit 3"], tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_the_runs_leave_the_bytes_that_they_left(tmp_path, capsys):
+    """The golden runs themselves. Where nothing is compared with a golden file, resuming still is with the whole run."""
+    code = golden.check(golden.train_all(tmp_path))
+    said = capsys.readouterr().out
+    assert code != golden.DIFFERENT, said
+    if code == golden.NOT_COMPARED:
+        pytest.skip("; ".join(line for line in said.splitlines() if "compared NOTHING" in line))
+
+
+@pytest.mark.parametrize("name,steps", [("birds", 6), ("ranks", 3)])
+def test_a_golden_file_is_of_these_runs(name, steps):
+    if not (file := compare.FILES / f"{name}.json").exists():
+        pytest.skip(f"there is no {file.name}; python -m tests.golden --write makes it")
+    golden_file = json.loads(file.read_text())
+    assert golden_file["environment"].keys() == compare.environment().keys()
+    assert [line["step"] for line in golden_file["metrics"]] == list(range(steps))
+    assert len(golden_file["encoder_sha256"]) == 64 and file.stat().st_size < 64 * 1024

@@ -4,8 +4,6 @@ import torch
 from saga_kernels import group_advantage
 from saga_kernels.advantage import group_advantage_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def rewards_of(pairs, group):
     """Rewards of three values, every third pair all alike."""

@@ -6,8 +6,6 @@ import torch
 from saga_kernels import AttentionOnto, GroupLayout, attention_onto, group_attention
 from saga_kernels.attention import group_attention_backward_reference, group_attention_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 RAGGED = ([131, 1, 40], [[1, 200, 64], [], [129]])
 FEWER = ([331, 40, 128, 7], [[1, 200, 64], [129], [64], []], [150, 0, 64, 3])  # queries of each prefix

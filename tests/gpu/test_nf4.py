@@ -8,8 +8,6 @@ from saga_kernels import NF4Weight, nf4_dequantize, nf4_matmul
 from saga_kernels.gpu import nf4
 from saga_kernels.nf4 import nf4_dequantize_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit in the last place, relative
 SHAPES = [*LINEARS.values(), (1000, 512), (37, 192), (130, 320), (3, 64)]
 

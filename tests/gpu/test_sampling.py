@@ -7,8 +7,6 @@ from scipy.stats import chisquare
 from saga_kernels import sample_top_p
 from saga_kernels.sampling import nucleus_reference, sample_top_p_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 VOCABULARY = 151_936
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -25,6 +25,8 @@ from saga_fast.supervisor.draw import draw_pairs
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.flags import Range, fields_of, from_dict, parse_flags
 
+from ..sweep import sweep
+
 DEFAULT = PRESETS["drawn-birds"]
 COMMANDS = (DEFAULT, SearchArguments(), EmbedArguments(), EvaluateArguments(), ExportArguments())
 
@@ -232,18 +234,19 @@ def test_a_dictionary_is_read_as_it_was_written():
 
 @pytest.mark.parametrize(
     "code,spared",
-    [
-        (["-m", "saga_fast.train", "--help"], {"torch", "transformers", "numpy"}),
-        (["-m", "saga_fast.train", "--optim.stps", "3"], {"torch", "transformers", "numpy"}),
-        (
-            ["-c", "import saga_fast.encoder"],
-            {"transformers", "sklearn", "bitsandbytes"},
-        ),
-        (["-m", "saga_fast.search", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
-        (["-m", "saga_fast.embed", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
-        (["-m", "saga_fast.evaluate", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
-        (["-m", "saga_fast.export", "--help"], {"transformers", "sklearn", "bitsandbytes", "onnxruntime"}),
-    ],
+    sweep(
+        [
+            (["-m", "saga_fast.train", "--help"], {"torch", "transformers", "numpy"}),
+            (["-m", "saga_fast.train", "--optim.stps", "3"], {"torch", "transformers", "numpy"}),
+            (["-c", "import saga_fast.encoder"], {"transformers", "sklearn", "bitsandbytes"}),
+            (["-m", "saga_fast.search", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
+            (["-m", "saga_fast.embed", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
+            (["-m", "saga_fast.evaluate", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
+            (["-m", "saga_fast.export", "--help"], {"transformers", "sklearn", "bitsandbytes", "onnxruntime"}),
+        ],
+        fast=2,
+        several=True,
+    ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_takes_seconds_to_import_waits_until_it_is_used(code, spared):

@@ -24,7 +24,7 @@ from saga_fast.encoder import Encoder
 from saga_fast.retrieval import index as indices
 from saga_fast.utils.errors import InputError
 
-from .small import save_encoder, save_pictures
+from .small import command, save_encoder, save_pictures
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,7 @@ def test_an_interrupted_call_loses_at_most_a_chunk(encoder, pictures, tmp_path, 
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(encoder, pictures, tmp_path):
     """kill -9 after the first chunk is on disk."""
     script = (
@@ -267,6 +268,7 @@ print(json.dumps(done[:3]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["shared", "host{rank}/index"])
 def test_two_processes_make_the_index_of_one(encoder, tmp_path, index):
     """On one disk, and on a disk each: then the second's chunks travel to the first."""
@@ -274,10 +276,8 @@ def test_two_processes_make_the_index_of_one(encoder, tmp_path, index):
     pictures[4].write_bytes(b"broken")
     embed(encoder, [tmp_path / "pictures"], tmp_path / "alone")
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = [tmp_path / "worker.py", encoder, tmp_path / "pictures", tmp_path / index]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+    program = [tmp_path / "worker.py", encoder, tmp_path / "pictures", tmp_path / index]
+    done = subprocess.run(command(*map(str, program), processes=2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.replace("\n", "") == 2 * json.dumps([8, 0, 0])
     together, alone = content(tmp_path / index.format(rank=0)), content(tmp_path / "alone")
@@ -342,13 +342,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(encoder, pictures, tmp_path, a
     assert all(".index.chunks" in path.parts for path in left) and ("trained" in message or not left)
 
 
+@pytest.mark.slow
 def test_two_calls_into_one_index_take_turns(encoder, pictures, tmp_path, monkeypatch):
     """The second is told who is at it; what the first does is whole."""
-    command = [sys.executable, "-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures")]
+    first = command("-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures"))
     write, second = module.Chunks.write, []
 
     def meanwhile(*chunk):
-        second.append(subprocess.run([*command, "--index", str(tmp_path / "index")], capture_output=True, text=True))
+        second.append(subprocess.run([*first, "--index", str(tmp_path / "index")], capture_output=True, text=True))
         write(*chunk)
 
     monkeypatch.setattr(module.Chunks, "write", meanwhile)

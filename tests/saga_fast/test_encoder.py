@@ -317,6 +317,7 @@ print(z.shape, float(z.norm(dim=1).sum()))
 """
 
 
+@pytest.mark.slow
 def test_it_runs_where_nothing_of_the_supervisor_is_installed(encoder, tmp_path):
     encoder.save_pretrained(tmp_path / "encoder")
     Image.new("RGB", (40, 30), "teal").save(tmp_path / "a.png")

@@ -15,7 +15,7 @@ from saga_fast.evaluate import by_class, confusions, main
 from saga_fast.retrieval.metrics import retrieve
 from saga_fast.utils.errors import InputError
 
-from .small import save_encoder, save_pictures
+from .small import save_classes, save_encoder
 
 
 def count_by_hand(vectors: np.ndarray, labels: list[int]) -> tuple[dict[int, list[tuple[float, ...]]], Counter]:
@@ -62,8 +62,7 @@ def test_classes_and_confusions_are_counted_right():
 @pytest.fixture
 def root(tmp_path) -> Path:
     save_encoder(tmp_path / "encoder")
-    for seed, name in enumerate(["heron", "kite", "owl", "wren"]):
-        save_pictures(tmp_path / "root" / name, 4, seed)
+    save_classes(tmp_path / "root", ["heron", "kite", "owl", "wren"], 4)
     return tmp_path
 
 

@@ -1,6 +1,6 @@
 """A run that is killed anywhere, as often as you like, and resumed ends in the bytes of one that was left alone.
 
-pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; the ordinary suite does 3
+pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; `make test-all` has 3
 """
 
 from __future__ import annotations
@@ -34,40 +34,21 @@ from saga_fast.runtime.signals import StopSignals
 from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.train import train
 
+from . import small
+
 STEPS = 4
-FLAGS = (
-    *("--data.species", "16", "--data.images-per-species", "4"),
-    *("--data.classes-per-batch", "8", "--data.images-per-class", "2"),
-    *(
-        "--rollout.pairs",
-        "1",
-        "--rollout.group-size",
-        "4",
-        "--rollout.pairs-per-batch",
-        "2",
-        "--rollout.max-batches",
-        "1",
-    ),
-    *("--optim.steps", str(STEPS), "--log.checkpoint-every", "1", "--data.seed", "1"),
+FLAGS = small.small_flags(
+    data={"seed": 1},
+    rollout={"pairs": 1, "pairs_per_batch": 2, "max_batches": 1},
+    optim={"steps": STEPS},
+    lambda_={"adaptive": True},
+    log={"checkpoint_every": 1},
 )
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
     """The run in `out`, begun or, where it has begun, resumed."""
-    resume = ["--resume"] if (out / "config.json").exists() else []
-    command = [sys.executable, "-m", "saga_fast.train", "drawn-birds", "--out", str(out), *FLAGS, *flags, *resume]
-    with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sums of another number of threads have other bytes: here and in every process that is started."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return small.start(out, *FLAGS, *flags, *(["--resume"] if (out / "config.json").exists() else []))
 
 
 def product(out: Path) -> dict[str, bytes]:
@@ -77,7 +58,7 @@ def product(out: Path) -> dict[str, bytes]:
 
 def steps(out: Path) -> list[int]:
     """The steps that metrics.jsonl tells of."""
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in small.lines(out)]
 
 
 class Unbroken(NamedTuple):
@@ -91,10 +72,11 @@ class Unbroken(NamedTuple):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Unbroken:
     out, began = tmp_path_factory.mktemp("runs") / "unbroken", time.monotonic()
-    assert start(out).wait() == 0, out.with_suffix(".log").read_text()
+    small.finished(start(out), out)
     return Unbroken(out, product(out), time.monotonic() - began)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.faults)])
 def test_killed_anywhere_it_resumes_to_the_same_bytes(kills, unbroken, tmp_path):
     """Every other kill waits for a checkpoint to be half written."""
@@ -110,7 +92,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(kills, unbroken, tmp_path)
                 run.wait(moments.uniform(0, unbroken.seconds))
         run.send_signal(signal.SIGKILL)
         assert run.wait() in (0, -signal.SIGKILL), out.with_suffix(".log").read_text()
-    assert start(out).wait() == 0, out.with_suffix(".log").read_text()
+    small.finished(start(out), out)
     assert product(out) == unbroken.product
 
 
@@ -121,6 +103,7 @@ def stepping(run: subprocess.Popen, out: Path) -> subprocess.Popen:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(number, unbroken, tmp_path):
     out = tmp_path / "a run"
@@ -160,6 +143,7 @@ def test_in_another_thread_signals_are_left_alone():
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_that_reaches_the_decoding_processes_too_ends_none_of_them():
     data = DrawnBirds("train", species=8, images_per_species=4)
     batches = PixelLoader(data, 16, workers=2, memory_limit=0).stream([[i] for i in range(len(data))])
@@ -193,6 +177,7 @@ def spoil(folder: Path, how: str) -> None:
         weights.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how,named", [("foreign", "of another run"), ("truncated", "SHA-256"), ("flipped", "SHA-256")])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, named, broken_run, unbroken):
     spoil(broken_run / f"checkpoint/step-{STEPS:06d}", how)
@@ -204,6 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, named, broke
     assert steps(broken_run) == list(range(STEPS))
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     out = tmp_path / "run"
     flags = ("--log.keep", "3", "--log.evaluate-every", "1", "--data.species", "20")
@@ -211,7 +197,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     train(*parse(["--out", str(out), *FLAGS, *flags]))
     kept = ["step-000002", "step-000003", "step-000004"]
     assert sorted(path.name for path in (out / "checkpoint").iterdir()) == kept
-    recalls = [json.loads(line)["validation_recall_at_1"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    recalls = [line["validation_recall_at_1"] for line in small.lines(out)]
     best = json.loads((out / "final.json").read_text())["best"]
     assert best == {"step": 1 + recalls.index(max(recalls)), "validation_recall_at_1": max(recalls)}
     weights = load_file(out / "best/model.safetensors")
@@ -259,6 +245,7 @@ exit $code
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_and_is_told_once(unbroken, tmp_path):
     """On a real file system of 90 MB, in a mount name space of its own."""
     unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
@@ -280,6 +267,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_is_told_once(unbroken, tmp_pa
     assert steps(rescued) == list(range(STEPS))
 
 
+@pytest.mark.slow
 def test_a_folder_that_turns_read_only_is_told_once_and_the_lines_come_when_it_can_be_written(tmp_path, monkeypatch):
     """Written by a patch: whoever may mount may also write into what is read-only."""
     save, add = checkpoint.save, run.append

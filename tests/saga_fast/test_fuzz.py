@@ -1,7 +1,7 @@
 """Hostile input by the thousand, each kind against an oracle of its own: nothing crashes, hangs or earns what it should
 not.
 
-    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # the ordinary suite tries the first hundreds
+    pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # all cases; `make test-all` tries the first hundreds
 
 Cases are grown from good input by the grammar of what is read, not from random characters alone.
 """
@@ -86,7 +86,8 @@ def hunt(count: int, batches: st.SearchStrategy, holds: Callable[[Any], object])
 
 
 def cases(few: int, many: int):
-    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.fuzz)])
+    slow, fuzz = pytest.param(few, marks=pytest.mark.slow), pytest.param(many, marks=pytest.mark.fuzz)
+    return pytest.mark.parametrize("count", [max(BATCH, few // 10), slow, fuzz])
 
 
 def refused(error: InputError) -> str:

@@ -21,6 +21,7 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.utils.errors import InputError
 
+from ..sweep import sweep
 from .supervisor.families import save
 
 SMALL = ["--data.image-size", "32", "--encoder.embedding-dim", "16", "--rollout.max-new-tokens", "100"]
@@ -31,7 +32,7 @@ def check(folder: Path, capsys, *flags: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "smolvlm-tied", "llava-onevision", "gemma3-tied", "internvl"])
+@pytest.mark.parametrize("family", sweep(["qwen2.5-vl", "smolvlm-tied", "llava-onevision", "gemma3-tied", "internvl"]))
 @pytest.mark.parametrize("head", [False, True])
 def test_what_is_said_is_what_is_loaded(family, head, tmp_path, capsys):
     folder = save(family, tmp_path / family)
@@ -83,7 +84,7 @@ def test_what_cannot_be_used_is_refused(change, flags, message, tmp_path):
         models.main(["check", str(folder), *SMALL, *flags])
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("missing", sweep(["config.json", "tokenizer.json", "chat_template.jinja"]))
 def test_a_folder_that_is_not_whole_ends_with_code_2_and_one_line(missing, tmp_path):
     folder = save("llava-llama", tmp_path / "llava")
     (folder / missing).unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from saga_fast.config import PRESETS
 
-from .small import save_pictures
+from .small import changed, save_classes
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
@@ -27,28 +26,19 @@ def run(page: Path, code: str) -> None:
     exec(compile(code, str(page), "exec"), {})
 
 
-def small(preset):
-    return dataclasses.replace(
-        preset,
-        data=dataclasses.replace(preset.data, classes_per_batch=2, images_per_class=2, workers=0),
-        rollout=dataclasses.replace(preset.rollout, group_size=2, pairs=1, pairs_per_batch=2),
-        optim=dataclasses.replace(preset.optim, steps=1),
-    )
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Holds birds/CLASS/IMAGE, and once README's first example has run what that leaves."""
     folder = tmp_path_factory.mktemp("examples")
-    for seed, name in enumerate(["crow", "gull", "ibis", "kite", "rook", "teal", "tern", "wren"]):
-        save_pictures(folder / "birds" / name, 2, seed)
+    save_classes(folder / "birds", ["crow", "gull", "ibis", "kite", "rook", "teal", "tern", "wren"], 2)
     return folder
 
 
 def test_train_embed_search(pictures, monkeypatch, capsys):
     first, *others = examples(README)
     monkeypatch.chdir(pictures)
-    monkeypatch.setitem(PRESETS, "folder", small(PRESETS["folder"]))
+    few = {"classes_per_batch": 2, "images_per_class": 2, "workers": 0}
+    monkeypatch.setitem(PRESETS, "folder", changed(PRESETS["folder"], data=few, optim={"steps": 1}))
     run(README, first)
     recall, *hits = capsys.readouterr().out.strip().splitlines()[-6:]
     assert re.fullmatch(r"Recall@1: [01]\.\d+ -> [01]\.\d+", recall)

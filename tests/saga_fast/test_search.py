@@ -251,6 +251,7 @@ def test_more_uploads_than_there_is_room_for_are_put_off(world, serving):
     assert ask(served, world[1][0].read_bytes())[0] == 200
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_service(world):
     command = [sys.executable, "-m", "saga_fast.search", "--index", str(world[2]), "--serve", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

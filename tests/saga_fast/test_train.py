@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
 from bench import oracle
 from saga_fast import evaluate
 from saga_fast import train as trainer
-from saga_fast.config import PRESETS, Config, parse
+from saga_fast.config import Config, parse
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses import balance
 from saga_fast.losses.balance import RATIO
@@ -32,26 +29,7 @@ from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import locked
 
-
-def small(**sections: dict) -> Config:
-    """The default preset on 16 species of 4 images: 4 steps of 2 contributing pairs."""
-    changes = {
-        "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2},
-        "rollout": {"pairs": 2, "group_size": 4, "max_batches": 2, "pairs_per_batch": 8},
-        "optim": {"steps": 4},
-        "lambda_": {"adaptive": False},
-        "log": {"checkpoint_every": 2},
-    }
-    config = PRESETS["drawn-birds"]
-    for name in changes.keys() | sections.keys():
-        values = {**changes.get(name, {}), **sections.get(name, {})}
-        config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
-    return config
-
-
-def lines(run: Path) -> list[dict]:
-    timed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in timed]
+from .small import broken_off, killed_after, lines, read_jsonl, save_classes, small
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +88,9 @@ def test_the_supervisor_stays_frozen_and_the_tower_does_not(unbroken):
     assert any(name.startswith("patch_embed") for name in moved)
 
 
-def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    record = trainer.Run.record
-
-    def dies(self, step, *rest):
-        record(self, step, *rest)
-        if step == 2:  # one step after the checkpoint
-            raise Killed
-
+def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path):
     out, final = tmp_path / "broken", unbroken[1]
-    with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(trainer.Run, "record", dies)
+    with killed_after(step=2):  # one after the checkpoint
         trainer.train(small(), out)
     assert not (out / "final.json").exists()
     assert trainer.train(small(), out, resume=True) == final
@@ -134,6 +101,7 @@ def test_resume_after_a_kill_reaches_the_same_bytes(unbroken, tmp_path, monkeypa
     assert shown[0] == shown[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_what_it_began_with(tmp_path, capsys):
     """Its prompt file has become nonsense meanwhile."""
     file = tmp_path / "my.toml"
@@ -151,15 +119,14 @@ def test_a_resumed_run_asks_what_it_began_with(tmp_path, capsys):
         trainer.train(config, whole := tmp_path / "whole")
     assert json.loads((whole / "config.json").read_text())["prompt"]["attributes"] == list(prompt.attributes)
     assert capsys.readouterr().out.count("of rollout.max-new-tokens 64") == 1
-    broken = shutil.copytree(whole, tmp_path / "broken")
-    shutil.rmtree(broken / "checkpoint/step-000002")
-    (broken / "final.json").unlink()
+    broken = broken_off(whole, tmp_path / "broken", 1)
     file.write_text("role = 3")
     trainer.train(config, broken, resume=True)
     assert lines(broken) == lines(whole)
     assert (broken / "final.json").read_bytes() == (whole / "final.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     """8-bit optimizer states, a checkpointed tower, embedding and head in NF4."""
     config = small(
@@ -171,18 +138,16 @@ def test_small_memory_settings_train_and_resume_to_the_same_bytes(tmp_path):
     trainer.train(config, whole := tmp_path / "whole")
     states = load_file(whole / "checkpoint/step-000002/optimizer.safetensors")
     assert sum(tensor.numel() for tensor in states.values() if tensor.dtype == torch.uint8) > 1e6
-    broken = shutil.copytree(whole, tmp_path / "broken")
-    shutil.rmtree(broken / "checkpoint/step-000002")
-    shutil.rmtree(broken / "encoder")
+    broken = broken_off(whole, tmp_path / "broken", 1)
     trainer.train(config, broken, resume=True)
     ours, theirs = (load_file(run / "encoder" / "model.safetensors") for run in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_have_another_plan_and_goes_on_alike(unbroken, tmp_path, monkeypatch, capsys):
     """As on a card of half the size, where the plan it began with does not fit; the data has moved too."""
-    out = shutil.copytree(unbroken[0], tmp_path / "run")
-    shutil.rmtree(out / "checkpoint/step-000004")
+    out = broken_off(unbroken[0], tmp_path / "run", 2)
     flags = ["--rollout.slots", "1", "--rollout.token-budget", "256", "--rollout.recompute", "full"]
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(out), "--resume", *flags, "--data.workers", "0"])
     trainer.main()
@@ -309,12 +274,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    root = tmp_path / "pictures"
-    for name in "abcd":
-        for i in range(3):
-            (root / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (16, 16), (60 * i, 40, 90)).save(root / name / f"{i}.png")
-    return root
+    return save_classes(tmp_path / "pictures", "abcd", 3)
 
 
 @pytest.mark.parametrize(
@@ -391,12 +351,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
 
 
 def test_a_broken_image_is_named(tmp_path, pictures, monkeypatch, capsys):
-    (pictures / "b" / "1.png").write_bytes(b"not a picture")
+    (pictures / "b" / "0001.png").write_bytes(b"not a picture")
     flags = ["folder", "--data.root", str(pictures), "--data.classes-per-batch", "2", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["train", *flags])
     with pytest.raises(SystemExit) as stop:
         trainer.main()
-    assert stop.value.code == 2 and "b/1.png" in capsys.readouterr().err
+    assert stop.value.code == 2 and "b/0001.png" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -413,10 +373,8 @@ def photos(tmp_path) -> list[str]:
     return ["folder", "--data.root", str(tmp_path / "photos"), *flags.split(), "--log.checkpoint-every", "3"]
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_alike(photos, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # what every second step is said to find: best in step 4, stop at 8
     real = trainer.score
     measured = []
@@ -443,15 +401,7 @@ def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_ali
     measured.clear()
     assert trainer.train(*parse(["--out", str(out), "--resume"])) == final and not measured, "it is over"
 
-    record = trainer.Run.record
-
-    def dies(self, step, *rest):
-        record(self, step, *rest)
-        if step == 4:  # one step after the checkpoint
-            raise Killed
-
-    with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(trainer.Run, "record", dies)
+    with killed_after(step=4):  # one after the checkpoint
         trainer.train(*parse([*flags, "--out", str(broken)]))
     measured[:] = measured[:1]  # of the looks, the one before that checkpoint
     assert trainer.train(*parse(["--out", str(broken), "--resume"])) == final
@@ -532,6 +482,7 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     assert torch.equal(encoder.pooler.weight.grad, rest[2])
 
 
+@pytest.mark.slow
 def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """One query per attribute, attribute credit, balance: their state is in the checkpoint."""
     monkeypatch.setattr(balance, "KNOWN", 4)
@@ -544,9 +495,7 @@ def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     )
     trainer.train(config, whole := tmp_path / "whole")
     assert {"value_entropy", "pairs_by_attribute", "scale_lm", "loss_kl"} <= set().union(*map(dict.keys, lines(whole)))
-    broken = shutil.copytree(whole, tmp_path / "broken")
-    for folder in ("checkpoint/step-000003", "encoder"):
-        shutil.rmtree(broken / folder)
+    broken = broken_off(whole, tmp_path / "broken", 2)
     trainer.train(config, broken, resume=True)
     assert lines(broken) == lines(whole)
     encoders = [Encoder.from_pretrained(run / "encoder") for run in (broken, whole)]
@@ -554,6 +503,7 @@ def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert encoders[0].attributes == PROMPTS["drawn-birds"].attributes
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_says_nothing_is_heard_and_teaches_nothing(tmp_path, monkeypatch):
     """Its verdicts are always `no`; the run goes as one by the metric loss alone, to the bytes of the weights."""
     monkeypatch.setattr(balance, "KNOWN", 4)
@@ -587,7 +537,3 @@ def test_every_key_that_a_run_writes_is_in_the_glossary(unbroken):
     written = {key for name in ("metrics", "telemetry") for line in read_jsonl(out / f"{name}.jsonl") for key in line}
     written |= final.keys() | final["before"].keys()
     assert len(written) > 40 and not written - set(glossary)
-
-
-def read_jsonl(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +25,11 @@ import saga_kernels
 loaded = pathlib.Path("/proc/self/maps").read_text()
 assert sys.argv[1] in loaded and "kernels/_C." not in loaded
 chosen = "(advantage or attention or decode or linear or compiled) and not opcheck"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
+sys.exit(pytest.main(["-q", "-m", "", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 def test_the_ops_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     library = tmp_path / "_C.so"
     compiler = get_cxx_compiler()

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+CLASSES = ("class_0", "class_1", "class_2", "class_3")
+
 
 def color(label: int, number: int) -> tuple[int, int, int]:
     """What image `number` of class `label` shows all over."""
@@ -18,6 +20,14 @@ def color(label: int, number: int) -> tuple[int, int, int]:
 def paint(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (12, 9), color(label, number)).save(path, quality=100, subsampling=0)
+
+
+def fill(root: Path, *folders: str, images: int = 2) -> Path:
+    """A folder a class: root/FOLDER/NUMBER.jpg; `root`."""
+    for label, folder in enumerate(folders):
+        for number in range(images):
+            paint(root / folder / f"{number}.jpg", label, number)
+    return root
 
 
 def cub(root: Path, classes: int = 4, images: int = 3) -> Path:

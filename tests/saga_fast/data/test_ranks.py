@@ -15,23 +15,16 @@ from saga_fast.evaluate import load_images
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error
 
-from .released import paint
-
-
-def fill(root: Path) -> Path:
-    for label in range(4):
-        for number in range(5):
-            paint(root / f"class_{label}" / f"{number}.jpg", label, number)
-    return root
+from ..small import command
+from .released import CLASSES, fill
 
 
 def load(root: Path, fails: int, ranks: int) -> subprocess.CompletedProcess:
     """`load_images` in each of `ranks` processes; in rank `fails` one file gives an error of its disk, once."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     script = f"from tests.saga_fast.data import test_ranks; test_ranks.rank({str(root)!r}, {fails})"
     (program := root.with_name("program.py")).write_text(script)
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    return subprocess.run([*launcher, str(program)], capture_output=True, text=True, env=alone)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    return subprocess.run(command(str(program), processes=ranks), capture_output=True, text=True, env=environment)
 
 
 def rank(root: str, fails: int) -> None:
@@ -50,8 +43,9 @@ def rank(root: str, fails: int) -> None:
         print("all hold the same")
 
 
+@pytest.mark.slow
 def test_a_moments_fault_of_one_ranks_disk_is_one_line_that_names_the_rank(tmp_path):
-    done = load(fill(tmp_path / "images"), fails=1, ranks=3)
+    done = load(fill(tmp_path / "images", *CLASSES, images=5), fails=1, ranks=3)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     (line,) = errors
     assert line.startswith("error: data: the ranks hold different training images, 10 on ranks 0, 2, 9 on rank 1 (on ")
@@ -59,8 +53,9 @@ def test_a_moments_fault_of_one_ranks_disk_is_one_line_that_names_the_rank(tmp_p
     assert done.returncode and "all hold the same" not in done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_the_same_go_on(tmp_path):
-    done = load(fill(tmp_path / "images"), fails=-1, ranks=2)
+    done = load(fill(tmp_path / "images", *CLASSES, images=5), fails=-1, ranks=2)
     assert done.returncode == 0 and "all hold the same" in done.stdout, done.stderr
 
 
@@ -76,11 +71,11 @@ def test_either_half_is_compared_though_no_file_was_skipped(tmp_path, monkeypatc
 
     monkeypatch.setattr(distributed, "everyone", everyone)
     with pytest.raises(InputError, match=f"hold different {what} images, 10 on rank 0, 11 on rank 1; start again"):
-        load_images(DataConfig(root=fill(tmp_path), workers=0), 16)
+        load_images(DataConfig(root=fill(tmp_path, *CLASSES, images=5), workers=0), 16)
 
 
 def test_the_checksum_is_of_files_their_order_and_labels(tmp_path):
-    data = ImageFolder(fill(tmp_path))
+    data = ImageFolder(fill(tmp_path, *CLASSES, images=5))
     few = first_classes(data, 2)
     assert checksum(few) == checksum(first_classes(ImageFolder(tmp_path), 2)) != checksum(data)
     few.indices[0], few.indices[1] = few.indices[1], few.indices[0]

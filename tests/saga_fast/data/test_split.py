@@ -11,7 +11,7 @@ import pytest
 from saga_fast.data import load_dataset
 from saga_fast.utils.errors import InputError
 
-from .released import paint
+from .released import fill, paint
 
 IMAGES = [
     *[(f"owls/{i}.jpg", "barn owl", "train") for i in range(3)],
@@ -168,13 +168,6 @@ def test_a_file_of_another_kind_is_no_list(root):
 
 
 # ── By folders ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def fill(root: Path, *folders: str, images: int = 2) -> Path:
-    for label, folder in enumerate(folders):
-        for number in range(images):
-            paint(root / folder / f"{number}.jpg", label, number)
-    return root
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("Training", "TEST"), ("train", "val"), ("train", "valid")])

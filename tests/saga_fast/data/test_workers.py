@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import signal
@@ -19,21 +18,19 @@ import torch
 
 from saga_fast import evaluate
 from saga_fast import train as trainer
-from saga_fast.config import PRESETS, Config, DataConfig, LambdaConfig, LogConfig
+from saga_fast.config import PRESETS, DataConfig
 from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, cores
 from saga_fast.data.loader import ahead
 from saga_fast.evaluate import load_images
 from saga_fast.utils.errors import InputError
 
-from .released import paint
+from ..small import changed, killed_after
+from .released import CLASSES, fill
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    for label in range(4):
-        for number in range(5):
-            paint(tmp_path / "images" / f"class_{label}" / f"{number}.jpg", label, number)
-    return tmp_path / "images"
+    return fill(tmp_path / "images", *CLASSES, images=5)
 
 
 def children() -> set[int]:
@@ -106,6 +103,7 @@ def test_a_worker_that_is_killed_is_said_so():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "killed while a worker starts", "by itself"])
 def test_workers_do_not_outlive_the_process(root, end):
     script = f"""
@@ -154,29 +152,18 @@ def test_how_many_workers_unless_said(root):
     assert workers(name="drawn-birds", species=4, images_per_species=2) == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_that_decodes_as_it_goes_resumes_to_the_same_bytes(root, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     monkeypatch.setattr(evaluate, "PixelLoader", functools.partial(PixelLoader, memory_limit=0))
-    start = PRESETS["folder"]
-    config: Config = dataclasses.replace(
-        start,
-        data=DataConfig(root=root, image_size=64, classes_per_batch=2, images_per_class=2, workers=2),
-        optim=dataclasses.replace(start.optim, steps=5),
-        lambda_=LambdaConfig(lm=0.0, kl=0.0),
-        log=LogConfig(checkpoint_every=2),
+    config = changed(
+        PRESETS["folder"],
+        data={"root": root, "image_size": 64, "classes_per_batch": 2, "images_per_class": 2, "workers": 2},
+        optim={"steps": 5},
+        lambda_={"lm": 0.0, "kl": 0.0},
+        log={"checkpoint_every": 2},
     )
     final = trainer.train(config, tmp_path / "unbroken")
-    record = trainer.Run.record
-
-    def dies(self, step, *rest):
-        record(self, step, *rest)
-        if step == 2:  # one step after the checkpoint
-            raise Killed
-
-    with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(trainer.Run, "record", dies)
+    with killed_after(step=2):  # one after the checkpoint
         trainer.train(config, tmp_path / "broken")
     assert trainer.train(config, tmp_path / "broken", resume=True) == final
     weights = [(tmp_path / run / "encoder/model.safetensors").read_bytes() for run in ("unbroken", "broken")]

@@ -292,6 +292,7 @@ def browse(page: Path, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_tabs_answer_the_keyboard(run, page, tmp_path):
     dom = Outline(browse(run / "report.html", "--dump-dom"))
@@ -324,6 +325,7 @@ def test_in_a_browser_tabs_answer_the_keyboard(run, page, tmp_path):
     assert "saga_fast" in next(t for tag, t in Outline(browse(refused, "--dump-dom")).text if tag == "title")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_it_fits_a_phone_and_the_dark(run, page, tmp_path):
     shots = {}

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,14 +23,18 @@ from saga_fast.config import PRESETS, parse
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError
 
+from ..small import broken_off, command, finished, lines, small_flags, start
+
+SHARES = ("idle_share", "rollout_waste")  # they depend on how many ranks there are
+
 # Batches of 14 images and buffers of 3 pairs are shared evenly by no number of ranks here; the metric loss has proxies
 # and is weighed so that no term's gradient drowns the others'.
-FLAGS = (
-    *("--data.species", "16", "--data.images-per-species", "4"),
-    *("--data.classes-per-batch", "7", "--data.images-per-class", "2"),
-    *("--rollout.pairs", "3", "--rollout.group-size", "4", "--rollout.pairs-per-batch", "4"),
-    *("--rollout.max-batches", "2", "--dml.loss", "potential-field", "--lambda.dml", "1e-4"),
-    *("--log.checkpoint-every", "1", "--seed", "1", "--lambda.no-adaptive"),
+FLAGS = small_flags(
+    data={"classes_per_batch": 7},
+    rollout={"pairs": 3, "pairs_per_batch": 4},
+    dml={"loss": "potential-field"},
+    lambda_={"dml": 1e-4},
+    log={"checkpoint_every": 1},
 )
 METHODS = {
     "the paper's": ("--encoder.pooler", "attention", "--rollout.credit", "verdict"),
@@ -42,27 +44,9 @@ METHODS = {
 }
 
 
-def torchrun(processes: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(processes), *arguments]
-
-
 def train(processes: int, out: Path, steps: int, *flags: str, launch: tuple[str, ...] = ()) -> subprocess.Popen:
-    program = ["-m", "saga_fast.train", "drawn-birds", *FLAGS, "--optim.steps", str(steps), "--out", str(out), *flags]
-    command = torchrun(processes, *launch, *program) if processes > 1 else [sys.executable, *program]
-    with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def finished(run: subprocess.Popen, out: Path) -> Path:
-    assert run.wait() == 0, out.with_suffix(".log").read_text()
-    return out
-
-
-def lines(out: Path) -> list[dict]:
-    timed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    shares = ("idle_share", "rollout_waste")  # they depend on how many ranks there are
-    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k not in shares} for line in timed]
+    said = ("--optim.steps", str(steps), "--seed", "1")
+    return start(out, *FLAGS, *said, *flags, processes=processes, launch=launch)
 
 
 def assert_same_step(one: Path, several: Path) -> None:
@@ -77,15 +61,16 @@ def assert_same_step(one: Path, several: Path) -> None:
         assert whole <= 1e-6 and max(deviation) <= 1e-5, (part, whole, names[deviation.index(max(deviation))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_take_the_step_that_one_process_takes(method, processes, tmp_path):
     alone = finished(train(1, tmp_path / "alone", 1, *METHODS[method]), tmp_path / "alone")
     out = finished(train(processes, tmp_path / "several", 1, *METHODS[method]), tmp_path / "several")
-    (line,) = lines(alone)
+    (line,) = lines(alone, SHARES)
     assert line["pairs_replayed"] == 3, "that would test less"
     assert ("value_entropy" in line) == (method == "every term")
-    assert lines(out)[0] == pytest.approx(line, rel=1e-5, abs=1e-6)
+    assert lines(out, SHARES)[0] == pytest.approx(line, rel=1e-5, abs=1e-6)
     assert_same_step(alone, out)
     shown = out.with_suffix(".log").read_text()
     assert shown.count("R@1") == shown.count("run: ") == 1, "one rank speaks"
@@ -113,9 +98,9 @@ def test_a_restart_resumes_where_there_is_a_run(tmp_path):
         parse(arguments)
 
 
+@pytest.mark.slow
 def test_collectives_of_three_ranks():
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(torchrun(3, __file__), capture_output=True, text=True, env=alone)
+    done = subprocess.run(command(__file__, processes=3), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -161,12 +146,13 @@ with exit_on_input_error():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failing,told", [("1", "error: rank 1: --out"), ("012", "error: --out"), ("0", "error: --out")]
 )
 def test_a_rank_that_fails_alone_is_heard_and_all_together_once(failing, told, tmp_path):
     (tmp_path / "speaks.py").write_text(SPEAKS)
-    done = subprocess.run(torchrun(3, str(tmp_path / "speaks.py"), failing), capture_output=True, text=True)
+    done = subprocess.run(command(str(tmp_path / "speaks.py"), failing, processes=3), capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("no such disk") == done.stderr.count(f"{told}: no such disk") == 1
 
@@ -174,10 +160,9 @@ def test_a_rank_that_fails_alone_is_heard_and_all_together_once(failing, told, t
 @pytest.mark.faults
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     whole = finished(train(1, tmp_path / "whole", 2), tmp_path / "whole")
-    out = shutil.copytree(whole, tmp_path / "broken")
-    shutil.rmtree(out / "checkpoint/step-000002")
+    out = broken_off(whole, tmp_path / "broken", 1)
     finished(train(3, out, 2, "--resume"), out)
-    assert lines(out)[1] == pytest.approx(lines(whole)[1], rel=1e-5, abs=1e-7)
+    assert lines(out, SHARES)[1] == pytest.approx(lines(whole, SHARES)[1], rel=1e-5, abs=1e-7)
     ours, theirs = (
         torch.cat([w.flatten() for w in load_file(run / "encoder/model.safetensors").values()]) for run in (out, whole)
     )
@@ -196,7 +181,7 @@ def test_torchrun_restarts_a_group_one_of_which_was_killed(tmp_path):
     os.kill(int(workers[-1]), signal.SIGKILL)
     finished(run, out)
     assert "failed (exitcode: -9)" in out.with_suffix(".log").read_text()
-    assert lines(out) == lines(whole)
+    assert lines(out, SHARES) == lines(whole, SHARES)
     assert (out / "encoder/model.safetensors").read_bytes() == (whole / "encoder/model.safetensors").read_bytes()
 
 

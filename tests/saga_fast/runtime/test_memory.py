@@ -22,6 +22,8 @@ from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower
 from saga_fast.utils.errors import InputError
 
+from ...sweep import sweep
+
 WHOLE = [Plan(1 << 16, policy) for policy in ("none", "mlp", "full")]
 SLICES = [Plan(1, "none", "none"), Plan(1, "mlp", "full")]
 LENGTHS = [[40, 40], [40, 40]]
@@ -41,7 +43,7 @@ def step(tiny, sampling=Sampling(4, max_new_tokens=64), **settings) -> Step:  # 
     return Step(encoder, parts, **{"batch": 8, "pairs": 4, "autocast": False, **settings})
 
 
-@pytest.mark.parametrize("plan", WHOLE + SLICES, ids=str)
+@pytest.mark.parametrize("plan", sweep(WHOLE + SLICES), ids=str)
 def test_a_replay_is_foretold_on_the_meta_device(tiny, plan):
     _, decoder, prefix = tiny
     question, width = Question(decoder, prefix), decoder.embedding.shape[1]
@@ -72,6 +74,7 @@ def test_what_autograd_keeps_of_the_tower_grows_by_the_image(tiny):
     assert fixed + 6 * each == pytest.approx(kept, rel=0.1)
 
 
+@pytest.mark.slow
 def test_more_memory_buys_time_and_too_little_is_refused_with_the_numbers(tiny):
     long = Sampling(8, max_new_tokens=256)  # so that the tower is not what takes most
     predictor = Predictor(step(tiny, long))
@@ -107,6 +110,7 @@ def test_without_a_loss_on_embeddings_the_tower_keeps_no_graph(tiny):
     assert phases[1]["C. replay"] == phases[0]["C. replay"]
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_any_more_is_chosen_anew_for_a_resumed_run(tiny):
     """What an 80 GB card held, on one of half the size."""
     predictor = Predictor(step(tiny))

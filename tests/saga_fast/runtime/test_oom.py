@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from saga_fast import train as trainer
-from saga_fast.config import PRESETS
 from saga_fast.encoder import VisionTower
 from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
 from saga_fast.supervisor.rollout import Engine
 from saga_fast.supervisor.supervisor import Supervisor
+
+from ..small import small
 
 
 def short_of(limit: int, asked: list[int], size: int) -> None:
@@ -97,17 +96,10 @@ def test_a_gradient_cut_short_is_none():
     assert a.grad.tolist() == [6, 6] and b.grad.tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*out of memory")
 def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_path, monkeypatch):
-    sections = {
-        "data": {"species": 16, "images_per_species": 4, "classes_per_batch": 8, "images_per_class": 2, "seed": 1},
-        "rollout": {"pairs": 2, "group_size": 4, "max_batches": 1, "pairs_per_batch": 4},
-        "optim": {"steps": 2},
-        "lambda_": {"adaptive": False},
-    }
-    config = PRESETS["drawn-birds"]
-    for name, values in sections.items():
-        config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
+    config = small(data={"seed": 1}, rollout={"max_batches": 1, "pairs_per_batch": 4}, optim={"steps": 2})
     trainer.train(config, tmp_path / "whole")
     asked: dict[str, list[int]] = {"tower": [], "roll out": [], "replay": []}
     tower, advance, replay = VisionTower.__call__, Engine.advance, Supervisor.replay

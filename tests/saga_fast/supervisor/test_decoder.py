@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import Projection
@@ -19,21 +19,14 @@ from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
 
-from .tiny_models import GRID, IMAGE, pair_prefix, qwen, random_model
+from .tiny_models import GRID, IMAGE, nf4, pair_prefix, qwen, random_model
 
 
 def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
     """Log-probs through NF4: exact values are bitsandbytes' own, so only the order of float32 sums differs."""
     mllm = load_mllm(SUPERVISOR)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
     model = Qwen3VLForConditionalGeneration.from_pretrained(
-        SUPERVISOR, dtype=torch.float32, device_map="cpu", quantization_config=quantization
+        SUPERVISOR, dtype=torch.float32, device_map="cpu", quantization_config=nf4("model.visual", "lm_head")
     )
     instruction = PROMPTS["drawn-birds"].instruction()
     prefix = PairPrefix.of(build_prefix(mllm.tokenizer, instruction, 49, "images_first"), (7, 7))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -23,11 +23,15 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.utils.errors import InputError
 
+from ...sweep import sweep
+from ..small import random_pixels
 from ..test_encoder import qwen_patches
 from .families import FAMILIES, save
+from .tiny_models import as_leaves, nf4
 
 SIZE, TEMPERATURE, ANCHOR = 32, 0.7, 2
 PROMPT = Prompt("expert", "bird", "same", ("bill",))
+ONE_OF_EACH = ("qwen3-vl", "internvl", "llava-llama", "llava-onevision", "idefics3", "gemma3")  # file of `families`
 STATISTICS = {  # what each family's released processor subtracts and divides by; LLaVA with a SigLIP says its own
     "qwen3-vl": ([0.5] * 3, [0.5] * 3),
     "internvl": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -100,28 +104,24 @@ class Case(NamedTuple):
 
 
 def load_oracle(folder: Path, quantize: bool) -> PreTrainedModel:
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=[*(f"model.{part}" for part in VISION), "lm_head"],
-    )
     return AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
         device_map="cpu",
-        quantization_config=quantization if quantize else None,
+        quantization_config=nf4(*(f"model.{part}" for part in VISION), "lm_head") if quantize else None,
     ).eval()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=sweep([*ONE_OF_EACH, *(name for name in FAMILIES if name not in ONE_OF_EACH)], len(ONE_OF_EACH)),
+)
 def folder(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, save(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["dense", "nf4"])
+@pytest.fixture(scope="module", params=sweep([False, True]), ids=["dense", "nf4"])
 def case(request, folder) -> Case:
     family, path = folder
     mllm = load_mllm(path, quantize=request.param)
@@ -129,8 +129,7 @@ def case(request, folder) -> Case:
     sampling = Sampling(group_size=2, temperature=TEMPERATURE, max_new_tokens=12)
     grid = encoder.tower.grid(SIZE, SIZE)
     supervisor = Supervisor(mllm, PROMPT, "images_first", grid, sampling, anchor_layer=ANCHOR)
-    pixels = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return Case(family, mllm, encoder, supervisor, load_oracle(path, request.param), pixels)
+    return Case(family, mllm, encoder, supervisor, load_oracle(path, request.param), random_pixels(4, SIZE, seed=1))
 
 
 def test_the_language_model_is_in_nf4_if_asked_and_nothing_else(case, request):
@@ -165,11 +164,6 @@ def test_prompt_holds_one_pad_a_token_between_the_familys_marks(case):
     assert text.count(case.mllm.image_token) == (image * 2).count(case.mllm.image_token)
     assert image * 2 + PROMPT.instruction() in text
     assert (ids[case.supervisor.prefix.images] == case.image_id).all()
-
-
-def as_leaves(features: VisualFeatures) -> VisualFeatures:
-    fresh = [level.detach().clone().requires_grad_() for level in (features.tokens, *features.deepstack)]
-    return VisualFeatures(fresh[0], tuple(fresh[1:]))
 
 
 def encoded(case: Case, features: VisualFeatures):
@@ -283,7 +277,7 @@ def test_checkpointed_tower_has_the_same_gradients(case):
         assert (gradient is None) == (got[name] is None) and (gradient is None or torch.equal(gradient, got[name]))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava-mistral"])
+@pytest.mark.parametrize("family", sweep(["llava-mistral", "gemma3"]))
 def test_runs_within_a_sliding_window_are_right_and_longer_ones_refused(family, tmp_path):
     folder = save(family, tmp_path / family)
     sampling = Sampling(group_size=1, temperature=1.0, max_new_tokens=6)

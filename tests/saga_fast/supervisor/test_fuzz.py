@@ -1,7 +1,7 @@
 """Model folders whose small files are damaged, by the thousand: each is refused in one line, or is a model that can be
 asked, whose every number is in range.
 
-    pytest -m fuzz -s tests/saga_fast/supervisor/test_fuzz.py      # 6,000 folders; the ordinary suite tries 60
+    pytest -m fuzz -s tests/saga_fast/supervisor/test_fuzz.py      # 6,000 folders; `make test-all` tries 60
 """
 
 from __future__ import annotations

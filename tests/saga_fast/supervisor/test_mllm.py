@@ -200,6 +200,7 @@ def test_a_template_kept_beside_the_tokenizer_is_found(tmp_path):
         build_prefix(load_mllm(folder).tokenizer, "Same?", 4)
 
 
+@pytest.mark.slow
 def test_dense_weights_never_stand_all_at_once(tmp_path, monkeypatch):
     """82 MB in bf16, 21 MB in NF4: loading peaks far below the first, which a dense load, as a check, does not."""
     wide = dict(families.TEXT, hidden_size=256, intermediate_size=768, num_hidden_layers=64)

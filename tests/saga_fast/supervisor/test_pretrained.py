@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from saga_fast import train as trainer
-from saga_fast.config import PRESETS
 from saga_fast.supervisor.families import ImageText
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm, read_pretrained
@@ -28,6 +27,7 @@ from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
 
+from ..small import changed, small
 from .families import LLAVA_TEMPLATE, QWEN_TEMPLATE, save
 from .test_mllm import edit
 
@@ -470,12 +470,7 @@ def test_a_configuration_of_which_no_model_can_be_built_is_refused(copy):
 def test_a_run_stops_before_weights_and_before_its_folder(copy, tmp_path, monkeypatch):
     folder, out = copy("qwen3-vl"), tmp_path / "run"
     monkeypatch.setattr(trainer, "load_mllm", lambda *_: pytest.fail("weights were read"))
-    preset = PRESETS["drawn-birds"]
-    config = dataclasses.replace(
-        preset,
-        data=dataclasses.replace(preset.data, species=8, images_per_species=2, classes_per_batch=4, images_per_class=2),
-        supervisor=dataclasses.replace(preset.supervisor, model=str(folder)),
-    )
+    config = small(supervisor={"model": str(folder)})
 
     def stops(message: str, config=config) -> None:
         with pytest.raises(InputError, match=message):
@@ -483,9 +478,9 @@ def test_a_run_stops_before_weights_and_before_its_folder(copy, tmp_path, monkey
         assert not out.exists()
 
     stops("supervisor.anchor-layer: 4; the model's layers are 0 to 3",
-          dataclasses.replace(config, supervisor=dataclasses.replace(config.supervisor, anchor_layer=4)))  # fmt: skip
+          changed(config, supervisor={"anchor_layer": 4}))  # fmt: skip
     stops("pixels: got 110x110; both sides must be multiples",
-          dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=110)))  # fmt: skip
+          changed(config, data={"image_size": 110}))  # fmt: skip
     (folder / "chat_template.jinja").write_text(WRONG["text only"][0])
     stops("chat template cannot write two images")
     edit(folder / "config.json", lambda config: config.update(image_token_id=10**6))

@@ -14,6 +14,7 @@ from saga_fast.supervisor.replay import Group, Plan, replay
 
 from .tiny_models import (
     TOKENS,
+    as_leaves,
     decoder_of,
     float64_transformers,
     oracle_inputs,
@@ -47,13 +48,6 @@ def make_groups(lengths: list[list[int]], seed: int = 0) -> list[Group]:
     return groups
 
 
-def leaves(features: VisualFeatures) -> VisualFeatures:
-    copy = features.detach()
-    return VisualFeatures(
-        copy.tokens.clone().requires_grad_(), tuple(d.clone().requires_grad_() for d in copy.deepstack)
-    )
-
-
 def oracle(model, prefix, features, groups, anchor):
     """Loss, log-probs [group][g], anchor attention by (group, rollout, image); gradients land in `features`."""
     loss, log_probs, attention = 0.0, [], {}
@@ -77,7 +71,7 @@ def oracle(model, prefix, features, groups, anchor):
 
 def assert_equal_to_oracle(model, lengths, anchor=ANCHOR, **settings):
     prefix, groups = pair_prefix(), make_groups(lengths)
-    ours, theirs = (leaves(random_features(2 * len(groups))) for _ in range(2))
+    ours, theirs = (as_leaves(random_features(2 * len(groups))) for _ in range(2))
     result = replay(Question(decoder_of(model), prefix), ours, groups, TEMPERATURE, anchor, **settings)
     loss, log_probs, attention = oracle(model, prefix, theirs, groups, anchor)
     torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=1e-9)
@@ -133,7 +127,7 @@ def test_without_gradient_it_only_reads(model):
 def test_no_weight_gets_a_gradient(model):
     decoder = decoder_of(model)
     before = decoder.fingerprint()
-    features = leaves(random_features(2))
+    features = as_leaves(random_features(2))
     replay(Question(decoder, pair_prefix()), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
     assert decoder.fingerprint() == before
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -145,7 +139,7 @@ def test_in_bf16_many_slices_round_no_worse_than_one_pack():
     groups, prefix = [Group([completion] * 400, [coefficients] * 400, {})], pair_prefix()
 
     def gradient(dtype: torch.dtype, token_budget: int) -> torch.Tensor:
-        features = leaves(random_features(2))
+        features = as_leaves(random_features(2))
         question = Question(decoder_of(random_model(layers=2).to(dtype)), prefix)
         replay(question, features, groups, TEMPERATURE, ANCHOR, Plan(token_budget))
         return torch.cat([level.grad.double().flatten() for level in features.levels])

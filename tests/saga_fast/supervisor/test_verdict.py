@@ -23,6 +23,8 @@ from saga_fast.supervisor.verdict import (
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
 
+from ..test_fuzz import depth
+
 PROMPT = Prompt(role="ornithologist", item="bird", verdict_key="same", attributes=("bill", "leg color"))
 RED, BLUE = {"bill": "long", "leg color": "red"}, {"bill": "long", "leg color": "blue"}
 
@@ -168,11 +170,6 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-
-
-def depth(value) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 1 if inner is None else 1 + max(map(depth, inner), default=0)
 
 
 @settings(max_examples=300, deadline=None)

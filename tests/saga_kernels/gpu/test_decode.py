@@ -8,6 +8,8 @@ from saga_kernels.decode import decode_attention_reference
 from saga_kernels.gpu import decode
 from saga_kernels.gpu.decode import Pieces, Tile
 
+from ...sweep import sweep
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 TILE = Tile(16, 4, 1)
 
@@ -67,7 +69,9 @@ def test_equals_float64_reference_however_it_is_cut(dtype, pieces):
     assert_equals_reference(make(dtype), pieces)
 
 
-@pytest.mark.parametrize(("rep", "kv", "group"), [(1, 2, 4), (3, 1, 4), (4, 2, 8), (8, 1, 8), (32, 1, 4)])
+@pytest.mark.parametrize(
+    ("rep", "kv", "group"), sweep([(3, 1, 4), (1, 2, 4), (4, 2, 8), (8, 1, 8), (32, 1, 4)], several=True)
+)
 def test_every_ratio_of_heads_and_more_queries_than_a_tile_has(rep, kv, group):
     assert_equals_reference(make(rep=rep, kv=kv, group=group), tile=Tile(32, 4, 1))
 
@@ -149,8 +153,8 @@ def test_scores_far_apart_and_pieces_merged_in_several_rounds(chunk, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("place", range(7))
-@pytest.mark.parametrize("pieces", [Pieces(1, 3, 1, 3), Pieces(3, 1, 3, 1)])
+@pytest.mark.parametrize("place", sweep(range(7)))
+@pytest.mark.parametrize("pieces", sweep([Pieces(1, 3, 1, 3), Pieces(3, 1, 3, 1)]))
 def test_what_is_not_a_number_stays_so(place, pieces):
     """Of the queries, new tokens and caches of row 1; or of the prefix of rows 0, 5 and 6."""
     arguments = make()

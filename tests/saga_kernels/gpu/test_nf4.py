@@ -12,6 +12,8 @@ from saga_kernels.gpu import nf4
 from saga_kernels.gpu.nf4 import Config
 from saga_kernels.nf4 import CODE, nf4_dequantize_reference, nf4_matmul_reference
 
+from ...sweep import sweep
+
 drawn = settings(max_examples=6, derandomize=True, deadline=None, phases=[Phase.generate])
 TOLERANCE = 5e-4  # half a unit in the last place of float16, relative
 
@@ -82,8 +84,8 @@ def test_dequantized_bits_are_bitsandbytes_own(dtype, nested):
     assert torch.equal(out, dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("nested", sweep([True, False]))
+@pytest.mark.parametrize("dtype", sweep([torch.float16, torch.float32]))
 def test_concatenated_weights_keep_their_bits(dtype, nested):
     w, parts = concatenated(256, 512, 5, in_features=64, nested=nested)
     out = torch.empty(w.shape, dtype=dtype)
@@ -132,6 +134,7 @@ def test_rows_at_the_chosen_blocks(agrees, rows):
     agrees(nf4.matmul(x, *w.tensors(), 33), x, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [64, 128])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_concatenated_weight_gives_what_its_parts_give(inner, nested):
@@ -154,6 +157,7 @@ def test_parts_make_the_same_sum_the_same_way_every_time():
     assert torch.equal(eight, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows, in_features, dtype",
     [(0, 64, torch.float16), (3, 66, torch.float16), (129, 64, torch.float16), (3, 64, torch.float32)],

@@ -25,6 +25,7 @@ def draw(logits, temperature, top_p, seed=SEED, first=0, **blocks):
     return sampling.forward(*arguments, **{**SMALL, **blocks}), sample_top_p_reference(*arguments)
 
 
+@pytest.mark.slow
 @few
 @given(
     dtype=st.sampled_from([torch.float32, torch.float16]),
@@ -48,6 +49,7 @@ def test_ties_keep_the_lower_ids(logits, top_p):
     assert torch.equal(*draw(logits, 1.0, top_p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2])
 def test_ties_end_in_the_middle_of_several_steps(splits):
     """22 of 63 equal tokens are kept, and a likelier one after them, which half the rows draw."""
@@ -73,6 +75,7 @@ def test_a_draw_depends_on_its_row_alone():
     assert torch.equal(together, sample_top_p_reference(logits, 0.8, 0.95, 3, rows, step))
 
 
+@pytest.mark.slow
 def test_draws_follow_the_nucleus():
     logits, n = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -3.0]), 40
     p = (logits.double() / 0.7).softmax(-1)[[1, 3, 4]]  # 0.9 of the whole takes these three
