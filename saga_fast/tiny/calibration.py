@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ from saga_fast.tiny.tower import Log, learning_rate, render, seen_attributes
 from saga_fast.towers import tower_of
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, top_p=1.0, max_new_tokens=220)
+VERDICT = 3  # its token's place from an answer's end: yes or no, `"}`, end of turn
 APART = {0: 0.5, 1: 0.15, 2: 0.15, None: 0.2}  # share of pairs by how many attributes differ; None: strangers
 
 
@@ -95,9 +96,14 @@ def answers(mllm: Mllm, seed: int, count: int) -> Iterator[Answers]:
 
 
 def loss(
-    trainer: LanguageTrainer, question: Question, tokenizer, given: Answers, pairs: list[int], rng
+    trainer: LanguageTrainer,
+    question: Question,
+    tokenizer: PreTrainedTokenizerFast,
+    given: Answers,
+    pairs: Sequence[int],
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the verdicts plus that of whole answers, a token; one answer of each of `pairs`."""
+    """Cross-entropy, in nats, of the verdicts, and of all tokens of the answers; one answer of each of `pairs`."""
     texts = [given.texts[pair][rng.integers(len(given.texts[pair]))] for pair in pairs]
     rows = [torch.tensor([*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id]) for t in texts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
@@ -106,10 +112,9 @@ def loss(
     features = given.features.select(images).map(Tensor.float)
     h = trainer.hidden(question, torch.cat([prefix, ids.clamp_min(0)], 1), features)
     logits = trainer.model.lm_head(h[:, prefix.shape[1] - 1 : -1]).float()
-    tokens = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=-100, reduction="none").view_as(ids)
-    # The verdict is the answer's third token from its end: `yes`, `"}`, end of turn.
-    verdicts = torch.stack([row[len(of) - 3] for row, of in zip(tokens, rows)])
-    return verdicts.mean(), tokens.sum() / (ids >= 0).sum()
+    nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=-100, reduction="none").view_as(ids)
+    verdicts = torch.stack([row[len(written) - VERDICT] for row, written in zip(nats, rows)])
+    return verdicts.mean(), nats.sum() / (ids >= 0).sum()
 
 
 def calibrate(

@@ -10,8 +10,8 @@ from saga_fast.tiny.birds import (
     ATTRIBUTES,
     BENCHMARK,
     COLORS,
-    EASY,
     FAMILY,
+    NUISANCES,
     SIZE,
     DrawnBirds,
     Nuisance,
@@ -118,9 +118,12 @@ def test_change_changes_exactly_that_many():
         assert len(differing(bird, change(bird, count, rng))) == count
 
 
-def test_benchmark_is_harder_than_easy_in_every_strength():
-    for name in ("rotation", "shift", "head", "light", "tint", "clutter", "occlusion", "blur", "noise"):
-        assert getattr(BENCHMARK, name) >= getattr(EASY, name), name
+def test_each_nuisance_is_harder_than_the_one_before_in_every_strength():
+    assert list(NUISANCES) == ["easy", "moderate", "benchmark", "hard"]
+    for easier, harder in itertools.pairwise(NUISANCES.values()):
+        for name in ("rotation", "shift", "head", "light", "tint", "clutter", "occlusion", "blur", "noise"):
+            assert getattr(harder, name) >= getattr(easier, name), name
+        assert harder != easier
 
 
 def test_export_writes_an_image_folder(tmp_path):

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.verdict import parse
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import ATTRIBUTES, EASY, change, differing, species
+from saga_fast.tiny.calibration import APART, VERDICT, answers, calibrate, loss, with_verdict
+from saga_fast.tiny.calibration import draw_pairs as calibration_pairs
 from saga_fast.tiny.card import SAMPLING, ask, held_out_pairs, written_right
 from saga_fast.tiny.language import (
     ORDERS,
@@ -194,6 +198,53 @@ def test_attention_of_rows_is_transformers():
     rows = torch.tensor([3, 8])
     ours = attention_of_rows(model.layers[-1], kept["h"], *kept["rotation"], rows)
     torch.testing.assert_close(ours, out.attentions[-1].mean(1)[:, rows], rtol=0, atol=1e-6)
+
+
+def test_calibration_replaces_the_verdict_alone(tokenizer):
+    bird = seen_attributes(np.random.default_rng(0))
+    for prompt, same in itertools.product((PROMPT, PROMPT.as_generic()), (True, False)):
+        text = answer(prompt, bird, change(bird, 1, np.random.default_rng(1)))
+        found = with_verdict(text, prompt.verdict_key, same)
+        assert parse(found, prompt).same is same and parse(found, prompt).well_formed
+        word = "yes" if same else "no"
+        ids = [*tokenizer.encode(found, add_special_tokens=False), tokenizer.eos_token_id]
+        assert found == text[: text.rindex(":")] + f': "{word}"}}' and tokenizer.decode(ids[-VERDICT]) == word
+        assert with_verdict(text[:-1], prompt.verdict_key, same) is None
+        assert with_verdict(text.replace(": ", ":"), prompt.verdict_key, same) is None
+    assert with_verdict("[]", PROMPT.verdict_key, True) is None
+
+
+def test_calibration_draws_pairs_as_a_run_does():
+    pairs = calibration_pairs(4000, np.random.default_rng(0))
+    counts = Counter(len(differing(a, b)) for a, b in pairs)
+    assert all(abs(counts[apart] / 4000 - share) < 0.03 for apart, share in APART.items() if apart is not None)
+    assert held_out().isdisjoint(tuple(bird.values()) for bird, _ in pairs)
+
+
+def test_calibration_teaches_the_language_model_its_verdict(mllm, tmp_path):
+    """Its loss is that of the answer alone, and its steps change the language model; the tower stays as it was."""
+    given = next(iter(answers(mllm, 0, 8)))
+    assert {parse(text, PROMPT).same for group in given.texts for text in group} <= {True, False}
+    model = Qwen3VLForConditionalGeneration.from_pretrained(SUPERVISOR, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(SUPERVISOR)
+    question, trainer = questions(tokenizer)[ORDERS[0], False], LanguageTrainer(model)
+    with torch.no_grad():
+        verdict, tokens = loss(trainer, question, tokenizer, given, [2], np.random.default_rng(0))
+        text = given.texts[2][np.random.default_rng(0).integers(len(given.texts[2]))]
+        ids = torch.tensor([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+        whole = torch.cat([question.prefix.input_ids.flatten(), ids])[None]
+        features = given.features.select(torch.tensor([4, 5])).map(Tensor.float)
+        expected = trainer.hidden(question, whole, features)[0, -len(ids) - 1 : -1] @ model.lm_head.weight.T
+        nats = -expected.log_softmax(-1)[torch.arange(len(ids)), ids]
+    assert verdict.item() == pytest.approx(nats[-VERDICT].item(), abs=1e-5)
+    assert tokens.item() == pytest.approx(nats.mean().item(), abs=1e-5)
+
+    tower = {name: p.clone() for name, p in model.model.visual.state_dict().items()}
+    trained, _ = calibrate(SUPERVISOR, tmp_path, count=8, steps=5, size=2)
+    assert all((p == tower[name]).all() for name, p in trained.model.visual.state_dict().items())
+    assert any((p != q).any() for p, q in zip(trained.lm_head.parameters(), model.lm_head.parameters()))
+    (line,) = map(json.loads, (tmp_path / "calibration.jsonl").read_text().splitlines())
+    assert line["step"] == 5 and line["verdict"] > 0 and line["tokens"] > 0
 
 
 def test_learning_rate_warms_up_holds_and_falls():
