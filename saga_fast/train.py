@@ -87,7 +87,7 @@ class Training:
     dml: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    autocast: Callable[[], AbstractContextManager]
+    autocast: Callable[[], AbstractContextManager[None]]
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
     frozen: str | None = None
     balance: Balance = field(default_factory=Balance)

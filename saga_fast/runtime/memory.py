@@ -58,7 +58,9 @@ class LiveBytes(TorchDispatchMode):
         self.bytes = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         before = {x.untyped_storage()._cdata for x in _tensors((args, kwargs or {}))}
         out = function(*args, **(kwargs or {}))
         if workspace := self.workspace.get(function):
@@ -440,7 +442,7 @@ def replay_bytes(
     """Peak of what `replay` makes, gradients at the features included, for groups of these completion `lengths`."""
     on_cpu = prefix.input_ids.device.type == "cpu"
 
-    def logits(h: Tensor, head: Tensor, *_) -> int:  # in float32
+    def logits(h: Tensor, head: Tensor, *_: Any) -> int:  # in float32
         chunk = max(1, CHUNK_LOGITS // len(head)) if on_cpu else CHUNK_ROWS
         return min(len(h), chunk) * len(head) * 4
 

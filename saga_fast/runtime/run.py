@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saga_fast.config import Config, record_of
-from saga_fast.data import PixelLoader
+from saga_fast.data import ClassBalancedSampler, PixelLoader
 from saga_fast.encoder import Encoder
 from saga_fast.losses.balance import Balance
 from saga_fast.report import write_report
@@ -68,9 +68,9 @@ class Run:
         config: Config,
         encoder: Encoder,
         dml: nn.Module,
-        optimizer,
-        schedule,
-        sampler,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        sampler: ClassBalancedSampler,
         balance: Balance,
         total: int,
     ) -> None:
