@@ -102,7 +102,7 @@ def group_attention(
     expect_tensor("onto", onto.attention, tuple(onto.attention.shape), (accumulator(q.dtype),))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     expect(differentiable, "onto", "q, k, v without gradient", "one that requires it, or attention_onto instead")
-    return _GroupAttentionOnto.apply(q, k, v, scale, onto)  # type: ignore[no-untyped-call]
+    return _GroupAttentionOnto.apply(q, k, v, scale, onto)
 
 
 def attention_onto(

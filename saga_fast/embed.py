@@ -153,7 +153,7 @@ class Chunks:
         pictures = ImageFiles([Path(file.path) for file in files], [0] * len(files), [])
         stream = ahead(Decoder(pictures, encoder.image_size), torch.arange(len(files)).split(BATCH), workers)
         with (
-            contextlib.closing(stream),  # type: ignore[type-var]  # a generator
+            contextlib.closing(stream),
             tqdm(total=len(files), desc="embedding", unit="image", disable=hide) as bar,
         ):
             try:

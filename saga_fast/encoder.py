@@ -148,7 +148,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
     def __init__(
         self,
-        vision_config: dict,
+        vision_config: dict[str, Any],
         pooler: str = "attention",
         embedding_dim: int = 4096,
         image_size: int = 224,
@@ -260,7 +260,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         *,
         repo_id: str | None = None,
         push_to_hub: bool = False,
-        config: dict | DataclassInstance | None = None,
+        config: dict[str, Any] | DataclassInstance | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
         **push: Any,
     ) -> str | None:

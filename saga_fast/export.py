@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def _write(encoder: Encoder, file: Path) -> None:
         )
 
 
-def _difference(encoder: Encoder, session, batch: int) -> float:
+def _difference(encoder: Encoder, session: Any, batch: int) -> float:
     """The largest, over `batch` random pictures."""
     size, random = encoder.image_size, torch.Generator().manual_seed(batch)
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=random)

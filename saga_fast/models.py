@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 
-from saga_fast.config import TINY, Config, parse_flags
+from saga_fast.config import TINY, Config
 from saga_fast.encoder import Encoder
 from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, as_nf4, on_meta
 from saga_fast.supervisor.families import KINDS
@@ -28,6 +28,7 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.flags import parse_flags
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,17 @@ class Diverged(RuntimeError):
 class Training:
     """What stands for a whole run. autocast: makes a fresh context; it covers tower and pooler, never the supervisor.
 
-    supervisor: None where neither of its terms has a weight; frozen: the SHA-256 of its weights, which no step changes.
-    batches: endless micro-batches of the training half.
+    supervisor_or_none: None where neither of its terms has a weight; frozen: the SHA-256 of its weights, which no step
+    changes. batches: endless micro-batches of the training half.
     """
 
     config: Config
     encoder: Encoder
-    supervisor: Supervisor | None
+    supervisor_or_none: Supervisor | None
     dml: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    autocast: Callable[[], AbstractContextManager]
+    autocast: Callable[[], AbstractContextManager[None]]
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
     frozen: str | None = None
     balance: Balance = field(default_factory=Balance)
@@ -100,11 +100,11 @@ class Training:
         return self.encoder.device
 
     @property
-    def judge(self) -> Supervisor:
-        """The supervisor of a run that has one, which is where pairs are drawn."""
-        if self.supervisor is None:
-            raise ValueError("without lambda.lm and lambda.kl there is no supervisor")
-        return self.supervisor
+    def supervisor(self) -> Supervisor:
+        """Raises ValueError where the run has none; then no pairs are drawn either."""
+        if self.supervisor_or_none is None:
+            raise ValueError("lambda.lm and lambda.kl are 0, so there is no supervisor")
+        return self.supervisor_or_none
 
     @property
     def voice(self) -> float:
@@ -164,7 +164,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 
         def sample(buffer: list[Pair], step: int = step) -> None:
             if buffer and step in sampled and distributed.rank() == 0:
-                run.sample(step, describe(t.judge, t.encoder, buffer, t.autocast()), sheet(buffer))
+                run.sample(step, describe(t.supervisor, t.encoder, buffer, t.autocast()), sheet(buffer))
 
         log = optimizer_step(t, step, run.contribution_rate, sample)
         log |= run.count(log)
@@ -185,7 +185,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 "lower the learning rates"
             )
 
-    if t.supervisor and t.supervisor.decoder.fingerprint() != t.frozen:
+    if t.supervisor_or_none and t.supervisor.decoder.fingerprint() != t.frozen:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
     run.take_best()
     embeddings = embed_all(t.encoder.eval(), test_images)
@@ -210,7 +210,7 @@ def optimizer_step(
         batch = next(t.batches)
         embeddings, features, loss_dml = embed(t, batch)
         losses_dml.append(loss_dml)
-        if t.supervisor is None:
+        if t.supervisor_or_none is None:
             break
 
         # ── B. Draw pairs and roll them out, without gradient, until K contribute ───────────────────────────────────
@@ -281,7 +281,7 @@ def roll_out(
     classes = [(a, b) for a, b in batch.labels[pairs].tolist()]
     readings = t.readings if config.rollout.credit == "attributes" else None
     candidates = Candidates(features, pairs, classes, first_id)
-    return pairs, draw_contributing(t.judge, candidates, wanted, contribution_rate, t.oom, readings)
+    return pairs, draw_contributing(t.supervisor, candidates, wanted, contribution_rate, t.oom, readings)
 
 
 def contributing(batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
@@ -307,13 +307,13 @@ def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
     """Phase C: adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share
     of the buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
     tokens = [sum(map(len, pair.completions)) for pair in buffer]
-    packed = [len(t.judge.prefix) + count for count in tokens]
+    packed = [len(t.supervisor.prefix) + count for count in tokens]
     shares = distributed.balance(packed, distributed.ranks())
     mine = [buffer[i] for i in shares[distributed.rank()]]
     written: list[list[Written]] = [[] for _ in mine]
     described: list[dict[int, Written]] = [{} for _ in mine]
     if t.config.reads_attributes:
-        written = [t.judge.written(pair.completions) for pair in mine]
+        written = [t.supervisor.written(pair.completions) for pair in mine]
     if t.config.lambda_.kl > 0:
         described = [rewarded_descriptions(pair, found) for pair, found in zip(mine, written)]
     rewarded = sum(distributed.everyone(sum(map(len, described))))
@@ -352,7 +352,7 @@ def make_group(
     coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
     if pair.credit is not None:
         scale = t.config.rollout.credit_weight / total_tokens
-        add_attribute_credit(coefficients, pair.credit, written, t.judge.prompt.attributes, scale)
+        add_attribute_credit(coefficients, pair.credit, written, t.supervisor.prompt.attributes, scale)
     return Group(pair.completions, coefficients, {g: positions(items) for g, items in described.items()})
 
 
@@ -365,11 +365,11 @@ def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, gro
     def replay_within(token_budget: int) -> Replay:
         for leaf in leaves.levels:
             leaf.grad = None
-        return t.judge.replay(leaves, groups, token_budget)
+        return t.supervisor.replay(leaves, groups, token_budget)
 
-    prefix = len(t.judge.prefix)
+    prefix = len(t.supervisor.prefix)
     packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
-    result = t.oom.run("replay", min(packed, t.judge.plan.token_budget), replay_within, least=prefix)
+    result = t.oom.run("replay", min(packed, t.supervisor.plan.token_budget), replay_within, least=prefix)
     if weight > 0:
         # An image may be in several pairs: it goes through the tower once, with the gradient of all.
         numbers, image = torch.cat([pair.images for pair in buffer]).unique(return_inverse=True)
@@ -395,7 +395,7 @@ def align(
     described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share."""
     with t.autocast():
         beta = t.encoder.pooler.attention(tokens.detach())  # (images, queries, N)
-    queries, names = beta.shape[1], t.judge.prompt.attributes
+    queries, names = beta.shape[1], t.supervisor.prompt.attributes
     targets = []
     for entry in attention:
         found = described[entry.group][entry.rollout][entry.image]

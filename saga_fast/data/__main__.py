@@ -25,7 +25,7 @@ from saga_fast.utils.files import is_litter
 from saga_fast.utils.images import is_image, open_rgb
 
 
-class _Faults(Dataset):
+class _Faults(Dataset[tuple[int, str | None]]):
     """Maps a number to (number, what is wrong with that image or None)."""
 
     def __init__(self, paths: Sequence[Path]):

@@ -9,8 +9,8 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_cl
 from saga_fast.utils.errors import InputError, tell
 from saga_fast.utils.images import to_pixels
 
+Item = TypeVar("Item")
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept, of each half of a data set
 
 
@@ -111,7 +112,7 @@ class PixelLoader:
         return ahead(Decoder(self.dataset, self.size), batches, self.workers)
 
 
-class Decoder(Dataset):
+class Decoder(Dataset[tuple[list[int], Tensor, dict[int, str]]]):
     """Maps indices to (indices, pixels, {index: fault}); a worker's exception would arrive wrapped in a traceback."""
 
     def __init__(self, dataset: ImageDataset, size: int):
@@ -129,7 +130,7 @@ class Decoder(Dataset):
         return indices, pixels, faults
 
 
-def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
+def ahead(dataset: Dataset[Item], items: Iterable[Any], workers: int) -> Generator[Item]:
     """dataset[item] of each item, in order, computed ahead by `workers` processes, or when asked for if 0.
 
     The processes end with the iterator, when it is spent or dropped, and with this process, however that ends. Raises
@@ -141,12 +142,12 @@ def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]
     return stream
 
 
-def _close(stream: weakref.ref) -> None:
+def _close(stream: weakref.ref[Generator[Any]]) -> None:
     if (living := stream()) is not None:
         living.close()
 
 
-def _ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
+def _ahead(dataset: Dataset[Item], items: Iterable[Any], workers: int) -> Generator[Item]:
     apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
     try:
         yield from DataLoader(

@@ -74,10 +74,10 @@ def load_list(path: Path) -> tuple[ImageFiles, ImageFiles]:
             found = ", ".join(f"{len(paths):,} of {half}" for half, (paths, _) in images.items()) or "none"
             wanted = "train" if half == "train" else "test (or val)"
             raise InputError(f"{str(path)!r}: no image of split {wanted}, found {found}; say which images {half}")
-    halves = tuple(_half(*images[half], f"{path} ({half})") for half in ("train", test))
+    train_images, test_images = (_half(*images[half], f"{path} ({half})") for half in ("train", test))
     if "val" in images and test != "val":
-        halves[0].skipped["images of split val"] = len(images["val"][0])
-    return halves  # type: ignore[return-value]  # two
+        train_images.skipped["images of split val"] = len(images["val"][0])
+    return train_images, test_images
 
 
 def _half(paths: list[Path], labels: list[str], source: str) -> ImageFiles:
@@ -163,5 +163,5 @@ def _objects(path: Path, text: str) -> Iterator[tuple[str, list[Any]]]:
         yield place, [values[column] for column in COLUMNS]
 
 
-class _Pairs(list):
+class _Pairs(list[tuple[str, Any]]):
     """An object as it is written, so that a key that comes twice is seen."""

@@ -9,6 +9,7 @@ heard before it speaks: AdamW's second moment would remember what it said in a r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 DECAY = 0.9  # of the running norms, a step
 RATIO = 3.0  # of the norm of the policy gradient to that of the metric loss; chosen on drawn birds of another seed
@@ -57,10 +58,10 @@ class Balance:
             return 0.0
         return min(1.0, max(0.0, (self.informedness - SILENT) / (FULL - SILENT)))
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "pairs": list(self.pairs), "rewards": list(self.rewards)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if it is no such state."""
         match state:
             case {"norm_dml": float(), "norm_lm": float(), "pairs": [float(), float()], "rewards": [float(), float()]}:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def sampled_steps(steps: int, every: int | None) -> set[int]:
     return {*(range(0, steps, every) if every else (0, steps // 2)), steps - 1}
 
 
-def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], autocast) -> dict[str, Any]:
+def describe(
+    supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], autocast: AbstractContextManager[None]
+) -> dict[str, Any]:
     """Plain values about the first few of a step's contributing `pairs` (as train.py buffers them), under the weights
     that sampled them:
 
@@ -107,7 +110,7 @@ def _read(completion: Sequence[int], supervisor: Supervisor) -> tuple[list[str],
     return text, [(item, name, at) for item, found in enumerate(items) for name, at in found.items() if at]
 
 
-def _rounded(values: Tensor) -> list:
+def _rounded(values: Tensor) -> list[Any]:
     """Nested lists of four significant digits: what a picture shows."""
     if values.dim() > 1:
         return [_rounded(row) for row in values]

@@ -31,9 +31,9 @@ USAGE = 'POST a picture\'s file to /?k=10, k files are wanted: {"hits": [{"path"
 class Searcher(Protocol):
     """What answers: `search.Searcher`."""
 
-    files: list
+    files: list[Any]
 
-    def search(self, queries: Any, k: int) -> list: ...
+    def search(self, queries: Any, k: int) -> list[Any]: ...
 
 
 class Server(ThreadingHTTPServer):
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.server.places.release()
 
-    def _search(self) -> tuple[HTTPStatus, dict]:
+    def _search(self) -> tuple[HTTPStatus, dict[str, Any]]:
         where = urlsplit(self.path)
         if where.path != "/":
             return HTTPStatus.NOT_FOUND, {"error": USAGE}
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             return HTTPStatus.BAD_REQUEST, {"error": str(error)}
         return HTTPStatus.OK, {"hits": [hit.fields() for hit in hits]}
 
-    def _answer(self, status: HTTPStatus, said: dict) -> None:
+    def _answer(self, status: HTTPStatus, said: dict[str, Any]) -> None:
         body = json.dumps(said).encode() + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

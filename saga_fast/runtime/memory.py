@@ -58,7 +58,9 @@ class LiveBytes(TorchDispatchMode):
         self.bytes = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         before = {x.untyped_storage()._cdata for x in _tensors((args, kwargs or {}))}
         out = function(*args, **(kwargs or {}))
         if workspace := self.workspace.get(function):
@@ -110,8 +112,8 @@ class SupervisorParts(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is made of, as `train` has it. supervisor: None where neither of its terms has a weight. trained:
-    modules beside the encoder that learn (proxies).
+    """What a step is made of, as `train` has it. supervisor: None where neither of its terms has a weight; then nothing
+    may be asked about rollouts and replay. trained: modules beside the encoder that learn (proxies).
 
     states_bits: of each of AdamW's two moments. checkpointing: of the tower. pairs: K. batch: images of a micro-batch.
     embeds: whether a loss on embeddings keeps the tower's graph; without one a micro-batch leaves its features alone.
@@ -126,6 +128,24 @@ class Step:
     checkpointing: bool = False
     autocast: bool = True
     embeds: bool = True
+
+    @property
+    def decoder(self) -> FrozenDecoder:
+        return self._parts.decoder
+
+    @property
+    def prefix(self) -> PairPrefix:
+        return self._parts.prefix
+
+    @property
+    def sampling(self) -> Sampling:
+        return self._parts.sampling
+
+    @property
+    def _parts(self) -> SupervisorParts:
+        if self.supervisor is None:
+            raise ValueError("a step without a supervisor has neither rollouts nor a replay")
+        return self.supervisor
 
 
 class Footprint(NamedTuple):
@@ -159,9 +179,9 @@ class Predictor:
             f"AdamW's states, {step.states_bits} bits": weights * 2 * step.states_bits // 32,
         }
         if step.supervisor is not None:
-            decoder = step.supervisor.decoder
-            self.resident[LANGUAGE_MODEL[0]] = size_of([decoder.layers, decoder.norm])
-            self.resident[LANGUAGE_MODEL[1]] = size_of([decoder.embedding, decoder.head])
+            head = step.decoder.head
+            self.resident[LANGUAGE_MODEL[0]] = size_of([step.decoder.layers, step.decoder.norm])
+            self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
         self.block = 0
         if step.checkpointing:  # what stands before each block, and what the largest block makes again
             tower.checkpoint_blocks()
@@ -178,13 +198,6 @@ class Predictor:
         self._prefill: int | None = None
         self._replays: dict[Plan, int] = {}
 
-    @property
-    def supervisor(self) -> SupervisorParts:
-        """Raises ValueError where the step has none: only one that has rolls out and replays."""
-        if self.step.supervisor is None:
-            raise ValueError("a step without a supervisor has neither rollouts nor a replay")
-        return self.step.supervisor
-
     def footprint(self, plan: Plan, slots: int) -> Footprint:
         step = self.step
         # A backward's own gradients, until they are whole and join those that stand: they grow as activations go.
@@ -193,8 +206,7 @@ class Predictor:
         phases = {"A. embed": embed, "update": self.update}
         resident = dict(self.resident)
         if step.supervisor is not None:
-            decoder, prefix, sampling = step.supervisor
-            cache = slots * Engine.slot_bytes(decoder, len(prefix), sampling)
+            cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
             resident["keys and values of rollouts"] = cache
             phases["B. roll out"] = self.rollout(slots)
             images = 2 * step.pairs  # whose features are kept, then side by side
@@ -206,25 +218,25 @@ class Predictor:
 
     def rollout(self, slots: int) -> int:
         """Features of the micro-batch, and the larger of a prefill and a draw. The slots' own memory stays."""
-        decoder, prefix, sampling = self.supervisor
+        step = self.step
         if self._prefill is None:
-            self._prefill = prefill_bytes(decoder, prefix)
-        rows, vocabulary = slots * sampling.group_size, decoder.head.shape[0]
-        draw = rows * vocabulary * (decoder.dtype.itemsize + 8)
-        return self.step.batch * self.image_features + max(self._prefill, draw)
+            self._prefill = prefill_bytes(step.decoder, step.prefix)
+        rows, vocabulary = slots * step.sampling.group_size, step.decoder.head.shape[0]
+        draw = rows * vocabulary * (step.decoder.dtype.itemsize + 8)
+        return step.batch * self.image_features + max(self._prefill, draw)
 
     def replay(self, plan: Plan) -> int:
         """Of a replay of K groups whose completions are all as long as they may be."""
-        decoder, prefix, sampling = self.supervisor
-        length, members = sampling.max_new_tokens, sampling.group_size
-        rest = len(prefix) - prefix.preamble
-        groups = max(1, min(self.step.pairs, plan.token_budget // (rest + members * length)))
+        step = self.step
+        length, members = step.sampling.max_new_tokens, step.sampling.group_size
+        rest = len(step.prefix) - step.prefix.preamble
+        groups = max(1, min(step.pairs, plan.token_budget // (rest + members * length)))
         if rest + members * length > plan.token_budget:  # slices are alike: one says it all
             members = max(1, min(members, plan.token_budget // length))
             plan = dataclasses.replace(plan, token_budget=max(1, members * length))
         if plan not in self._replays:
             lengths = [[length] * members] * groups
-            self._replays[plan] = replay_bytes(decoder, prefix, plan, lengths, self.levels)
+            self._replays[plan] = replay_bytes(step.decoder, step.prefix, plan, lengths, self.levels)
         return self._replays[plan]
 
     def seconds(self, plan: Plan, slots: int) -> float:
@@ -233,11 +245,11 @@ class Predictor:
         A decode step reads every weight, for as many rows as there are; 2 K pairs are begun. A replay's tokens pass
         through the layers' matmuls forward, back, and where it computes again; each visit dequantises the weights.
         """
-        step, (decoder, asked, sampling) = self.step, self.supervisor
-        layer, depth = decoder.layers[0], decoder.depth
+        step, layer, depth = self.step, self.step.decoder.layers[0], self.step.decoder.depth
         parts = [out * width for out, width in (p.shape for p in (layer.qkv, layer.o, layer.gate_up, layer.down))]
         again = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
-        prefix, length, members = len(asked) - asked.preamble, sampling.max_new_tokens, sampling.group_size
+        prefix, length = len(step.prefix) - step.prefix.preamble, step.sampling.max_new_tokens
+        members = step.sampling.group_size
         size = prefix + members * length
         if size <= plan.token_budget:
             visits = -(-step.pairs // (plan.token_budget // size))
@@ -259,11 +271,11 @@ class Predictor:
         prefix_recompute: Recompute | None = None,
     ) -> list[Plan]:
         """Replay plans, the fastest first; what the user fixed stays."""
-        pairs, again, (_, prefix, sampling) = self.step.pairs, get_args(Recompute), self.supervisor
-        length = sampling.max_new_tokens
-        size = len(prefix) - prefix.preamble + sampling.group_size * length
-        whole = {n * size for n in (pairs, -(-pairs // 2), 1)}
-        slices = {n * length for n in (sampling.group_size // 2, 2, 1) if n}
+        step, again = self.step, get_args(Recompute)
+        length = step.sampling.max_new_tokens
+        size = len(step.prefix) - step.prefix.preamble + step.sampling.group_size * length
+        whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
+        slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
         found = {
             Plan(budget, policy, policy if budget >= size and not prefix_recompute else before)
             for budget in ([token_budget] if token_budget else whole | slices)
@@ -295,8 +307,8 @@ class Predictor:
         """
         step, room = self.step, int(free * (1 - MARGIN))
         counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
-        plans = self.plans(token_budget, recompute, prefix_recompute)
-        ways = sorted(itertools.product(plans, counts), key=lambda way: self.seconds(*way))
+        every = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
+        ways = sorted(every, key=lambda way: self.seconds(*way))
         for plan, count in ways:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
@@ -440,7 +452,7 @@ def replay_bytes(
     """Peak of what `replay` makes, gradients at the features included, for groups of these completion `lengths`."""
     on_cpu = prefix.input_ids.device.type == "cpu"
 
-    def logits(h: Tensor, head: Tensor, *_) -> int:  # in float32
+    def logits(h: Tensor, head: Tensor, *_: Any) -> int:  # in float32
         chunk = max(1, CHUNK_LOGITS // len(head)) if on_cpu else CHUNK_ROWS
         return min(len(h), chunk) * len(head) * 4
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +77,22 @@ class ClassReadings:
                             weights = values.setdefault(name, {})
                             weights[value] = weights.get(value, 0.0) + 1
 
-    def state_dict(self) -> list:
+    def state_dict(self) -> list[tuple[int, dict[str, dict[str, float]]]]:
         """Plain values, for checkpoints."""
-        return [[label, values] for label, values in self.values.items()]
+        return list(self.values.items())
 
-    def load_state_dict(self, state: list) -> None:
-        self.values = {label: values for label, values in state}
+    def load_state_dict(self, state: Any) -> None:
+        """Raises ValueError if it is no such state."""
+        try:
+            self.values = {
+                int(label): {
+                    str(name): {str(value): float(weight) for value, weight in weights.items()}
+                    for name, weights in values.items()
+                }
+                for label, values in state
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"readings: {error}; accepted are [class, attribute → value → weight]") from None
 
 
 def value_entropy(groups: Sequence[Sequence[Described]], attributes: Sequence[str]) -> float:

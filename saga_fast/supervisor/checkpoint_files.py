@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -130,7 +130,7 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def chat_template(name: str | Path, tokenizer) -> str | None:
+def chat_template(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The processor's template, which writes images too, before the tokenizer's; of named ones `default`."""
     file = PROCESSOR_NAME
     said = (read_json(name, file) or {}).get("chat_template")
@@ -155,7 +155,7 @@ def chat_template(name: str | Path, tokenizer) -> str | None:
     return said
 
 
-def end_tokens(name: str | Path, config: PretrainedConfig, tokenizer) -> tuple[int, ...]:
+def end_tokens(name: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All that the model's files name as ending a text: generation_config.json, else config.json, and the tokenizer.
 
     None, perhaps: the chat template's own end of a turn is the caller's to add.

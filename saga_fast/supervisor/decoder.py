@@ -108,6 +108,11 @@ class Projection:
         first, *others = self.weights
         return first if isinstance(first, Tensor) and not others else None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether `weights` is one dense matrix."""
+        return self.matrix is not None
+
     def __call__(self, x: Tensor) -> Tensor:
         if (matrix := self.matrix) is not None:
             return linear(x, matrix, self.bias)

@@ -23,6 +23,7 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from saga_fast.supervisor import checkpoint_files as files
@@ -258,7 +259,7 @@ def _settle(name: str | Path, config: PretrainedConfig) -> None:
         config.image_token_id = raw["image_token_index"]
 
 
-def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
+def _image_token(name: str | Path, config: PretrainedConfig, tokenizer: Any) -> str:
     """The token of `image_token_id`, which stands in the prompt and is embedded before an image takes its place."""
     number, vocabulary = config.image_token_id, config.text_config.vocab_size
     token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
@@ -271,7 +272,7 @@ def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
     return token
 
 
-def _marks(name: str | Path, kind: str, tokenizer) -> list[str]:
+def _marks(name: str | Path, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The family's `marks`, by the tokenizer's names for them, else by the vocabulary."""
     known, family = tokenizer.get_vocab(), KINDS[kind]
     marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from saga_fast.supervisor.families.base import PLAIN, ImageText
 from saga_fast.utils.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # seconds to import
 
 IMAGE_PAD = "<|image_pad|>"
 THINK, THOUGHT = "<think>", "</think>"  # around what a model writes before its answer
@@ -180,7 +183,7 @@ class Prefix(NamedTuple):
 
 
 def build_prefix(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     instruction: str,
     tokens_per_image: int,
     order: Order = "images_first",
@@ -235,13 +238,13 @@ def build_prefix(
     return Prefix(input_ids, spans, asked.rfind(THINK) > asked.rfind(THOUGHT))
 
 
-def _render(tokenizer, messages: list[dict[str, Any]], **settings: bool) -> str:
-    """settings: whether the template writes the head of the turn that is to come; it does by default."""
-    settings = {"add_generation_prompt": True, **settings}
-    return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **settings)
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], to_come: bool = True) -> str:
+    """to_come: whether the template writes the head of the turn that is to come."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, add_generation_prompt=to_come)
+    return str(text)
 
 
-def end_of_turn(tokenizer) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes after what the model said; None where it writes none, or cannot
     be asked: what `build_prefix` needs of it, that says."""
     said = "Yes"
@@ -251,7 +254,7 @@ def end_of_turn(tokenizer) -> int | None:
             {"role": "assistant", "content": content},
         ]
         try:
-            _, found, after = _render(tokenizer, turns, add_generation_prompt=False).rpartition(said)
+            _, found, after = _render(tokenizer, turns, to_come=False).rpartition(said)
             ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
         except Exception:  # of any kind, as in `build_prefix`
             continue

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from saga_fast.supervisor.prompt import THINK, THOUGHT, Prompt
 from saga_fast.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # seconds to import
 
 Span = tuple[int, int]
 Value: TypeAlias = "dict[str, Value] | _String | None"  # of JSON, as `_Scanner` reads it
@@ -198,7 +201,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 
 
-def token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
+def token_bytes(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """The bytes each token writes. An id the tokenizer does not know (a padded row of the head) writes none."""
     added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
     try:
@@ -214,7 +217,7 @@ def token_bytes(token_ids: Sequence[int], tokenizer) -> list[bytes]:
 
 
 def tokens_by_attribute(
-    token_ids: Sequence[int], tokenizer, prompt: Prompt
+    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prompt: Prompt
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """For item 1 and item 2: attribute -> ascending positions in `token_ids` of the tokens that write its value.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
@@ -72,7 +74,7 @@ def written_right(text: str, birds: tuple[dict[str, str], dict[str, str]]) -> np
     )
 
 
-def reading(mllm: Mllm, nuisance: Nuisance, order: Order, count: int) -> dict:
+def reading(mllm: Mllm, nuisance: Nuisance, order: Order, count: int) -> dict[str, Any]:
     """Accuracy by attribute, well-formed rate; by kind of pair the verdict's accuracy and how many groups disagree."""
     right, formed, kinds = [], [], {}
     for kind in KINDS:
@@ -96,7 +98,7 @@ def reading(mllm: Mllm, nuisance: Nuisance, order: Order, count: int) -> dict:
     }
 
 
-def contribution(mllm: Mllm, nuisance: str, batches: int = 6, pairs_per_batch: int = 16) -> dict:
+def contribution(mllm: Mllm, nuisance: str, batches: int = 6, pairs_per_batch: int = 16) -> dict[str, Any]:
     """As a run starts: balanced pairs from class-balanced micro-batches (16 classes x 4) of the training species."""
     birds = DrawnBirds("train", nuisance=nuisance)
     labels = np.array(birds.labels)
@@ -126,12 +128,12 @@ def contribution(mllm: Mllm, nuisance: str, batches: int = 6, pairs_per_batch: i
     }
 
 
-def _pixels(image) -> Tensor:
+def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 @torch.no_grad()
-def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
+def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict[str, Any]:
     """Share of the last layer's attention, renormalised over the image, inside the mask of the attribute named.
 
     `value`: rows of the value tokens; `before`: rows whose output is the value; `uniform`: the mask's area.
@@ -171,10 +173,10 @@ def frozen_retrieval(mllm: Mllm) -> dict[str, float]:
     return retrieval_metrics(embeddings, torch.tensor(birds.labels))
 
 
-def measure(folder: Path, pairs: int = 32) -> dict:
+def measure(folder: Path, pairs: int = 32) -> dict[str, Any]:
     """Everything the card states, from the weights in `folder`; `pairs` of each kind, 8 rollouts each."""
     mllm = load_mllm(folder)
-    found: dict = {
+    found: dict[str, Any] = {
         "parameters": sum(p.numel() for p in Qwen3VLForConditionalGeneration.from_pretrained(folder).parameters())
     }
     found["reading"] = {
@@ -195,7 +197,7 @@ def _svg_line(points: list[tuple[float, float]], color: str, box: tuple[float, f
     return f'<polyline fill="none" stroke="{color}" points="{path}"/>'
 
 
-def curves_svg(curves: dict[str, list[dict]]) -> str:
+def curves_svg(curves: dict[str, list[dict[str, Any]]]) -> str:
     """The parts' curves by step, side by side."""
     panels = (
         ("tower", "tower: loss / 3 (grey), accuracy (blue)", (("loss", "#999", 3.0), ("accuracy", "#06c", 1.0))),
@@ -300,7 +302,7 @@ output is the value), and what uniform attention would give.
 """
 
 
-def write_card(found: dict, curves: dict[str, list[dict]], seed: int) -> str:
+def write_card(found: dict[str, Any], curves: dict[str, list[dict[str, Any]]], seed: int) -> str:
     """The model card, in Markdown, from what `measure` found."""
     settings, reading = list(found["reading"]), found["reading"].values()
     accuracy = [[name, *(_percent(s["attributes"][name]) for s in reading)] for name in ATTRIBUTES]

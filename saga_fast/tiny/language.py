@@ -291,7 +291,9 @@ class Example(NamedTuple):
     differ: Tensor  # bool (B, 12), attributes whose written values differ
 
 
-def write(question: Question, tokenizer, pool: FamilyPool, count: int, rng: np.random.Generator) -> Example:
+def write(
+    question: Question, tokenizer: PreTrainedTokenizerBase, pool: FamilyPool, count: int, rng: np.random.Generator
+) -> Example:
     """`count` pairs with their answers, some miswritten: what is written wrong is read, not learned from."""
     pairs = pool.pairs(count, rng)
     seen = pool.of(pairs.flatten())
@@ -324,7 +326,7 @@ class Written(NamedTuple):
     differ: Tensor  # bool (B, 12), attributes in which the two birds differ
 
 
-def write_unseen(tokenizer, count: int, rng: np.random.Generator) -> Written:
+def write_unseen(tokenizer: PreTrainedTokenizerBase, count: int, rng: np.random.Generator) -> Written:
     """Answers about random descriptions: same, one to five attributes apart, or strangers."""
     rows, differ = [], []
     for _ in range(count):
@@ -408,10 +410,10 @@ class LanguageTrainer:
         self.language.layers[2].register_forward_pre_hook(self._keep_halfway)
         self.language.layers[-1].register_forward_pre_hook(self._keep_last, with_kwargs=True)
 
-    def _keep_halfway(self, layer: nn.Module, args: tuple) -> None:
+    def _keep_halfway(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self.halfway = args[0]
 
-    def _keep_last(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep_last(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.last, self.rotation = args[0], kwargs["position_embeddings"]
 
     def parameters(self) -> list[nn.Parameter]:

@@ -138,7 +138,7 @@ class TowerTrainer(nn.Module):
 
     POINT, DEEPSTACK = 0.15, 0.3  # weights of pointing, and of each DeepStack level's heads
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.tower = tower_of(Qwen3VLVisionModel(Qwen3VLVisionConfig(**VISION)))
         self.heads = nn.ModuleList(Heads() for _ in range(1 + len(VISION["deepstack_visual_indexes"])))
@@ -172,7 +172,7 @@ class Log:
     def __init__(self, path: Path):
         self.path, self.start = path, time.monotonic()
 
-    def __call__(self, **values) -> None:
+    def __call__(self, **values: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"seconds": round(time.monotonic() - self.start, 1), **values}) + "\n")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def tower_of(model: nn.Module) -> VisionTower:
     return tower_class(config_of(model).model_type)(model)
 
 
-def tower_from_config(config: dict) -> VisionTower:
+def tower_from_config(config: dict[str, Any]) -> VisionTower:
     """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
     tower = tower_class(config.get("model_type", "qwen3_vl_vision"))
     return tower(tower.model_from_config(config))

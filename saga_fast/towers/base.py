@@ -106,7 +106,7 @@ class VisionTower(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def model_from_config(cls, config: dict) -> nn.Module:
+    def model_from_config(cls, config: dict[str, Any]) -> nn.Module:
         """What `model` is, with fresh weights in fp32, of its configuration as a dict."""
 
     @property

@@ -33,7 +33,7 @@ class ProjectedTower(VisionTower):
         self.vit.set_attn_implementation(ATTENTION)
 
     @classmethod
-    def model_from_config(cls, config: dict) -> PreTrainedModel:
+    def model_from_config(cls, config: dict[str, Any]) -> PreTrainedModel:
         model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
         for part in cls.not_vision:
             delattr(model, part)
@@ -82,7 +82,9 @@ class ProjectedTower(VisionTower):
         return tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
 
 
-def _attend_transformers(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
+def _attend_transformers(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
     """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
     return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
 

@@ -67,7 +67,7 @@ class QwenTower(VisionTower):
         self._checkpointing = False
 
     @classmethod
-    def model_from_config(cls, config: dict) -> PreTrainedModel:
+    def model_from_config(cls, config: dict[str, Any]) -> PreTrainedModel:
         configuration, model = MODELS[config.get("model_type", "qwen3_vl_vision")]
         return model(configuration(**config))
 

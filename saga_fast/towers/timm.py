@@ -13,7 +13,7 @@ import importlib.machinery
 import importlib.util
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +75,7 @@ class TimmTower(VisionTower):
         self.train()
 
     @classmethod
-    def model_from_config(cls, config: dict) -> TimmNetwork:
+    def model_from_config(cls, config: dict[str, Any]) -> TimmNetwork:
         return TimmNetwork(TimmConfig(**config))
 
     @property
@@ -203,7 +203,9 @@ def _without_torchvision() -> Iterator[None]:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         ours = name.partition(".")[0] == "torchvision"
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
 

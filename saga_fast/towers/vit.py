@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +33,7 @@ class VitTower(VisionTower):
         self.train()
 
     @classmethod
-    def model_from_config(cls, config: dict) -> PreTrainedModel:
+    def model_from_config(cls, config: dict[str, Any]) -> PreTrainedModel:
         return bare(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
 
     @property
