@@ -107,8 +107,8 @@ class RolloutConfig:
     pairs_per_batch: Annotated[int, Range(2, 2**20, why="pairs of one class and of two are drawn in turn")] = 64
     """Pairs drawn from one micro-batch at most, before another is embedded."""
     credit: Literal["verdict", "attributes"] = "verdict"
-    """What a rollout earns: verdict: the paper's, one reward; attributes: on pairs of one class one more for each
-    attribute, for saying of one image what is said of the other."""
+    """What a rollout earns: verdict: the paper's, one reward; attributes: one more for each attribute of each image,
+    for saying what rollouts say of other images of its class."""
     credit_weight: Annotated[float, WEIGHT] = 1.0
     """Weight of the attributes' advantages beside the verdict's."""
     max_batches: Annotated[int, COUNT] = 4
