@@ -1,7 +1,7 @@
 """Model folders whose small files are damaged, by the thousand: each is refused in one line, or is a model that can be
 asked, whose every number is in range.
 
-    pytest -m fuzz -s tests/saga_fast/supervisor/test_fuzz.py      # 6,000 folders; the ordinary suite tries 60
+    pytest -m fuzz -s tests/saga_fast/supervisor/test_fuzz.py      # the ordinary suite tries the first sixty
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor, ask
-from saga_fast.supervisor.weights import quiet
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.releases import quiet
 
 from ..test_fuzz import BATCH, cases, hunt, refused
 from .families import save
