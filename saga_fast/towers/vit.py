@@ -76,7 +76,8 @@ def load_vit(name: str | Path) -> PreTrainedModel:
         if getattr(config, "auto_map", None):
             raise ValueError("trust_remote_code")
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
-        release.expect_no_adapter()
+        if "config.json" in str(error):  # there is none, perhaps
+            release.expect_no_adapter()
         if "trust_remote_code" in str(error):
             raise release.refused(OWN_CODE) from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
