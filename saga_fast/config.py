@@ -324,6 +324,25 @@ class _Arguments(Config):
     """Go on from the last checkpoint in --out, with the configuration it was started with."""
 
 
+@dataclass(frozen=True)
+class CheckArguments(Config):
+    """Of `saga_fast.models`."""
+
+    cards: tuple[float, ...] = (8, 16, 24, 40, 80)
+    """GiB of memory of cards to plan a step for."""
+
+
+def parse_check(arguments: Sequence[str]) -> tuple[str, CheckArguments]:
+    """The command line `check ID_OR_FOLDER FLAGS…`: a model's name, and the flags. Raises InputError."""
+    known = len(arguments) > 1 and arguments[0] == "check" and not arguments[1].startswith("-")
+    if not known and not {"-h", "--help"} & set(arguments):
+        raise InputError("models: say `check` and a model's folder or hub id, then flags of saga_fast.train")
+    flags = arguments[2:] if known else ["--help"]
+    description = "Whether a model will work as a supervisor, and what it will take."
+    program = "python -m saga_fast.models check ID_OR_FOLDER"
+    return arguments[1], parse_flags(CheckArguments(), flags, program, description)
+
+
 def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation:
     """The command line; `restarted`, by default whether torchrun did, implies --resume where there is a run already.
 

@@ -24,7 +24,7 @@ from saga_fast.data import PixelLoader, checksum, cores, first_classes, load_dat
 from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval.metrics import Scores, nmi, retrieval_metrics, retrieve, summary
 from saga_fast.runtime import distributed
-from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.errors import InputError, exit_on_input_error, printable
 from saga_fast.utils.flags import parse_flags
 
 COLUMNS = {
@@ -158,13 +158,19 @@ def main(arguments: Sequence[str]) -> None:
     print(f"R-precision {100 * metrics['r_precision']:.2f}, {len(scores.queries):,} queries")
     print(f"\n{'worst classes':40}{'images':>7}{'R@1':>8}{'MAP@R':>8}")
     for row in classes[:SHOWN]:
-        print(f"{row['class']:40}{row['images']:7}{100 * row['recall_at_1']:8.2f}{100 * row['map_at_r']:8.2f}")
+        figures = f"{row['images']:7}{100 * row['recall_at_1']:8.2f}{100 * row['map_at_r']:8.2f}"
+        print(f"{printable(row['class']):40}{figures}")
     print("\nworst confusions")
     for row in mistakes[:SHOWN]:
-        print(f"{row['count']} of {row['queries']} queries of {row['class']}: {row['taken_for']} comes first")
+        asked, found = printable(row["class"]), printable(row["taken_for"])
+        print(f"{row['count']} of {row['queries']} queries of {asked}: {found} comes first")
     if parsed.json:
         found = {**metrics, "queries": len(scores.queries), "classes": classes, "confusions": mistakes}
-        parsed.json.write_text(json.dumps(found, indent=2) + "\n")
+        try:
+            parsed.json.write_text(json.dumps(found, indent=2) + "\n")
+        except OSError as error:
+            cause = f"cannot be written ({error.strerror})"
+            raise InputError(f"--json: {str(parsed.json)!r} {cause}; name another") from error
 
 
 if __name__ == "__main__":

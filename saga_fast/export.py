@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from saga_fast.encoder import Encoder
+from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_fast.utils.files import hidden
 from saga_fast.utils.flags import parse_flags
@@ -74,7 +74,7 @@ def _write(encoder: Encoder, file: Path) -> None:
         # What the exporter says of its own parts, and of packages it could do without, is no news to anybody.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        encoder(pixels)  # so that the tower's positions are known: they go in as constants
+        expect_finite(encoder(pixels))  # and the tower's positions are known now: they go in as constants
         torch.onnx.export(
             encoder,
             (pixels,),

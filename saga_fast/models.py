@@ -11,13 +11,19 @@ used as asked.
 from __future__ import annotations
 
 import sys
+
+from saga_fast.config import TINY, CheckArguments, Config, parse_check
+from saga_fast.utils.errors import InputError, exit_on_input_error
+
+if __name__ == "__main__":  # --help, and what is wrong with the flags, before the seconds that PyTorch takes to import
+    with exit_on_input_error():
+        parse_check(sys.argv[1:])
+
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
 
-from saga_fast.config import TINY, Config
 from saga_fast.encoder import Encoder
 from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, as_nf4, on_meta
 from saga_fast.supervisor.families import KINDS
@@ -27,17 +33,9 @@ from saga_fast.supervisor.prompt_file import load_prompt
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import SUPERVISOR
-from saga_fast.utils.errors import InputError, exit_on_input_error
-from saga_fast.utils.flags import parse_flags
 
 
-@dataclass(frozen=True)
-class Arguments(Config):
-    cards: tuple[float, ...] = (8, 16, 24, 40, 80)
-    """GiB of memory of cards to plan a step for."""
-
-
-def check(name: str, config: Arguments) -> Iterator[str]:
+def check(name: str, config: CheckArguments) -> Iterator[str]:
     """What there is to say of a model, line by line. Raises InputError where it cannot be used as `config` says."""
     model = SUPERVISOR if name == TINY else name
     known = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
@@ -102,7 +100,7 @@ def empty_encoder(mllm: Mllm, config: Config) -> Encoder:
     return encoder
 
 
-def _memory(supervisor: Supervisor, encoder: Encoder, config: Arguments) -> Iterator[str]:
+def _memory(supervisor: Supervisor, encoder: Encoder, config: CheckArguments) -> Iterator[str]:
     batch = config.data.classes_per_batch * config.data.images_per_class
     states = 8 if config.optim.states == "8bit" else 32
     rollout = config.rollout
@@ -129,13 +127,7 @@ def _count(number: int) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2 or arguments[0] != "check" or arguments[1].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            parse_flags(Arguments(), ["--help"], "python -m saga_fast.models check ID_OR_FOLDER", __doc__ or "")
-        raise InputError("models: say `check` and a model's folder or hub id, then flags of saga_fast.train")
-    name, flags = arguments[1], arguments[2:]
-    config = parse_flags(Arguments(), flags, "python -m saga_fast.models check ID_OR_FOLDER", __doc__ or "")
-    for line in check(name, config):
+    for line in check(*parse_check(arguments)):
         print(line, flush=True)
 
 

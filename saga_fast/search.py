@@ -33,10 +33,10 @@ from PIL import Image
 
 from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
-from saga_fast.retrieval.blocks import Blocks
+from saga_fast.retrieval.blocks import Blocks, weights_of
 from saga_fast.retrieval.server import LOOPBACK, serve
 from saga_fast.runtime import distributed
-from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.errors import InputError, exit_on_input_error, printable
 from saga_fast.utils.flags import COUNT, Range, parse_flags
 from saga_fast.utils.images import open_rgb
 from saga_fast.utils.pages import data_uri, shade
@@ -327,7 +327,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("--json: given with --html; choose one")
     if parsed.show is not None and not (parsed.explain and parsed.html):
         raise InputError("--show: chooses what lights the page of --explain --html; give both, or leave it out")
-    weights, searcher = _weights(parsed.attribute), Searcher(parsed.index, parsed.encoder)
+    weights, searcher = weights_of(parsed.attribute), Searcher(parsed.index, parsed.encoder)
     if parsed.show is not None:
         searcher.blocks.place(parsed.show, "--show")
     results = searcher.search(parsed.queries, parsed.k, explain=parsed.explain, weights=weights, only=parsed.only)
@@ -342,42 +342,20 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(found, indent=2))
     else:
         for query, hits in zip(parsed.queries, results):
-            print(_printable(query))
+            print(printable(query))
             for hit in hits:
-                print(f"  {hit.similarity:.4f}  {_printable(hit.path)}")
+                print(f"  {hit.similarity:.4f}  {printable(hit.path)}")
                 if hit.attributes:
                     print(_lines(hit.attributes))
 
 
-def _weights(given: Sequence[str]) -> dict[str, float]:
-    """Of "NAME=WEIGHT" each. Raises InputError for what is none."""
-    weights: dict[str, float] = {}
-    for text in given:
-        name, _, number = (part.strip() for part in text.rpartition("="))
-        try:
-            if not name or name in weights:
-                raise ValueError
-            weights[name] = float(number)
-        except ValueError:
-            raise InputError(
-                f"--attribute: {text!r}{' names it again' if name in weights else ''}; give NAME=WEIGHT, "
-                'an attribute once, as in --attribute "crown color=2"'
-            ) from None
-    return weights
-
-
 def _lines(attributes: Mapping[str, float]) -> str:
     """Those that agree best first, in lines that break between attributes."""
-    parts = [f"{cosine:.2f} {_printable(name)}".replace(" ", "\xa0") for name, cosine in attributes.items()]
+    parts = [f"{cosine:.2f} {printable(name)}".replace(" ", "\xa0") for name, cosine in attributes.items()]
     indent = " " * 10
     return textwrap.fill(", ".join(parts), COLUMNS, initial_indent=indent, subsequent_indent=indent).replace(
         "\xa0", " "
     )
-
-
-def _printable(path: str) -> str:
-    """With what a terminal could not print, or would obey, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saga_fast.data import Augmentation, Batch, ClassBalancedSampler, PixelLoader, augmented
+from saga_fast.data import Augmentation, Batch, ClassBalancedSampler, PixelLoader, augmented, checksum
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.evaluate import embed_all, load_images, score, table
 from saga_fast.losses import metric_loss
@@ -476,9 +476,9 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     validation_images = None
     if config.log.evaluate_every:
         train_images, validation_images = train_images.hold_out()
-    sampler = ClassBalancedSampler(
-        train_images.labels.tolist(), config.data.classes_per_batch, config.data.images_per_class, config.seed
-    )
+    contents = "".join(checksum(half.dataset, lambda path: path.name) for half in (train_images, test_images))
+    batch = config.data.classes_per_batch, config.data.images_per_class
+    sampler = ClassBalancedSampler(train_images.labels.tolist(), *batch, config.seed, contents)
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone.

@@ -115,6 +115,14 @@ def test_targets_are_makes(page):
     assert named <= set(re.findall(r"^([a-z][\w-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_the_fuzzing_that_is_counted_is_that_of_the_tests():
+    fuzz = [REPOSITORY / "tests/saga_fast/test_fuzz.py", REPOSITORY / "tests/saga_fast/supervisor/test_fuzz.py"]
+    tried = [int(many) for file in fuzz for many in re.findall(r"^@cases\(\d+, ([\d_]+)\)$", file.read_text(), re.M)]
+    table = (REPOSITORY / "docs/security.md").read_text().partition("| input | cases |")[2].partition("\n\n")[0]
+    told = [int(count.replace(",", "")) for count in re.findall(r"^\|[^|]*\| ([\d,]+) \|", table, re.M)]
+    assert sorted(told) == sorted(tried) and len(tried) > 5
+
+
 def test_presets_and_prompts_that_are_named_are_all_there_are():
     table = (REPOSITORY / "docs/quickstart.md").read_text().split("| preset |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([a-z-]+)`", table)) == set(PRESETS)

@@ -41,9 +41,12 @@ def sdist(tmp_path_factory) -> Path:
 def test_an_sdist_holds_every_source(sdist):
     with tarfile.open(sdist) as packed:
         held = {name.partition("/")[2] for name in packed.getnames()}
+        about = packed.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode().splitlines()
     wanted = sources("csrc", *PACKAGES) | {"pyproject.toml", "setup.py", "README.md", "constraints.txt", "Makefile"}
     assert {"csrc/nf4_cuda.cu", "csrc/vector.h", "saga_fast/report/page.css"} <= wanted
     assert not wanted - held
+    assert "License-Expression: Apache-2.0" in about and "License-File: LICENSE" in about and "LICENSE" in held
+    assert "Project-URL: Paper, https://arxiv.org/abs/2606.15134" in about
 
 
 @pytest.mark.package

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from saga_fast.data import IN_FILES, PUBLISHED, cores, notes
 from saga_fast.data.dataset import ImageFiles, Subset, check_classes
 from saga_fast.data.loader import ahead
-from saga_fast.utils.errors import InputError, exit_on_input_error
+from saga_fast.utils.errors import InputError, exit_on_input_error, printable
 from saga_fast.utils.files import is_litter
 from saga_fast.utils.images import is_image, open_rgb
 
@@ -77,14 +77,14 @@ def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
         wrong += 1
     differences = PUBLISHED[name].differences(train, test) if name in PUBLISHED else []
     for difference in differences:
-        print(difference)
+        print(printable(difference))
     wrong += len(differences)
     for note in notes(train, test):
-        print(note)
+        print(printable(note))
     print(f"\n{'':12}{'classes':>9}{'images':>9}")
     for half, data in (("train", train), ("test", test)):
         print(f"{half:12}{len(data.classes):9,}{len(data):9,}")
-    print(f"\n{name} in {root}: {f'{wrong:,} wrong, listed above' if wrong else 'nothing wrong'}")
+    print(f"\n{name} in {printable(str(root))}: {f'{wrong:,} wrong, listed above' if wrong else 'nothing wrong'}")
     return not wrong
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -44,14 +44,16 @@ class ImageFiles:
         return open_rgb(self.paths[index]), self.labels[index]
 
 
-def checksum(dataset: ImageDataset) -> str:
-    """SHA-256 of which images it holds, in what order, and their labels: equal where a seed draws the same batches."""
+def checksum(dataset: ImageDataset, called: Callable[[Path], str] = os.fspath) -> str:
+    """SHA-256 of which images it holds, in what order, and their labels: equal where a seed draws the same batches.
 
+    called: what tells a file; of a data set that may have been moved, its name alone.
+    """
     images = list(range(len(dataset)))
     data = dataset
     while isinstance(data, Subset):
         images, data = [data.indices[i] for i in images], data.dataset
-    names = [os.fspath(data.paths[i]) for i in images] if isinstance(data, ImageFiles) else images
+    names = [called(data.paths[i]) for i in images] if isinstance(data, ImageFiles) else images
     return hashlib.sha256(json.dumps([dataset.classes, dataset.labels, names]).encode()).hexdigest()
 
 

@@ -16,10 +16,18 @@ class ClassBalancedSampler:
     none twice in a batch, except that a class with too few images repeats them. The state is how many batches were
     dealt; restoring deals them again, thousands a second. So a reader that runs ahead saves its count of those used.
 
+    contents: what the labels are of, such as `checksum`; a state that was saved with others is refused.
     Raises InputError if there are fewer classes than `classes_per_batch` or a class has a single image.
     """
 
-    def __init__(self, labels: Sequence[int], classes_per_batch: int = 16, images_per_class: int = 4, seed: int = 0):
+    def __init__(
+        self,
+        labels: Sequence[int],
+        classes_per_batch: int = 16,
+        images_per_class: int = 4,
+        seed: int = 0,
+        contents: str = "",
+    ):
         images: dict[int, list[int]] = {}
         for index, label in enumerate(labels):
             images.setdefault(label, []).append(index)
@@ -33,7 +41,9 @@ class ClassBalancedSampler:
         self.batches_per_epoch = max(1, len(labels) // (classes_per_batch * images_per_class))
         self._images, self._seed = images, seed
         key = repr((list(labels), classes_per_batch, images_per_class, seed))
-        self._fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._fingerprint, self._earlier = (
+            hashlib.sha256(text.encode()).hexdigest()[:16] for text in (key + contents, key)
+        )
         self._restart()
 
     def _restart(self) -> None:
@@ -56,9 +66,10 @@ class ClassBalancedSampler:
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go to a saved position. Raises InputError if it was saved over other labels, batch shape or seed."""
-        if state["fingerprint"] != self._fingerprint:
+        if state["fingerprint"] not in (self._fingerprint, self._earlier):  # of before contents were looked at
             raise InputError(
-                "sampler state: saved with another training set, batch shape or seed; resume with the same ones"
+                "--data.root: the run was saved with another training set, or other test images, batches or seed; "
+                "resume with the same ones"
             )
         self._restart()
         while self.dealt < int(state["dealt"]):

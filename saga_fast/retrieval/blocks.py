@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -66,3 +66,20 @@ class Blocks:
                 f"It has {', '.join(self.names)}"
             )
         return self.names.index(name)
+
+
+def weights_of(given: Sequence[str]) -> dict[str, float]:
+    """Of "NAME=WEIGHT" each, attribute -> weight. Raises InputError for what is none."""
+    weights: dict[str, float] = {}
+    for text in given:
+        name, _, number = (part.strip() for part in text.rpartition("="))
+        try:
+            if not name or name in weights:
+                raise ValueError
+            weights[name] = float(number)
+        except ValueError:
+            raise InputError(
+                f"--attribute: {text!r}{' names it again' if name in weights else ''}; give NAME=WEIGHT, "
+                'an attribute once, as in --attribute "crown color=2"'
+            ) from None
+    return weights

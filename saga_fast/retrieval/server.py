@@ -3,8 +3,9 @@
     curl --data-binary @picture.jpg 'http://127.0.0.1:8000/?k=5'
     {"hits": [{"path": "…", "similarity": 0.93}, …]}
 
-One POST is one picture, the body its file; what is wrong with it comes back as {"error": "…"}. A request names no file
-and none is opened for it. Left out, for a proxy before it to add: TLS, and who may ask.
+One POST is one picture, the body its file; what is wrong with it comes back as {"error": "…"}. The fields `explain=1`,
+`attribute=NAME=WEIGHT` (one for each of several) and `only=NAME` are the flags of `search`. A request names no file and
+none is opened for it. Left out, for a proxy before it to add: TLS, and who may ask.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
+from saga_fast.retrieval.blocks import weights_of
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.flags import COUNT
 from saga_fast.utils.images import read_rgb
@@ -25,7 +28,11 @@ LOOPBACK = "127.0.0.1"
 MAX_BYTES = 32 * 2**20  # of an upload
 AT_ONCE = 8  # uploads in memory
 TIMEOUT = 30  # seconds, of a client that says nothing
-USAGE = 'POST a picture\'s file to /?k=10, k files are wanted: {"hits": [{"path": …, "similarity": …}, …]}'
+USAGE = (
+    "POST a picture's file to /?k=10, k files are wanted: "
+    '{"hits": [{"path": …, "similarity": …}, …]}; more fields: explain=1, attribute=NAME=WEIGHT, only=NAME'
+)
+FIELDS = ("k", "explain", "attribute", "only")
 
 
 class Searcher(Protocol):
@@ -33,7 +40,9 @@ class Searcher(Protocol):
 
     files: list[Any]
 
-    def search(self, queries: Any, k: int) -> list[Any]: ...
+    def search(
+        self, queries: Any, k: int, *, explain: bool, weights: Mapping[str, float] | None, only: str | None
+    ) -> list[Any]: ...
 
 
 class Server(ThreadingHTTPServer):
@@ -59,12 +68,24 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, {"usage": USAGE})
 
     def do_POST(self) -> None:
-        if not self.server.places.acquire(blocking=False):
-            return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{AT_ONCE} pictures at once; ask again"})
-        try:
-            self._answer(*self._search())
-        finally:
-            self.server.places.release()
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()):
+            error = "Content-Length: missing; give the number of bytes"
+            return self._answer(HTTPStatus.LENGTH_REQUIRED, {"error": error})
+        if len(length) > 12 or int(length) > MAX_BYTES:
+            error = f"Content-Length: {length[:20]}; accepted are {MAX_BYTES} bytes at most"
+            return self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": error})
+        self.unread = int(length)
+        if self.server.places.acquire(blocking=False):
+            try:
+                said = self._search()
+            finally:
+                self.server.places.release()  # before the answer: who has one can ask again
+        else:
+            said = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{AT_ONCE} pictures at once; ask again"}
+        while self.unread and (block := self.rfile.read(min(self.unread, 2**16))):
+            self.unread -= len(block)  # of a client that still sends, no answer would be read
+        self._answer(*said)
 
     def _search(self) -> tuple[HTTPStatus, dict[str, Any]]:
         where = urlsplit(self.path)
@@ -74,19 +95,12 @@ class Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if self.server.server_address[0] == LOOPBACK and host not in (LOOPBACK, "localhost"):
             return HTTPStatus.FORBIDDEN, {"error": f"Host: served are {LOOPBACK} and localhost"}
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
-            return HTTPStatus.LENGTH_REQUIRED, {"error": "Content-Length: missing; give the number of bytes"}
-        if len(length) > 12 or int(length) > MAX_BYTES:
-            error = f"Content-Length: {length[:20]}; accepted are {MAX_BYTES} bytes at most"
-            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": error}
-        asked = parse_qs(where.query, keep_blank_values=True).get("k", ["10"])[-1]
-        if not (asked.isascii() and asked.isdigit() and len(asked) < 10) or COUNT.fault(int(asked)):
-            return HTTPStatus.BAD_REQUEST, {"error": f"k: {asked[:20]!r}; give 1 or more"}
         try:
-            hits = self.server.searcher.search(read_rgb(self.rfile.read(int(length)), "picture"), int(asked))[0]
+            settings = _settings(where.query)
+            content, self.unread = self.rfile.read(self.unread), 0
+            hits = self.server.searcher.search(read_rgb(content, "picture"), **settings)[0]
         except InputError as error:
-            return HTTPStatus.BAD_REQUEST, {"error": str(error)}
+            return HTTPStatus.BAD_REQUEST, {"error": str(error).removeprefix("--")}
         return HTTPStatus.OK, {"hits": [hit.fields() for hit in hits]}
 
     def _answer(self, status: HTTPStatus, said: dict[str, Any]) -> None:
@@ -97,6 +111,22 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(body)
+
+
+def _settings(query: str) -> dict[str, Any]:
+    """What the fields of a request ask of `Searcher.search`. Raises InputError for what is none."""
+    asked = parse_qs(query, keep_blank_values=True)
+    for name, values in asked.items():
+        if name not in FIELDS:
+            raise InputError(f"{name[:40]!r}: unknown field; accepted are {', '.join(FIELDS)}")
+        if len(values) > 1 and name != "attribute":
+            raise InputError(f"{name}: given {len(values)} times; give it once")
+    (k,), (explain,), (only,) = asked.get("k", ["10"]), asked.get("explain", ["0"]), asked.get("only", [None])
+    if not (k.isascii() and k.isdigit() and len(k) < 10) or COUNT.fault(int(k)):
+        raise InputError(f"k: {k[:20]!r}; give 1 or more")
+    if explain not in ("0", "1"):
+        raise InputError(f"explain: {explain[:20]!r}; give 0 or 1")
+    return {"k": int(k), "explain": explain == "1", "weights": weights_of(asked.get("attribute", [])), "only": only}
 
 
 def serve(searcher: Searcher, port: int, host: str = LOOPBACK) -> None:

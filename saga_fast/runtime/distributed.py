@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from saga_fast.utils.devices import expect_device
+
 Item = TypeVar("Item")
 
 # How long a rank waits for the others: they may be reading a data set, or the first may be clustering embeddings.
@@ -70,10 +72,13 @@ def local_ranks() -> int:
 
 
 def device() -> torch.device:
-    """The GPU that torchrun means for this process, or the only one, or the CPU."""
+    """The GPU that torchrun means for this process, or the only one, or the CPU. Raises InputError for a GPU that does
+    not run."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    expect_device(str(found))
+    return found
 
 
 def launcher() -> list[str]:

@@ -184,12 +184,17 @@ class Run:
         self.state.dml.load_state_dict(parts["dml"])
         checkpoint.unpack_optimizer(self.state.optimizer, parts["optimizer"], state["optimizer"])
         self.state.schedule.load_state_dict(state["schedule"])
-        self.state.sampler.load_state_dict(state["sampler"])
         checkpoint.unpack_rng(parts["rng"], state["rng"])
         for name in COUNTS:
             if type(state[name]) is not int or state[name] < 0:
                 raise ValueError(f"{name} is {state[name]!r}, not a count")
             setattr(self, name, state[name])
+        # Batches are dealt again, which a count out of all measure would have go on for years.
+        if self.step > self.total or self.batches > self.step * self.config.rollout.max_batches:
+            raise ValueError(f"{self.batches} batches in {self.step} of {self.total} steps")
+        if state["sampler"]["dealt"] != self.batches:
+            raise ValueError(f"{state['sampler']['dealt']!r} batches dealt of {self.batches}")
+        self.state.sampler.load_state_dict(state["sampler"])
         self.state.balance.load_state_dict(state["balance"])
         self.state.readings.load_state_dict(state["readings"])
         self.before, self.recall = figures(state["before"]), float(state["recall"])

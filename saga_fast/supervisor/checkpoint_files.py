@@ -1,175 +1,55 @@
-"""The small files beside a model's weights, read as they stand, before any weight is.
-
-A file that is missing is not there; one that is malformed is refused by its name, and never taken for missing. A folder
-may come from anywhere: nothing of it is run but its chat template, in transformers' sandbox.
+"""What a model's small files say of how it is asked and how it ends, read before any weight is. Nothing of a folder is
+run but its chat template, in transformers' sandbox.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
-    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-    PROCESSOR_NAME,
-    cached_file,
-)
+from transformers.utils import GENERATION_CONFIG_NAME, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
-from saga_fast.utils.errors import InputError, first_line
-from saga_fast.utils.files import read_regular
-
-MAX_BYTES = 2**26
-BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
-
-MERGE = (
-    "an adapter that is not merged, without which the model would be its base: merge it first "
-    "(peft's merge_and_unload, then save_pretrained of model and tokenizer), and name that folder"
-)
+from saga_fast.utils.releases import Release
 
 
-def refused(name: str | Path, what: str) -> InputError:
-    return InputError(f"supervisor.model: {name} {what}")
-
-
-def malformed(name: str | Path, file: str, what: str) -> InputError:
-    return refused(name, f"has a malformed {file} ({what}); restore the file")
-
-
-@contextmanager
-def telling(name: str | Path, what: str) -> Iterator[None]:
-    """Where another library computes with what a model's files say: whatever it raises is told as `what`, with its
-    cause. `what` holds {}, where the cause stands. InputError and a device's want of memory pass."""
-    try:
-        yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any kind, as anything may be in those files
-        raise refused(name, what.format(f"{type(error).__name__}: {first_line(error)}")) from error
-
-
-def find(name: str | Path, file: str) -> str | None:
-    """Where `file` of the model `name`, a folder or a hub id, lies on this machine; None where the model has none."""
-    try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        raise refused(name, f"gives no {file} ({first_line(error)})") from error
-
-
-def read_json(name: str | Path, file: str) -> dict[str, Any] | None:
-    """The JSON object in `file`, None where the model has none. Raises InputError for anything else."""
-    if (path := find(name, file)) is None:
-        return None
-    try:
-        values = json.loads(read_regular(path, MAX_BYTES))
-    except OSError as error:
-        raise refused(name, f"has a {file} that cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise malformed(name, file, first_line(error)) from error
-    if not isinstance(values, dict):
-        raise malformed(name, file, f"it holds a {type(values).__name__}, not an object")
-    return values
-
-
-def expect_no_adapter(name: str | Path) -> None:
-    """transformers takes an adapter for what it is only where peft is installed, and else runs its base alone."""
-    if find(name, ADAPTER_CONFIG_NAME):
-        raise refused(name, f"holds {MERGE} ({ADAPTER_CONFIG_NAME} is there)")
-
-
-def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std` of channels in 0..1, as far as the model's image processor says them.
-
-    A processor that rescales otherwise than by 1/255, or that does not normalise, is told in the same terms.
-    """
-    file = PROCESSOR_NAME
-    said = (read_json(name, file) or {}).get("image_processor")
-    if said is None:
-        file = IMAGE_PROCESSOR_NAME
-        said = read_json(name, file) or {}
-    if not isinstance(said, dict):
-        raise malformed(name, file, f"image_processor is a {type(said).__name__}")
-
-    def numbers(key: str, least: float) -> list[float] | None:
-        if (value := said.get(key)) is None:
-            return None
-        values = value if isinstance(value, list) else [value] * 3
-        if len(values) != 3 or not all(_number(x) and x > least for x in values):
-            raise malformed(name, file, f"{key} is {value!r}; accepted are three finite numbers above {least}")
-        return [float(x) for x in values]
-
-    def flag(key: str) -> bool:
-        if not isinstance(value := said.get(key), bool | None):
-            raise malformed(name, file, f"{key} is {value!r}; accepted are true and false")
-        return value is not False
-
-    mean, std = numbers("image_mean", -math.inf), numbers("image_std", 0)
-    rescale = numbers("rescale_factor", 0)
-    unit = 255 * (rescale[0] if rescale else BYTE) if flag("do_rescale") else 255.0
-    if not flag("do_normalize"):
-        mean, std = [0.0] * 3, [1.0] * 3
-    if abs(unit - 1) > 1e-3:
-        if mean is None or std is None:
-            raise refused(
-                name,
-                f"rescales channels by {unit / 255:g} in its {file}, which lacks image_mean or image_std: add them",
-            )
-        mean, std = [x / unit for x in mean], [x / unit for x in std]
-    return {key: values for key, values in (("image_mean", mean), ("image_std", std)) if values is not None}
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def chat_template(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def chat_template(release: Release, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The processor's template, which writes images too, before the tokenizer's; of named ones `default`."""
     file = PROCESSOR_NAME
-    said = (read_json(name, file) or {}).get("chat_template")
-    if said is None and (legacy := read_json(name, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
+    said = (release.read_json(file) or {}).get("chat_template")
+    if said is None and (legacy := release.read_json(LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
         file = LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
         if (said := legacy.get("chat_template")) is None:
-            raise malformed(name, file, "it holds no chat_template")
+            raise release.malformed(file, "it holds no chat_template")
     if said is None:
         file, said = "chat template", tokenizer.chat_template
     if isinstance(said, list) and all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in said):
         said = {str(one["name"]): one["template"] for one in said}
     if isinstance(said, dict):
         if "default" not in said:
-            raise refused(
-                name,
+            raise release.refused(
                 f"has chat templates named {', '.join(sorted(map(str, said)))} and none named default: "
-                "rename the one for images, or put it into chat_template.jinja",
+                "rename the one for images, or put it into chat_template.jinja"
             )
         said = said["default"]
     if not isinstance(said, str | None):
-        raise malformed(name, file, f"chat_template is a {type(said).__name__}, not text")
+        raise release.malformed(file, f"chat_template is a {type(said).__name__}, not text")
     return said
 
 
-def end_tokens(name: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_tokens(release: Release, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All that the model's files name as ending a text: generation_config.json, else config.json, and the tokenizer.
 
     None, perhaps: the chat template's own end of a turn is the caller's to add.
     """
     vocabulary, found = config.text_config.vocab_size, []
     file = GENERATION_CONFIG_NAME
-    said = (read_json(name, file) or {}).get("eos_token_id")
+    said = (release.read_json(file) or {}).get("eos_token_id")
     if said is None:  # what config.json itself says, not its class's default, which is another model's
-        file, raw = "config.json", read_json(name, "config.json") or {}
+        file, raw = "config.json", release.read_json("config.json") or {}
         said = raw.get("eos_token_id")
         said = (raw.get("text_config") or {}).get("eos_token_id") if said is None else said
     for token in said if isinstance(said, list) else [said] * (said is not None):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
-            raise malformed(name, file, f"eos_token_id is {said!r}; accepted are token ids from 0 to {vocabulary - 1}")
+            accepted = f"token ids from 0 to {vocabulary - 1}"
+            raise release.malformed(file, f"eos_token_id is {said!r}; accepted are {accepted}")
         found.append(token)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < vocabulary:
         found.append(tokenizer.eos_token_id)

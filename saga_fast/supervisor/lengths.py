@@ -33,9 +33,10 @@ class Lengths(NamedTuple):
             return self.thoughts(max_new_tokens) if self.thinks else None
         even = "even of empty values" if self.least > max_new_tokens else "of two words a value"
         needed = self.least if self.least > max_new_tokens else self.answer
+        wants = "some thousands, as its chat template has it think first" if self.thinks else f"{self.answer} or more"
         return (
             f"rollout.max-new-tokens: {max_new_tokens}; an answer {even} takes {needed} tokens and would be cut off "
-            f"before its verdict: give {self.answer} or more, or ask for fewer attributes"
+            f"before its verdict: give {wants}, or ask for fewer attributes"
         )
 
     def thoughts(self, max_new_tokens: int) -> str:

@@ -31,12 +31,15 @@ from saga_fast.supervisor.decoder import FrozenDecoder, activation
 from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageText
 from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
-from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
+from saga_fast.supervisor.weights import expect_keys, expect_shapes
 from saga_fast.towers import tower_class
+from saga_fast.utils.devices import expect_device
 from saga_fast.utils.errors import InputError, first_line
+from saga_fast.utils.releases import OWN_CODE, SAFELY, Release, quiet
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
+FLAG = "supervisor.model"
 LAYERS = ("full_attention", "sliding_attention")
 DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
 # Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
@@ -72,26 +75,27 @@ class Pretrained(NamedTuple):
 def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pretrained:
     """All of a model but its weights, which on the meta device are dense, in `dtype`. Raises InputError for one that is
     missing, gated, not whole, or of a kind that this engine cannot run, and for a file of it that is malformed."""
-    config = _configuration(name)
-    files.expect_no_adapter(name)
+    release = Release(name, FLAG)
+    config = _configuration(release)
+    release.expect_no_adapter()
     built = "has a config.json of which no model can be built ({})"
-    with files.telling(name, built):
+    with release.telling(built):
         if reasons := list(_objections(config)):
-            raise files.refused(name, "; it ".join(reasons))
+            raise release.refused("; it ".join(reasons))
         positions = _positions(config.text_config)
-        _settle(name, config)
-    expect_safetensors(name)
+        _settle(release, config)
+    release.expect_safetensors()
     family = KINDS[config.model_type]
-    statistics = files.pixel_statistics(name)
-    with files.telling(name, "has a tokenizer that cannot be read ({}); restore its files"):
+    statistics = release.pixel_statistics()
+    with release.telling("has a tokenizer that cannot be read ({}); restore its files"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    tokenizer.chat_template = files.chat_template(name, tokenizer)
-    image_token = _image_token(name, config, tokenizer)
-    image_text = family.image_text(*_marks(name, config.model_type, tokenizer))
-    ends = files.end_tokens(name, config, tokenizer)
+    tokenizer.chat_template = files.chat_template(release, tokenizer)
+    image_token = _image_token(release, config, tokenizer)
+    image_text = family.image_text(*_marks(release, config.model_type, tokenizer))
+    ends = files.end_tokens(release, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
         ends = tuple(dict.fromkeys((*ends, end)))
-    with files.telling(name, built):
+    with release.telling(built):
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
         visual, decoder, newline = _take_apart(skeleton, statistics)
@@ -113,16 +117,16 @@ def load_mllm(
     Raises InputError as `read_pretrained` does, and for weights that are not those the configuration asks for.
     """
     known = model if isinstance(model, Pretrained) else read_pretrained(model)
-    name, config = known.name, known.config
+    name, config, release = known.name, known.config, Release(known.name, FLAG)
     language_model = KINDS[config.model_type].language_model
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
             f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
             f"it needs a multiple of {BLOCK}: leave it out"
         )
-    _expect_device(device)
-    expect_weights(name)
-    skeleton = expect_keys(name, config, dtype)
+    expect_device(device)
+    release.expect_weights()
+    skeleton = expect_keys(release, config, dtype)
     settings: dict[str, Any] = {"dtype": dtype, "device_map": device, **SAFELY}
     if quantize and not hasattr(config, "quantization_config"):
         parts = [part for part, _ in skeleton.model.named_children()]
@@ -133,54 +137,37 @@ def load_mllm(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != language_model), "lm_head"],
         )
-    with files.telling(name, f"could not be loaded on {device} ({{}})"), quiet():
+    with release.telling(f"could not be loaded on {device} ({{}})"), quiet():
         whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
-    expect_shapes(name, whole, skeleton)
+    expect_shapes(release, whole, skeleton)
     if known.mllm.positions is not None:
         _hold(getattr(whole.model, language_model).rotary_emb)
     return known.mllm._replace(**_take_apart(whole, known.statistics, quantize_head)._asdict())
 
 
-def _expect_device(device: str) -> None:
-    """Raises InputError where PyTorch cannot run the device at all, which is no fault of the model's."""
+def _configuration(release: Release) -> PretrainedConfig:
     try:
-        (torch.ones(1, device=device) + 1).item()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device: {device} does not run with PyTorch {torch.__version__} ({first_line(error)}); "
-            "install the build of PyTorch for this GPU and its driver, or hide the GPU by CUDA_VISIBLE_DEVICES="
-        ) from error
-
-
-def _configuration(name: str | Path) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(release.name, trust_remote_code=False)
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
         if "config.json" in str(error):  # there is none, perhaps
-            files.expect_no_adapter(name)
+            release.expect_no_adapter()
         if "gated" in str(error):
             mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
-            mend = _OWN_CODE
+            mend = OWN_CODE
         elif isinstance(error, ImportError):
             mend = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             mend = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
-        raise files.refused(name, mend) from error
+        raise release.refused(mend) from error
     # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
-    brought = (files.read_json(name, "tokenizer_config.json") or {}).get("auto_map") or {}
+    brought = (release.read_json("tokenizer_config.json") or {}).get("auto_map") or {}
     if getattr(config, "auto_map", None) or "AutoTokenizer" in brought:
-        raise files.refused(name, _OWN_CODE)
+        raise release.refused(OWN_CODE)
     return config
 
 
-_OWN_CODE = (
-    "brings code of its own, which is not run; "
-    "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
-)
 _TIMM = "towers that transformers takes from timm are not read: give a model whose tower is transformers' own"
 
 
@@ -248,9 +235,9 @@ def _hold(rotary: Any) -> None:
     rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
-def _settle(name: str | Path, config: PretrainedConfig) -> None:
+def _settle(release: Release, config: PretrainedConfig) -> None:
     """Flags that moved between versions of transformers count in both places."""
-    raw = files.read_json(name, "config.json") or {}
+    raw = release.read_json("config.json") or {}
     inner = raw.get("text_config") or {}
     said = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
     if said:  # tied weights that are both in the files, and differ, stay two all the same
@@ -259,29 +246,27 @@ def _settle(name: str | Path, config: PretrainedConfig) -> None:
         config.image_token_id = raw["image_token_index"]
 
 
-def _image_token(name: str | Path, config: PretrainedConfig, tokenizer: Any) -> str:
+def _image_token(release: Release, config: PretrainedConfig, tokenizer: Any) -> str:
     """The token of `image_token_id`, which stands in the prompt and is embedded before an image takes its place."""
     number, vocabulary = config.image_token_id, config.text_config.vocab_size
     token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
     if token is None or tokenizer.convert_tokens_to_ids(token) != number:
-        raise files.refused(
-            name,
+        raise release.refused(
             f"has image_token_id {number} in its config.json, which its embedding ({vocabulary} tokens) or its "
-            "tokenizer does not know; restore config.json and the tokenizer's files",
+            "tokenizer does not know; restore config.json and the tokenizer's files"
         )
     return token
 
 
-def _marks(name: str | Path, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _marks(release: Release, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The family's `marks`, by the tokenizer's names for them, else by the vocabulary."""
     known, family = tokenizer.get_vocab(), KINDS[kind]
     marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]
     for (attribute, _), mark in zip(family.marks, marks):
         if mark not in known:
-            raise files.refused(
-                name,
+            raise release.refused(
                 f"has no {mark!r} in its tokenizer's vocabulary, which a {kind!r} puts around an image; "
-                f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json",
+                f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json"
             )
     return marks
 

@@ -5,75 +5,28 @@ none that it has no place for. To look takes a second; to read them takes minute
 from __future__ import annotations
 
 import copy
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils import logging as transformers_logging
 
-from saga_fast.supervisor.checkpoint_files import MERGE, find, malformed, read_json, refused, telling
-from saga_fast.utils.errors import first_line
+from saga_fast.utils.releases import SAFELY, Release, quiet
 
-SAFELY = {"trust_remote_code": False, "use_safetensors": True}
-_SAFETENSORS = (
-    "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
-    "or convert it by transformers' save_pretrained if you trust it"
-)
 _PACKING = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
-_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+|vera_lambda_\w+|hada_w\w+)(\.|$)")
 
 
-def expect_safetensors(name: str | Path) -> None:
-    """Raises InputError where the index of a sharded checkpoint names files that are no safetensors."""
-    if bad := sorted(file for file in _shards(name) or () if not file.endswith(".safetensors")):
-        raise refused(name, f"names {bad[0]!r} among its weights; {_SAFETENSORS}")
-
-
-def expect_weights(name: str | Path) -> None:
-    """Raises InputError for a file of weights that is missing, or not as long as its header says."""
-    shards = _shards(name)
-    for file in shards or (SAFE_WEIGHTS_NAME,):
-        if (path := find(name, file)) is None:
-            if shards:
-                raise refused(name, f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} names {file}, which is missing)")
-            raise refused(name, f"has no weights in safetensors files; {_SAFETENSORS}")
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise refused(name, f"is not whole ({file}: {first_line(error)}); restore the file") from error
-
-
-def _shards(name: str | Path) -> list[str] | None:
-    """The files that a sharded checkpoint's index names; None where there is no index."""
-    if (index := read_json(name, SAFE_WEIGHTS_INDEX_NAME)) is None:
-        return None
-    files = index.get("weight_map")
-    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-        raise malformed(name, SAFE_WEIGHTS_INDEX_NAME, "its weight_map does not name a file for each weight")
-    if out := sorted(file for file in files.values() if Path(file).is_absolute() or ".." in Path(file).parts):
-        raise malformed(name, SAFE_WEIGHTS_INDEX_NAME, f"{out[0]!r} lies outside of the model")
-    return sorted(set(files.values()))
-
-
-def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, by the headers of its files alone. Raises InputError for weights that are missing,
     of another shape, or that the model has no place for: it would run without them."""
     config = copy.deepcopy(config)
     packed = hasattr(config, "quantization_config")
     if packed:  # of packed weights the headers do not say the shapes
         del config.quantization_config
-    with telling(name, "is not whole ({}); restore the file"), quiet(progress=False):
+    with release.telling("has weights that do not load ({}); restore its files"), quiet(progress=False):
         # A pair, as `output_loading_info` asks for it, of which the types do not know.
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
+            release.name,
             config=config,
             dtype=dtype,
             device_map="meta",
@@ -85,44 +38,26 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
     missing = sorted(found["missing_keys"])
     unknown = sorted(key for key in found["unexpected_keys"] if not (packed and _PACKING.search(key)))
     others = sorted((key, tuple(there), tuple(asked)) for key, there, asked in found["mismatched_keys"])
-    if adapter := next((key for key in unknown if _ADAPTER.search(key)), None):
-        raise refused(name, f"holds {MERGE} (its weights have {adapter})")
+    release.expect_no_adapter(unknown)
     if missing:
-        raise refused(
-            name, f"is not whole ({len(missing)} of its weights are in no file, the first is {missing[0]}); restore it"
-        )
+        some = f"{len(missing)} of its weights are in no file, the first is {missing[0]}"
+        raise release.refused(f"is not whole ({some}); restore it")
     if unknown:
         some = ", ".join(unknown[:3])
-        raise refused(
-            name,
+        raise release.refused(
             f"holds {len(unknown)} weights that a {config.model_type!r} has no place for, such as {some}; "
-            "it is another model than its config.json says: restore it, or take those weights out",
+            "it is another model than its config.json says: restore it, or take those weights out"
         )
     if others and not packed:
         key, there, asked = others[0]
-        raise refused(name, f"is not whole ({key} is {there}, its configuration says {asked}); restore the file")
+        raise release.refused(f"is not whole ({key} is {there}, its configuration says {asked}); restore the file")
     return model
 
 
-def expect_shapes(name: str | Path, model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+def expect_shapes(release: Release, model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
     """Of packed weights, whose shapes no header says: while transformers quantises, it takes a weight of any shape."""
     expected = {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters()}
     for key, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "quant_state", parameter).shape)
         if shape != expected[key]:
-            raise refused(name, f"is not whole ({key} is {shape}, its configuration says {expected[key]})")
-
-
-@contextmanager
-def quiet(progress: bool = True) -> Iterator[None]:
-    """Without transformers' tables of what did not load, which is told in one line; and without its progress bar."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    if not progress:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+            raise release.refused(f"is not whole ({key} is {shape}, its configuration says {expected[key]})")

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from saga_fast.towers.base import VisionTower, VisualFeatures, checkpoint_layers
-from saga_fast.utils.errors import InputError, first_line
-from saga_fast.utils.releases import OWN_CODE, SAFETENSORS, pickled, pixel_statistics
+from saga_fast.utils.errors import first_line
+from saga_fast.utils.releases import OWN_CODE, SAFELY, Release, quiet
 
 
 class VitTower(VisionTower):
@@ -74,39 +73,43 @@ def load_vit(name: str | Path) -> PreTrainedModel:
 
     Weights are safetensors, and code that comes with a model is never run. Raises InputError for what is no such model.
     """
+    release = Release(name, "encoder.tower")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "auto_map", None):
             raise ValueError("trust_remote_code")
-    except (OSError, ValueError) as error:
-        cause = OWN_CODE if "trust_remote_code" in str(error) else f"is no model ({first_line(error)}); {_ACCEPTED}"
-        raise InputError(f"encoder.tower: {name} {cause}") from None
+    except Exception as error:  # of any kind: a configuration's class computes with what it finds
+        if "config.json" in str(error):  # there is none, perhaps
+            release.expect_no_adapter()
+        if "trust_remote_code" in str(error):
+            raise release.refused(OWN_CODE) from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise release.refused(f"is no model ({kind}{first_line(error)}); {_ACCEPTED}") from error
+    release.expect_no_adapter()
     if hasattr(config, "image_token_id"):
-        raise InputError(
-            f"encoder.tower: {name} is a {config.model_type!r}, a multimodal language model; "
+        raise release.refused(
+            f"is a {config.model_type!r}, a multimodal language model; "
             "name it with --supervisor.model, and its tower is trained"
         )
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "patch_size"):
-        raise InputError(f"encoder.tower: {name} is a {vision.model_type!r}, which has no patches; {_ACCEPTED}")
-    for reason in pickled(name):
-        raise InputError(f"encoder.tower: {name} {reason}")
+        raise release.refused(f"is a {vision.model_type!r}, which has no patches; {_ACCEPTED}")
+    release.expect_safetensors()
+    release.expect_weights()
+    statistics = release.pixel_statistics()
     if hasattr(vision, "vision_use_head"):
         vision.vision_use_head = False
-    try:
+    with release.telling("could not be loaded ({})"), quiet():
         model, loaded = AutoModel.from_pretrained(
-            name, config=vision, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
-        bare(model)
-        kept = model.state_dict()
-        if missing := sorted(key for key in loaded["missing_keys"] if key in kept):
-            raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if "file named model.safetensors" in str(error):
-            raise InputError(f"encoder.tower: {name} has no weights in safetensors files; {SAFETENSORS}") from None
-        raise InputError(f"encoder.tower: {name} is not whole ({first_line(error)}); restore the file") from None
-    model.config.update(pixel_statistics(name))
+            name, config=vision, dtype=torch.float32, output_loading_info=True, **SAFELY
+        )
+    bare(model)
+    release.expect_no_adapter(sorted(loaded["unexpected_keys"]))
+    kept = model.state_dict()
+    if missing := sorted(key for key in loaded["missing_keys"] if key in kept):
+        some = f"{len(missing)} of its weights are in no file, the first is {missing[0]}"
+        raise release.refused(f"is not whole ({some}); restore it")
+    model.config.update(statistics)
     if not Path(name).exists():  # a folder's name says nothing to others
         model.config.weights = {"source": str(name), "license": "unknown"}
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -43,7 +44,10 @@ def exit_on_input_error() -> Iterator[None]:
 
     Of torchrun's processes the first speaks at once. Another waits for `PATIENCE` seconds: if the first has met the
     same and ended, torchrun ends this one meanwhile, so that one line says it; what is left had trouble of its own.
+    What is printed meanwhile may hold names of files that are no text.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except InputError as error:

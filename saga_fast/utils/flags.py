@@ -134,7 +134,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
 
 def parse_flags(default: Arguments, arguments: Sequence[str], program: str, description: str) -> Arguments:
     """Flags of a (nested) dataclass over its defaults. Raises InputError, in a line, for what tyro frames in a box."""
-    _expect_switches(default, arguments)
+    _expect_values(default, arguments)
     screen = io.StringIO()
     try:
         with contextlib.redirect_stderr(screen):
@@ -149,7 +149,9 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = " ".join(re.sub(r"[─-╿]", " ", re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())).split())
+        # What frames it is drawn in two ways, by the terminal's encoding.
+        frame = re.compile(r"[─-╿]|^ *-+ *$", re.MULTILINE)
+        words = " ".join(frame.sub(" ", re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())).split())
         words = re.sub(r"^.*?Error parsing (\w*Arguments: )?| Argument helptext:.*| For full helptext.*", "", words)
         raise InputError(words) from None
     if unknown:
@@ -161,16 +163,23 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
     return parsed
 
 
-def _expect_switches(default: Any, arguments: Sequence[str]) -> None:
-    """Raises InputError, naming both forms, for a switch that is given a value: tyro takes that for another word."""
+def _expect_values(default: Any, arguments: Sequence[str]) -> None:
+    """Raises InputError for a switch that is given a value, which tyro takes for another word, naming both forms; and
+    for a path that is empty, as a variable of the shell that is not set, which would be the working directory."""
     switches: dict[str, tuple[str, str]] = {}
+    paths: set[str] = set()
     for field in fields_of(default):
         if field.hint is bool:
             section, dot, name = field.name.rpartition(".")
-            yes, no = f"--{field.name}", f"--{section}{dot}no-{name}"
-            switches[yes] = switches[no] = yes, no
-    for word, after in zip(arguments, [*arguments[1:], ""]):
-        flag, equals, value = word.partition("=")
-        value = value if equals else after
-        if (forms := switches.get(flag.replace("_", "-"))) and (equals or value.lower() in ("true", "false")):
+            forms = f"--{field.name}", f"--{section}{dot}no-{name}"
+            switches |= dict.fromkeys(forms, forms)
+        elif field.hint is Path or Path in typing.get_args(field.hint):
+            paths.add(f"--{field.name}")
+    for word, after in zip(arguments, [*arguments[1:], None]):
+        flag, equals, given = word.partition("=")
+        value = given if equals else after
+        name = flag.replace("_", "-")
+        if (forms := switches.get(name)) and (equals or str(value).lower() in ("true", "false")):
             raise InputError(f"{flag} {value}: a switch takes no value; pass {forms[0]} for yes, {forms[1]} for no")
+        if name in paths and value == "":
+            raise InputError(f"{flag}: empty; name a file or folder, or leave the flag out")

@@ -275,6 +275,8 @@ def _formats() -> tuple[str, ...]:
 def _without_plugin(head: bytes) -> str:
     """Why Pillow knows nothing of a file that begins so: its format's plug-in is not there, or it is in none."""
     mark = head[8:12] if head[4:8] == b"ftyp" else head[4:8]
+    if head.startswith(b"\xff\x0a"):  # JPEG XL without a box around it
+        mark = b"JXL "
     for name, plugin in PLUGINS.items():
         if mark in plugin.brands and name not in _formats():
             return f"{name}, which needs: pip install {plugin.package}"

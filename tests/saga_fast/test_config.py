@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -75,6 +76,8 @@ def test_what_is_out_of_its_range_is_refused_by_name(name, accepted, hint):
         (["--supervisor.quantize=false"], "pass --supervisor.quantize for yes, --supervisor.no-quantize for no"),
         (["--supervisor.no-quantize", "False"], "--supervisor.no-quantize False: a switch takes no value"),
         (["--supervisor.quantize_head", "true"], "pass --supervisor.quantize-head for yes"),
+        (["--data.root", ""], "--data.root: empty; name a file or folder, or leave the flag out"),
+        (["--data.root="], "--data.root: empty; name a file"),
         (["drawn-birds", "cub"], "cub: belongs to no flag"),
         (
             ["--data.images-per-class", "1"],
@@ -97,6 +100,18 @@ def test_a_command_line_that_cannot_be_meant(arguments, message, tmp_path):
     with pytest.raises(InputError) as error:
         parse([*arguments, "--out", str(tmp_path / "run")])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "latin-1", "ascii"])
+def test_errors_are_the_same_line_on_any_terminal(encoding, tmp_path, monkeypatch):
+    for flags, message in (
+        (["--optim.clip", "-1"], "optim.clip: -1.0; give more than 0"),
+        (["--optim.clip", "a----b"], "--optim.clip: could not convert string to float: 'a----b'"),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        with pytest.raises(InputError) as error:
+            parse([*flags, "--out", str(tmp_path / "run")])
+        assert str(error.value) == message
 
 
 def test_one_image_a_class_will_do_for_proxies_alone(tmp_path):
@@ -243,6 +258,8 @@ def test_a_dictionary_is_read_as_it_was_written():
             (["-m", "saga_fast.embed", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
             (["-m", "saga_fast.evaluate", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
             (["-m", "saga_fast.export", "--help"], {"transformers", "sklearn", "bitsandbytes", "onnxruntime"}),
+            (["-m", "saga_fast.models", "check", "--help"], {"torch", "transformers", "numpy"}),
+            (["-m", "saga_fast.data", "--help"], {"transformers", "sklearn", "bitsandbytes", "tensorboard"}),
         ],
         fast=2,
         several=True,

@@ -82,6 +82,18 @@ def test_the_command_measures_the_second_half(root, capsys):
     assert f"R-precision {100 * precision:.2f}, 8 queries" in printed and "worst classes" in printed
 
 
+def test_names_that_are_no_text_are_printed_as_escapes(root, capsys):
+    odd = "owl\x1b[2J\udce9"  # as Python has a name that is not UTF-8
+    (root / "root/owl").rename(root / "root" / odd)
+    flags = ["--encoder", str(root / "encoder"), "--data.name", "folder", "--data.root", str(root / "root")]
+    main([*flags, "--data.workers", "0", "--json", str(root / "metrics.json")])
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable() and r"queries of owl\x1b[2J\udce9: wren comes first" in printed
+    assert odd in {row["class"] for row in json.loads((root / "metrics.json").read_text())["classes"]}
+    with pytest.raises(InputError, match="--json: '.*root' cannot be written .Is a directory.; name another"):
+        main([*flags, "--data.workers", "0", "--json", str(root / "root")])
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saga_fast import models
-from saga_fast.config import SupervisorConfig
+from saga_fast.config import CheckArguments, SupervisorConfig
 from saga_fast.encoder import Encoder
 from saga_fast.runtime.memory import size_of
 from saga_fast.supervisor.mllm import load_mllm, read_pretrained
@@ -51,7 +51,7 @@ def test_what_is_said_is_what_is_loaded(family, head, tmp_path, capsys):
     assert f"at 32 pixels {grid[0] * grid[1]} tokens an image ({grid[0]} x {grid[1]} of 64 numbers)" in said
     assert f"prompt: {len(supervisor.prefix)} tokens, of them {2 * grid[0] * grid[1]} of images" in said
     assert any(line.startswith("warning: rollout.max-new-tokens: 100; an answer") for line in lines)
-    config = models.Arguments(supervisor=SupervisorConfig(quantize_head=head))
+    config = CheckArguments(supervisor=SupervisorConfig(quantize_head=head))
     shaped = models.shapes(read_pretrained(folder, torch.bfloat16), config).decoder
     for parts in (("layers", "norm"), ("embedding", "head")):
         ours, theirs = (size_of([getattr(decoder, part) for part in parts]) for decoder in (shaped, mllm.decoder))

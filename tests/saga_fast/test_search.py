@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from saga_fast import evaluate
+from saga_fast import evaluate, export
 from saga_fast.embed import embed
 from saga_fast.encoder import Encoder
 from saga_fast.retrieval import index as indices
@@ -222,6 +222,12 @@ def test_served_are_the_hits_of_a_search(world, serving):
         (b"{picture}", "/?k=-1", {}, 400, "k: '-1'; give 1 or more"),
         (b"{picture}", "/?k=" + "9" * 5000, {}, 400, "give 1 or more"),
         (b"{picture}", "/?k=", {}, 400, "k: ''; give 1 or more"),
+        (b"{picture}", "/?k=1&k=2", {}, 400, "k: given 2 times; give it once"),
+        (b"{picture}", "/?n=5", {}, 400, "'n': unknown field; accepted are k, explain, attribute, only"),
+        (b"{picture}", "/?explain=yes", {}, 400, "explain: 'yes'; give 0 or 1"),
+        (b"{picture}", "/?explain=1", {}, 400, "keeps no attributes apart (attention pooling)"),
+        (b"{picture}", "/?only=legs", {}, 400, "keeps no attributes apart (attention pooling)"),
+        (b"{picture}", "/?attribute=legs", {}, 400, "attribute: 'legs'; give NAME=WEIGHT"),
         (b"{picture}", "/", {"Host": "evil.example"}, 403, "Host: served are 127.0.0.1 and localhost"),
         (b"", "/", {"Content_Length": str(server.MAX_BYTES + 1)}, 413, "bytes at most"),
         (b"", "/", {"Content_Length": "9" * 5000}, 413, "bytes at most"),
@@ -244,11 +250,33 @@ def test_no_file_is_opened_for_a_request(world, serving, monkeypatch):
 
 def test_more_uploads_than_there_is_room_for_are_put_off(world, serving):
     served = serving[0]
-    places = [served.places.acquire(blocking=False) for _ in range(server.AT_ONCE)]
-    assert all(places) and ask(served, world[1][0].read_bytes())[0] == 503
-    for _ in places:
-        served.places.release()
-    assert ask(served, world[1][0].read_bytes())[0] == 200
+    picture = world[1][0].read_bytes()
+    for _ in range(10):  # who was answered has left his place
+        assert ask(served, picture)[0] == 200
+        assert all([served.places.acquire(blocking=False) for _ in range(server.AT_ONCE)])
+        for body in (picture, bytes(4 * 2**20)):  # the larger is still on its way as it is put off
+            assert ask(served, body) == (503, {"error": "8 pictures at once; ask again"})
+        for _ in range(server.AT_ONCE):
+            served.places.release()
+
+
+def test_attributes_are_explained_and_weighed_on_request(apart):
+    searcher, picture = Searcher(apart[2]), apart[1][0]
+    with server.Server(searcher, (server.LOOPBACK, 0)) as served:
+        (thread := threading.Thread(target=served.serve_forever)).start()
+        try:
+            for where, asked in (
+                ("/?k=3&explain=1", {"explain": True}),
+                ("/?k=3&only=legs", {"only": "legs"}),
+                ("/?k=3&attribute=crown%20color=2.5&attribute=legs=0", {"weights": {"crown color": 2.5, "legs": 0}}),
+            ):
+                wanted = [hit.fields() for hit in searcher.search(picture, 3, **asked)[0]]
+                assert ask(served, picture.read_bytes(), where) == (200, {"hits": wanted})
+            status, said = ask(served, picture.read_bytes(), "/?attribute=lags=1")
+            assert status == 400 and said["error"].startswith("attribute: 'lags' is no attribute of this encoder; did")
+        finally:
+            served.shutdown()
+            thread.join()
 
 
 @pytest.mark.slow
@@ -284,10 +312,11 @@ def test_numbers_that_are_not_finite_are_refused_everywhere(world, tmp_path, val
     for call in (
         lambda: embed(broken, world[1], tmp_path / "index"),
         lambda: evaluate.main(["--encoder", str(broken), *data]),
+        lambda: export.main(["--encoder", str(broken), "--out", str(tmp_path / "encoder.onnx")]),
     ):
         with pytest.raises(InputError, match=f"{message} .*not finite; it is damaged, or its training diverged"):
             call()
-    assert not (tmp_path / "index").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
     searcher = Searcher(world[2])
     with torch.no_grad():
         searcher.encoder.pooler.project.weight.fill_(value)

@@ -420,6 +420,9 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
     assert "A. embed" in capsys.readouterr().out and final["supervisor_sha256"] is None
     card = (tmp_path / "run/encoder/README.md").read_text()
     assert "dino" not in card, "where things lay on this machine is nobody's business"
+    (photo := sorted(Path(photos[2]).rglob("*.png"))[0]).rename(photo.with_stem("another"))
+    with pytest.raises(InputError, match="--data.root: the run was saved with another training set"):
+        trainer.train(*parse(["--out", str(tmp_path / "run"), "--resume"]))
     monkeypatch.setattr(trainer, "free_bytes", lambda device: 1 << 20)
     with pytest.raises(
         InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass --optim.states 8bit, or fewer"

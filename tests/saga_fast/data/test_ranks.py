@@ -80,5 +80,10 @@ def test_the_checksum_is_of_files_their_order_and_labels(tmp_path):
     assert checksum(few) == checksum(first_classes(ImageFolder(tmp_path), 2)) != checksum(data)
     few.indices[0], few.indices[1] = few.indices[1], few.indices[0]
     assert checksum(few) != checksum(first_classes(data, 2))
+    root = tmp_path.rename(tmp_path.with_name("moved"))
+    names = [checksum(ImageFolder(root), lambda path: path.name)]
+    root = root.rename(tmp_path)
+    names.append(checksum(ImageFolder(root), lambda path: path.name))
+    assert names[0] == names[1] == checksum(data, lambda path: path.name)
     data.labels[3] = 1
     assert checksum(data) != checksum(ImageFolder(tmp_path))

@@ -67,6 +67,16 @@ def test_refuses_the_state_of_another_run():
             other.load_state_dict(state)
 
 
+def test_refuses_the_state_of_other_images_with_the_same_labels():
+    state = ClassBalancedSampler(LABELS, 3, 4, contents="owls").state_dict()
+    ClassBalancedSampler(LABELS, 3, 4, contents="owls").load_state_dict(state)
+    for contents in ("crows", ""):
+        with pytest.raises(InputError, match="--data.root: the run was saved with another training set"):
+            ClassBalancedSampler(LABELS, 3, 4, contents=contents).load_state_dict(state)
+    earlier = ClassBalancedSampler(LABELS, 3, 4).state_dict()  # as earlier versions wrote it
+    ClassBalancedSampler(LABELS, 3, 4, contents="owls").load_state_dict(earlier)
+
+
 def test_an_epoch_is_as_many_images_as_the_set_has():
     assert ClassBalancedSampler([i % 50 for i in range(1500)]).batches_per_epoch == 1500 // 64
     assert ClassBalancedSampler(LABELS, 7, 30).batches_per_epoch == 1

@@ -98,6 +98,13 @@ def test_a_restart_resumes_where_there_is_a_run(tmp_path):
         parse(arguments)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it runs")
+def test_a_gpu_that_does_not_run_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="device: cuda:0 does not run with PyTorch .*CUDA_VISIBLE_DEVICES="):
+        distributed.device()
+
+
 @pytest.mark.slow
 def test_collectives_of_three_ranks():
     done = subprocess.run(command(__file__, processes=3), capture_output=True, text=True)

@@ -103,6 +103,7 @@ def test_a_checkpoint_that_fits_no_encoder_of_ours_is_named(begun, part, change)
     "name,value",
     [
         *(("step", 0.5), ("step", -1), ("drawn", "x"), ("skipped", True), ("stale", -1), ("stale", None)),
+        *(("step", 11), ("batches", 2**63), ("sampler", {"dealt": 2**63}), ("sampler", {"dealt": "1"})),
         *(("before", 3), ("before", {"recall_at_1": "high"}), ("best", [1]), ("best", {"step": "1"}), ("recall", "x")),
         *(("balance", {}), ("balance", {"norm_dml": 0.0, "norm_lm": 0.0, "pairs": [1.0], "rewards": [0.0, 0.0, 0.0]})),
         ("balance", {"norm_dml": "x", "norm_lm": 0.0, "pairs": [0.0, 0.0], "rewards": [0.0, 0.0]}),
@@ -111,6 +112,7 @@ def test_a_checkpoint_that_fits_no_encoder_of_ours_is_named(begun, part, change)
 def test_a_state_that_no_run_has_is_named(begun, name, value):
     """Found by the hunt: a step of 5e-324 was a TypeError as metrics.jsonl was cut to it."""
     parts, state = checkpoint.load(checkpoint.latest(begun.out / "checkpoint", begun.id), begun.id)
+    value = {**state["sampler"], **value} if name == "sampler" else value
     checkpoint.save(begun.out / "checkpoint", 9, parts, {**state, name: value}, run=begun.id)
     with pytest.raises(InputError, match=r"step-000009': does not fit the run's configuration"):
         make(begun.out).restore("abc")

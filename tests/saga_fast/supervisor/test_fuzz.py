@@ -21,9 +21,9 @@ from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor, ask
-from saga_fast.supervisor.weights import quiet
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.releases import quiet
 
 from ..test_fuzz import BATCH, cases, hunt, refused
 from .families import save

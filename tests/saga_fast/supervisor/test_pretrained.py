@@ -224,6 +224,7 @@ def test_a_model_that_thinks_first_is_told_and_read(copy):
     opens = "<|im_start|>assistant\n<think>\n"
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE.replace("<|im_start|>assistant\n", opens))
     supervisor = Supervisor(load_mllm(folder), PROMPT, "images_first", (2, 2), Sampling())
+    assert "give some thousands, as its chat template has it think first" in measure(supervisor).shortage(16)
     shortage = measure(supervisor).shortage(1024)
     assert "its chat template has it think first, and of rollout.max-new-tokens 1024 its thoughts may take" in shortage
     answer = PROMPT.answer({"bill": "long"}, {"bill": "short"}, "bill", "high", "", same=False)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     CLIPConfig,
@@ -143,7 +144,24 @@ def test_what_is_no_vision_model_is_refused_by_name(tmp_path):
     save("vit", tmp_path / "torn")
     weights = (tmp_path / "torn/model.safetensors").read_bytes()
     (tmp_path / "torn/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    save("vit", tmp_path / "adapted")
+    (tmp_path / "adapted/adapter_config.json").write_text("{}")
+    save("vit", tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora/model.safetensors")
+    tensors["layers.0.attention.q_proj.lora_A.weight"] = torch.zeros(2, 32)
+    save_file(tensors, tmp_path / "lora/model.safetensors", {"format": "pt"})
+    save("vit", tmp_path / "cut")
+    (tmp_path / "cut/preprocessor_config.json").write_text('{"image_mean": [0.5')
+    save("vit", tmp_path / "said")
+    (tmp_path / "said/preprocessor_config.json").write_text('{"image_std": "half"}')
+    save("vit", tmp_path / "odd")
+    (tmp_path / "odd/config.json").write_text(json.dumps(described | {"patch_size": "x", "auto_map": None}))
     for name, said in (
+        ("adapted", "holds an adapter that is not merged, .* merge it first .*adapter_config.json is there"),
+        ("lora", "holds an adapter that is not merged, .*its weights have .*lora_A"),
+        ("cut", "has a malformed preprocessor_config.json .*restore the file"),
+        ("said", "has a malformed preprocessor_config.json .image_std is 'half'; accepted are three finite numbers"),
+        ("odd", "(is no model|could not be loaded) .*patch_size"),
         ("text", "is a 'llama', which has no patches; give a folder or hub id of a vision model"),
         ("empty", "is no model"),
         ("own", "brings code of its own, which is not run"),

@@ -408,6 +408,14 @@ def test_the_plugin_that_is_missing_is_named(tmp_path, name):
     )
 
 
+@pytest.mark.skipif(find_spec("pillow_jxl") is not None, reason="the plug-in is there")
+@pytest.mark.parametrize("head", [b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a"], ids=["boxed", "bare"])
+def test_jpeg_xl_is_known_in_both_its_forms(tmp_path, head):
+    (path := tmp_path / "a.png").write_bytes(head + bytes(40))
+    with pytest.raises(InputError, match=r"a.png.*JXL, which needs: pip install pillow-jxl-plugin"):
+        open_rgb(path)
+
+
 def test_a_plugin_that_is_there_is_used(tmp_path):
     """In a process of its own, with one that reads a picture of a single color after the true mark."""
     (tmp_path / "pillow_heif.py").write_text(
