@@ -37,7 +37,10 @@ def tiny():
     return encoder, mllm.decoder, PairPrefix.of(prefix, (7, 7))
 
 
-def step(tiny, sampling=Sampling(4, max_new_tokens=64), **settings) -> Step:  # noqa: B008
+SHORT = Sampling(4, max_new_tokens=64)
+
+
+def step(tiny, sampling=SHORT, **settings) -> Step:
     encoder, decoder, prefix = tiny
     parts = SupervisorParts(decoder, prefix, sampling)
     return Step(encoder, parts, **{"batch": 8, "pairs": 4, "autocast": False, **settings})
