@@ -91,8 +91,9 @@ class Touched:
             path = Path(file).resolve()
             if path.is_relative_to(root):
                 files[file] = path.relative_to(root).as_posix()
-        self.missing = untouched(root, {(files[file], name) for file, name in self.ran if file in files})
-        if self.missing and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.missing = untouched(root, {(files[file], name) for file, name in self.ran if file in files})
+        if self.missing:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter) -> None:

@@ -44,6 +44,7 @@ def test_model_is_written_once_and_anew_for_another_shape(tmp_path):
     assert weights.stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 def test_child_tells_the_memory_of_the_work_alone(tmp_path, monkeypatch):
     (tmp_path / "measured.py").write_text(
         "import numpy\n"

@@ -151,7 +151,7 @@ def test_a_failing_run_is_shown(tmp_path):
 
 @pytest.mark.slow
 def test_the_runs_leave_the_bytes_that_they_left(tmp_path, capsys):
-    """The golden runs themselves. Where no golden file compares, the resumed run still does with the whole one."""
+    """The golden runs themselves. With no golden file to compare, the resumed run still is with the whole one."""
     code = golden.check(golden.train_all(tmp_path))
     said = capsys.readouterr().out
     assert code != golden.DIFFERENT, said

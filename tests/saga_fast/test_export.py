@@ -15,10 +15,11 @@ from saga_fast.encoder import Encoder
 from saga_fast.export import Disagreement, export, main
 from saga_fast.utils.errors import InputError
 
+from ..sweep import sweep
 from .small import save_encoder, save_pictures
 
 
-@pytest.fixture(scope="module", params=[(), ("crown", "leg", "tail")], ids=["attention", "attributes"])
+@pytest.fixture(scope="module", params=sweep([("crown", "leg", "tail"), ()]), ids=["attributes", "attention"])
 def encoder(tmp_path_factory, request) -> Path:
     save_encoder(folder := tmp_path_factory.mktemp("encoders") / "one", 0, request.param)
     return folder

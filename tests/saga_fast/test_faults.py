@@ -300,6 +300,7 @@ def test_a_folder_that_turns_read_only_is_told_once_and_the_lines_come_when_it_c
     assert sorted(path.name for path in (tmp_path / "run/checkpoint").iterdir()) == ["step-000001", f"step-{STEPS:06d}"]
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file/run"

@@ -84,7 +84,8 @@ def test_what_cannot_be_used_is_refused(change, flags, message, tmp_path):
         models.main(["check", str(folder), *SMALL, *flags])
 
 
-@pytest.mark.parametrize("missing", sweep(["config.json", "tokenizer.json", "chat_template.jinja"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "chat_template.jinja"])
 def test_a_folder_that_is_not_whole_ends_with_code_2_and_one_line(missing, tmp_path):
     folder = save("llava-llama", tmp_path / "llava")
     (folder / missing).unlink()
