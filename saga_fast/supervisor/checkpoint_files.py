@@ -7,7 +7,6 @@ may come from anywhere: nothing of it is run but its chat template, in transform
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import read_regular
 
 MAX_BYTES = 2**26
+MOST = 1e6  # pixel statistics beyond it, or below its inverse, are no such
 BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
 
 MERGE = (
@@ -102,8 +102,8 @@ def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
         if (value := said.get(key)) is None:
             return None
         values = value if isinstance(value, list) else [value] * 3
-        if len(values) != 3 or not all(_number(x) and x > least for x in values):
-            raise malformed(name, file, f"{key} is {value!r}; accepted are three finite numbers above {least}")
+        if len(values) != 3 or not all(_number(x) and least <= x <= MOST for x in values):
+            raise malformed(name, file, f"{key} is {value!r}; accepted are three numbers from {least:g} to {MOST:g}")
         return [float(x) for x in values]
 
     def flag(key: str) -> bool:
@@ -111,8 +111,8 @@ def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
             raise malformed(name, file, f"{key} is {value!r}; accepted are true and false")
         return value is not False
 
-    mean, std = numbers("image_mean", -math.inf), numbers("image_std", 0)
-    rescale = numbers("rescale_factor", 0)
+    mean, std = numbers("image_mean", -MOST), numbers("image_std", 1 / MOST)
+    rescale = numbers("rescale_factor", 1 / MOST)
     unit = 255 * (rescale[0] if rescale else BYTE) if flag("do_rescale") else 255.0
     if not flag("do_normalize"):
         mean, std = [0.0] * 3, [1.0] * 3
@@ -127,7 +127,7 @@ def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def chat_template(name: str | Path, tokenizer) -> str | None:

@@ -86,7 +86,7 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.chat_template = files.chat_template(name, tokenizer)
     image_token = _image_token(name, config, tokenizer)
-    image_text = family.image_text(*_marks(name, config.model_type, tokenizer))
+    image_text = family.image_text(*_marks(name, config.model_type, tokenizer, image_token))
     ends = files.end_tokens(name, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
         ends = tuple(dict.fromkeys((*ends, end)))
@@ -114,11 +114,8 @@ def load_mllm(
     known = model if isinstance(model, Pretrained) else read_pretrained(model)
     name, config = known.name, known.config
     language_model = KINDS[config.model_type].language_model
-    if quantize_head and config.text_config.hidden_size % BLOCK:
-        raise InputError(
-            f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
-            f"it needs a multiple of {BLOCK}: leave it out"
-        )
+    if quantize_head:
+        expect_head_in_blocks(known)
     _expect_device(device)
     expect_weights(name)
     skeleton = expect_keys(name, config, dtype)
@@ -142,6 +139,15 @@ def load_mllm(
 
 def _expect_device(device: str) -> None:
     """Raises InputError where PyTorch cannot run the device at all, which is no fault of the model's."""
+def expect_head_in_blocks(known: Pretrained) -> None:
+    """Raises InputError for a head that cannot be in NF4 row by row."""
+    if (width := known.config.text_config.hidden_size) % BLOCK:
+        raise InputError(
+            f"supervisor.quantize-head: hidden states of {known.name} are {width} wide; "
+            f"it needs a multiple of {BLOCK}: leave it out"
+        )
+
+
     try:
         (torch.ones(1, device=device) + 1).item()
     except torch.OutOfMemoryError:
@@ -223,6 +229,12 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         )
 
 
+    vision = getattr(config, "vision_config", None)
+    if (depth := getattr(vision, "num_hidden_layers", None)) is not None:
+        layer = getattr(config, "vision_feature_layer", -1)
+        for chosen in layer if isinstance(layer, list | tuple) else (layer,):
+            if not -depth - 1 <= chosen <= depth:
+                yield f"reads vision_feature_layer {chosen} of a tower that has {depth} layers; restore its config.json"
 def _rotary(text: PretrainedConfig) -> list[dict[str, Any]]:
     """How rotary positions are scaled: once, or for each kind of layer."""
     said = getattr(text, "rope_parameters", None) or {}
@@ -271,15 +283,16 @@ def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
     return token
 
 
-def _marks(name: str | Path, kind: str, tokenizer) -> list[str]:
+def _marks(name: str | Path, kind: str, tokenizer, image_token: str) -> list[str]:
     """The family's `marks`, by the tokenizer's names for them, else by the vocabulary."""
     known, family = tokenizer.get_vocab(), KINDS[kind]
     marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]
     for (attribute, _), mark in zip(family.marks, marks):
-        if mark not in known:
+        if mark not in known or mark == image_token:
+            fault = "is its image token" if mark == image_token else "is not in its tokenizer's vocabulary"
             raise files.refused(
                 name,
-                f"has no {mark!r} in its tokenizer's vocabulary, which a {kind!r} puts around an image; "
+                f"puts {mark!r} beside an image, as a {kind!r} does, which {fault}; "
                 f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json",
             )
     return marks

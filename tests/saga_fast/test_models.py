@@ -71,6 +71,11 @@ def test_a_card_that_is_too_small_is_said_to_be(tmp_path, capsys):
         ({"sliding_window": 300}, [], r"rollout.max-new-tokens: 100 after a prompt of \d+ tokens; .* no more than 300"),
         ({}, ["--data.image-size", "36"], r"pixels: got 36x36; both sides must be multiples of patch x merge = 8"),
         ({}, ["--supervisor.prompt", "fish"], r"supervisor.prompt: 'fish' is unknown"),
+        (
+            {"hidden_size": 96, "num_attention_heads": 6},
+            ["--supervisor.quantize-head"],
+            "supervisor.quantize-head: hidden states of .* are 96 wide; it needs a multiple of 64",
+        ),
         ({}, ["--rollout.pears", "3"], r"--rollout.pears: unknown flag; did you mean --rollout.pairs\?"),
     ],
 )
