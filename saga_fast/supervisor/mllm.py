@@ -32,11 +32,13 @@ from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
 from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
 from saga_fast.towers import tower_class
+from saga_fast.towers.timm import import_timm
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
 
 LAYERS = ("full_attention", "sliding_attention")
+TIMM = "timm_wrapper"  # the model type of towers that transformers takes from timm
 DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
 # Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
 ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -137,8 +139,6 @@ def load_mllm(
     return known.mllm._replace(**_take_apart(whole, known.statistics, quantize_head)._asdict())
 
 
-def _expect_device(device: str) -> None:
-    """Raises InputError where PyTorch cannot run the device at all, which is no fault of the model's."""
 def expect_head_in_blocks(known: Pretrained) -> None:
     """Raises InputError for a head that cannot be in NF4 row by row."""
     if (width := known.config.text_config.hidden_size) % BLOCK:
@@ -148,6 +148,8 @@ def expect_head_in_blocks(known: Pretrained) -> None:
         )
 
 
+def _expect_device(device: str) -> None:
+    """Raises InputError where PyTorch cannot run the device at all, which is no fault of the model's."""
     try:
         (torch.ones(1, device=device) + 1).item()
     except torch.OutOfMemoryError:
@@ -160,6 +162,8 @@ def expect_head_in_blocks(known: Pretrained) -> None:
 
 
 def _configuration(name: str | Path) -> PretrainedConfig:
+    if _uses_timm(name):
+        import_timm(f"supervisor.model: {name}")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
@@ -182,11 +186,21 @@ def _configuration(name: str | Path) -> PretrainedConfig:
     return config
 
 
+def _uses_timm(name: str | Path) -> bool:
+    """Whether transformers will want timm for the tower. Where nothing can be read, transformers is to say so."""
+    try:
+        said = files.read_json(name, "config.json") or {}
+    except InputError:
+        return False
+    vision = said.get("vision_config")
+    return said.get("model_type") == "fast_vlm" or (isinstance(vision, dict) and vision.get("model_type") == TIMM)
+
+
 _OWN_CODE = (
     "brings code of its own, which is not run; "
     "take the release that transformers reads (of InternVL the one whose name ends in -HF)"
 )
-_TIMM = "towers that transformers takes from timm are not read: give a model whose tower is transformers' own"
+_TIMM = "of the models whose tower transformers takes from timm, FastVLM is accepted"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
@@ -215,10 +229,17 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         said = getattr(config, part, None)
         if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
             yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+    vision = getattr(config, "vision_config", None)
+    if (depth := getattr(vision, "num_hidden_layers", None)) is not None:
+        layer = getattr(config, "vision_feature_layer", -1)
+        for chosen in layer if isinstance(layer, list | tuple) else (layer,):
+            if not -depth - 1 <= chosen <= depth:
+                yield f"reads vision_feature_layer {chosen} of a tower that has {depth} layers; restore its config.json"
     if (gate := activation(text)) not in GATES:
         yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
-    if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
-        yield f"has {getattr(config.vision_config, 'architecture', 'a model')!r} of timm for its tower; {_TIMM}"
+    if (getattr(vision, "model_type", None) == TIMM) != (kind == "fast_vlm"):
+        tower = getattr(vision, "architecture", None) or getattr(vision, "model_type", None)
+        yield f"is a {kind!r} with {tower!r} for its tower, whose features it cannot read; {_TIMM}"
     yield from family.objections(config)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -229,12 +250,6 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         )
 
 
-    vision = getattr(config, "vision_config", None)
-    if (depth := getattr(vision, "num_hidden_layers", None)) is not None:
-        layer = getattr(config, "vision_feature_layer", -1)
-        for chosen in layer if isinstance(layer, list | tuple) else (layer,):
-            if not -depth - 1 <= chosen <= depth:
-                yield f"reads vision_feature_layer {chosen} of a tower that has {depth} layers; restore its config.json"
 def _rotary(text: PretrainedConfig) -> list[dict[str, Any]]:
     """How rotary positions are scaled: once, or for each kind of layer."""
     said = getattr(text, "rope_parameters", None) or {}

