@@ -31,8 +31,7 @@ from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageT
 from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
 from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
-from saga_fast.towers import tower_class
-from saga_fast.towers.timm import import_timm
+from saga_fast.towers import timm, tower_class
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
 from saga_kernels.nf4 import BLOCK
@@ -163,7 +162,7 @@ def _expect_device(device: str) -> None:
 
 def _configuration(name: str | Path) -> PretrainedConfig:
     if _uses_timm(name):
-        import_timm(f"supervisor.model: {name}")
+        timm.import_timm(f"supervisor.model: {name}")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
@@ -217,7 +216,10 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         yield f"is a {kind!r} with {experts} experts a layer; a dense model is needed, such as Qwen3-VL 2B, 4B or 8B"
     layers = set(getattr(text, "layer_types", None) or ()) - set(LAYERS)
     if layers:
-        yield f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}"
+        yield (
+            f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}: "
+            "take a model of these alone, such as Qwen3-VL"
+        )
     if (family := KINDS.get(kind)) is None:
         yield f"is a {kind!r}; accepted are {', '.join(KINDS)}"
         return
@@ -240,6 +242,9 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
     if (getattr(vision, "model_type", None) == TIMM) != (kind == "fast_vlm"):
         tower = getattr(vision, "architecture", None) or getattr(vision, "model_type", None)
         yield f"is a {kind!r} with {tower!r} for its tower, whose features it cannot read; {_TIMM}"
+    elif kind == "fast_vlm":
+        for fault in timm.faults(vision.architecture, vision.model_args):
+            yield f"has a tower whose {fault}"
     yield from family.objections(config)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()

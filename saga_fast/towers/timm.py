@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ class TimmNetwork(nn.Module):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         self.config = config
+        for fault in faults(config.architecture, config.arguments):
+            raise InputError(f"encoder: its tower's {fault}")
         self.network = create(config.architecture, **(config.arguments or {}))
 
     @property
@@ -114,6 +117,16 @@ def checkpoint_blocks(network: nn.Module, architecture: str, on: bool) -> None:
         network.set_grad_checkpointing(on)
     except (AssertionError, AttributeError) as error:
         raise InputError(f"encoder.checkpointing: timm's {architecture} runs no blocks again; leave it out") from error
+
+
+def faults(architecture: object, arguments: object) -> Iterator[str]:
+    """Why what a file asks of timm is not built: it would reach for the hub or for other files, or give
+    no features."""
+    if not isinstance(architecture, str) or not re.fullmatch(r"[\w.]+", architecture):
+        yield f"architecture is {architecture!r}; accepted are timm's own names"
+    for name in arguments if isinstance(arguments, dict) else ():
+        if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir", "features_only"):
+            yield f"arguments to timm hold {name!r}, which is not accepted; take it out"
 
 
 def create(architecture: str, **arguments: Any) -> nn.Module:

@@ -45,7 +45,7 @@ REFUSED = {
     "experts": ({"model_type": "qwen3_vl_moe"}, "experts a layer; a dense model is needed"),
     "hybrid": (
         {"model_type": "qwen3_5"},
-        "is a 'qwen3_5' whose layers are of linear_attention too; accepted are full_",
+        "is a 'qwen3_5' whose layers are of linear_attention too; .*: take a model of these alone, such as Qwen3-VL",
     ),
     "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
     "rotary": (
@@ -57,6 +57,14 @@ REFUSED = {
     "timm": (
         llava() | {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}},
         "is a 'llava' with 'vit_tiny_patch16_224' for its tower, whose features it cannot read; of the models whose",
+    ),
+    "timm's own hub": (
+        {"model_type": "fast_vlm", "vision_config": {"model_type": "timm_wrapper", "architecture": "local-dir:/tmp"}},
+        "has a tower whose architecture is 'local-dir:/tmp'; accepted are timm's own names",
+    ),
+    "other weights": (
+        {"model_type": "fast_vlm", "vision_config": {"model_args": {"checkpoint_path": "x.pth"}}},
+        "has a tower whose arguments to timm hold 'checkpoint_path', which is not accepted; take it out",
     ),
     "not timm": (
         llava() | {"model_type": "fast_vlm"},
