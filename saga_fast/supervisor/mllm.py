@@ -32,7 +32,7 @@ from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageT
 from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
 from saga_fast.supervisor.weights import expect_keys, expect_shapes
-from saga_fast.towers import tower_class
+from saga_fast.towers import timm, tower_class
 from saga_fast.utils.devices import expect_device
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.releases import OWN_CODE, SAFELY, Release, quiet
@@ -41,6 +41,7 @@ from saga_kernels.nf4 import BLOCK
 
 FLAG = "supervisor.model"
 LAYERS = ("full_attention", "sliding_attention")
+TIMM = "timm_wrapper"  # the model type of towers that transformers takes from timm
 DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
 # Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
 ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -91,7 +92,7 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.chat_template = files.chat_template(release, tokenizer)
     image_token = _image_token(release, config, tokenizer)
-    image_text = family.image_text(*_marks(release, config.model_type, tokenizer))
+    image_text = family.image_text(*_marks(release, config.model_type, tokenizer, image_token))
     ends = files.end_tokens(release, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
         ends = tuple(dict.fromkeys((*ends, end)))
@@ -119,11 +120,8 @@ def load_mllm(
     known = model if isinstance(model, Pretrained) else read_pretrained(model)
     name, config, release = known.name, known.config, Release(known.name, FLAG)
     language_model = KINDS[config.model_type].language_model
-    if quantize_head and config.text_config.hidden_size % BLOCK:
-        raise InputError(
-            f"supervisor.quantize-head: hidden states of {name} are {config.text_config.hidden_size} wide; "
-            f"it needs a multiple of {BLOCK}: leave it out"
-        )
+    if quantize_head:
+        expect_head_in_blocks(known)
     expect_device(device)
     release.expect_weights()
     skeleton = expect_keys(release, config, dtype)
@@ -145,7 +143,18 @@ def load_mllm(
     return known.mllm._replace(**_take_apart(whole, known.statistics, quantize_head)._asdict())
 
 
+def expect_head_in_blocks(known: Pretrained) -> None:
+    """Raises InputError for a head that cannot be in NF4 row by row."""
+    if (width := known.config.text_config.hidden_size) % BLOCK:
+        raise InputError(
+            f"supervisor.quantize-head: hidden states of {known.name} are {width} wide; "
+            f"it needs a multiple of {BLOCK}: leave it out"
+        )
+
+
 def _configuration(release: Release) -> PretrainedConfig:
+    if _uses_timm(release):
+        timm.import_timm(f"supervisor.model: {release.name}")
     try:
         config = AutoConfig.from_pretrained(release.name, trust_remote_code=False)
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
@@ -168,7 +177,17 @@ def _configuration(release: Release) -> PretrainedConfig:
     return config
 
 
-_TIMM = "towers that transformers takes from timm are not read: give a model whose tower is transformers' own"
+def _uses_timm(release: Release) -> bool:
+    """Whether transformers will want timm for the tower. Where nothing can be read, transformers is to say so."""
+    try:
+        said = release.read_json("config.json") or {}
+    except InputError:
+        return False
+    vision = said.get("vision_config")
+    return said.get("model_type") == "fast_vlm" or (isinstance(vision, dict) and vision.get("model_type") == TIMM)
+
+
+_TIMM = "of the models whose tower transformers takes from timm, FastVLM is accepted"
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
@@ -185,7 +204,10 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         yield f"is a {kind!r} with {experts} experts a layer; a dense model is needed, such as Qwen3-VL 2B, 4B or 8B"
     layers = set(getattr(text, "layer_types", None) or ()) - set(LAYERS)
     if layers:
-        yield f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}"
+        yield (
+            f"is a {kind!r} whose layers are of {', '.join(sorted(layers))} too; accepted are {', '.join(LAYERS)}: "
+            "take a model of these alone, such as Qwen3-VL"
+        )
     if (family := KINDS.get(kind)) is None:
         yield f"is a {kind!r}; accepted are {', '.join(KINDS)}"
         return
@@ -195,12 +217,22 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
     for part in ("text_config", "vision_config"):
         said = getattr(config, part, None)
-        if (depth := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
-            yield f"has {depth} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+        if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
+            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+    vision = getattr(config, "vision_config", None)
+    if (depth := getattr(vision, "num_hidden_layers", None)) is not None:
+        layer = getattr(config, "vision_feature_layer", -1)
+        for chosen in layer if isinstance(layer, list | tuple) else (layer,):
+            if not -depth - 1 <= chosen <= depth:
+                yield f"reads vision_feature_layer {chosen} of a tower that has {depth} layers; restore its config.json"
     if (gate := activation(text)) not in GATES:
         yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
-    if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
-        yield f"has {getattr(config.vision_config, 'architecture', 'a model')!r} of timm for its tower; {_TIMM}"
+    if (getattr(vision, "model_type", None) == TIMM) != (kind == "fast_vlm"):
+        tower = getattr(vision, "architecture", None) or getattr(vision, "model_type", None)
+        yield f"is a {kind!r} with {tower!r} for its tower, whose features it cannot read; {_TIMM}"
+    elif kind == "fast_vlm":
+        for fault in timm.faults(vision.architecture, vision.model_args):
+            yield f"has a tower whose {fault}"
     yield from family.objections(config)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -258,14 +290,15 @@ def _image_token(release: Release, config: PretrainedConfig, tokenizer: Any) -> 
     return token
 
 
-def _marks(release: Release, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _marks(release: Release, kind: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> list[str]:
     """The family's `marks`, by the tokenizer's names for them, else by the vocabulary."""
     known, family = tokenizer.get_vocab(), KINDS[kind]
     marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]
     for (attribute, _), mark in zip(family.marks, marks):
-        if mark not in known:
+        if mark not in known or mark == image_token:
+            fault = "is its image token" if mark == image_token else "is not in its tokenizer's vocabulary"
             raise release.refused(
-                f"has no {mark!r} in its tokenizer's vocabulary, which a {kind!r} puts around an image; "
+                f"puts {mark!r} beside an image, as a {kind!r} does, which {fault}; "
                 f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json"
             )
     return marks

@@ -50,6 +50,7 @@ def tower_class(model_type: str) -> type[VisionTower]:
 
 @functools.cache
 def _classes() -> dict[str, type[VisionTower]]:
+    from saga_fast.towers.fast_vlm import FastVlmTower
     from saga_fast.towers.gemma3 import Gemma3Tower
     from saga_fast.towers.idefics3 import Idefics3Tower
     from saga_fast.towers.llava_onevision import OnevisionTower
@@ -57,5 +58,5 @@ def _classes() -> dict[str, type[VisionTower]]:
     from saga_fast.towers.qwen_vl import QwenTower
     from saga_fast.towers.timm import TimmTower
 
-    towers = QwenTower, ProjectedTower, OnevisionTower, Idefics3Tower, Gemma3Tower, TimmTower
+    towers = QwenTower, ProjectedTower, OnevisionTower, FastVlmTower, Idefics3Tower, Gemma3Tower, TimmTower
     return {kind: tower for tower in towers for kind in tower.kinds}

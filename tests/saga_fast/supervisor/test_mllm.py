@@ -45,7 +45,7 @@ REFUSED = {
     "experts": ({"model_type": "qwen3_vl_moe"}, "experts a layer; a dense model is needed"),
     "hybrid": (
         {"model_type": "qwen3_5"},
-        "is a 'qwen3_5' whose layers are of linear_attention too; accepted are full_",
+        "is a 'qwen3_5' whose layers are of linear_attention too; .*: take a model of these alone, such as Qwen3-VL",
     ),
     "gemma": (llava(model_type="gemma2"), "whose language model is a 'gemma2'"),
     "rotary": (
@@ -56,7 +56,19 @@ REFUSED = {
     "tower": (llava() | {"model_type": "llava_next"}, "is a 'llava_next'; accepted are qwen2_vl, qwen2_5_vl"),
     "timm": (
         llava() | {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}},
-        "towers that transformers takes from timm are not read",
+        "is a 'llava' with 'vit_tiny_patch16_224' for its tower, whose features it cannot read; of the models whose",
+    ),
+    "timm's own hub": (
+        {"model_type": "fast_vlm", "vision_config": {"model_type": "timm_wrapper", "architecture": "local-dir:/tmp"}},
+        "has a tower whose architecture is 'local-dir:/tmp'; accepted are timm's own names",
+    ),
+    "other weights": (
+        {"model_type": "fast_vlm", "vision_config": {"model_args": {"checkpoint_path": "x.pth"}}},
+        "has a tower whose arguments to timm hold 'checkpoint_path', which is not accepted; take it out",
+    ),
+    "not timm": (
+        llava() | {"model_type": "fast_vlm"},
+        "is a 'fast_vlm' with 'clip_vision_model' for its tower, whose features it cannot read",
     ),
     "caps": (
         {"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}},

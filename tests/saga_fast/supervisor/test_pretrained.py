@@ -181,9 +181,11 @@ def test_image_marks_follow_from_the_family_and_the_vocabulary(copy):
 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_text((folder / file).read_text().replace("</img>", "</picture>"))
-    refused(folder, "has no '</img>' in its tokenizer's vocabulary, which a 'internvl' puts around an image")
+    refused(folder, "puts '</img>' beside an image, .* is not in its tokenizer's vocabulary; .* as end_image_token")
     edit(folder / "tokenizer_config.json", lambda config: config.update(end_image_token="</picture>"))
     assert read_pretrained(folder).mllm.image_text == ImageText(None, "<img>", "</picture>")
+    edit(folder / "tokenizer_config.json", lambda config: config.update(end_image_token="<IMG_CONTEXT>"))
+    refused(folder, "puts '<IMG_CONTEXT>' beside an image, .* is its image token")
 
 
 def test_all_that_end_a_turn_end_it(copy):
@@ -317,7 +319,7 @@ def test_the_processors_template_comes_before_the_tokenizers(file, copy):
 
 MALFORMED = {
     "preprocessor_config.json": ['{"image_mean": [0.5', "[]", '{"image_mean": "half"}', '{"image_std": [0.5, 0.5]}',
-                                 '{"image_std": [0.5, 0, 0.5]}', '{"image_mean": [NaN, 0, 0]}',
+                                 '{"image_std": [0.5, 0, 0.5]}', '{"image_mean": [NaN, 0, 0]}', '{"image_mean": 1e300}',
                                  '{"do_normalize": "no"}', '{"rescale_factor": -1}', '{"image_mean": [true, 0, 0]}', "", "\xff"],  # noqa: E501
     "processor_config.json": ["{", '{"image_processor": "x"}', '{"image_processor": {"image_std": {}}}',
                               '{"chat_template": 3}'],
@@ -463,6 +465,11 @@ def test_a_configuration_of_which_no_model_can_be_built_is_refused(copy):
         edit(folder / "config.json", lambda config, part=part, change=change: config[part].update(change))
         refused(folder, "config.json|is no model")
         (folder / "config.json").write_text(whole)
+    for layer in (4, -5, [-1, 4]):
+        edit(folder / "config.json", lambda config, layer=layer: config.update(vision_feature_layer=layer))
+        refused(folder, "reads vision_feature_layer .* of a tower that has 3 layers")
+    edit(folder / "config.json", lambda config: config.update(vision_feature_layer=-4))
+    read_pretrained(folder)
 
 
 # ── The trainer ─────────────────────────────────────────────────────────────────────────────────────────────────────

