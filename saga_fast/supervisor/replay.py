@@ -60,11 +60,13 @@ class Plan:
 
     token_budget: packed tokens that go through together; a longer group goes in slices of its completions. recompute:
     of groups that go whole, and of slices. prefix_recompute: of a prefix that stands while its slices go through.
+    resident: whether the decoder's layers are, see `FrozenDecoder.reside`.
     """
 
     token_budget: int = 1 << 16
     recompute: Recompute = "none"
     prefix_recompute: Recompute = "none"
+    resident: bool = False
 
 
 WHOLE = Plan()
@@ -84,7 +86,7 @@ def replay(
     """
     run = _Run(question, features, groups, temperature, anchor_layer, plan)
     sizes = [len(question.prefix) - question.prefix.preamble + sum(map(len, group.completions)) for group in groups]
-    for pack in _packs(sizes, plan.token_budget):
+    for pack in _largest_first(sizes, plan.token_budget):
         if sum(sizes[i] for i in pack) <= plan.token_budget:
             run.whole(pack)
         else:
@@ -107,6 +109,11 @@ def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         pack.append(i)
     if pack:
         yield pack
+
+
+def _largest_first(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """`_packs`, so that what the first leaves to the allocator has room for all that follow."""
+    return sorted(_packs(sizes, token_budget), key=lambda pack: -sum(sizes[i] for i in pack))
 
 
 class _Run:
@@ -192,7 +199,7 @@ class _Run:
         # In float32, whatever the decoder's dtype: as many sums as slices would round in bf16.
         wide = torch.promote_types(self.decoder.dtype, torch.float32)
         gradient = [tuple(torch.zeros_like(x, dtype=wide) for x in kv) for kv in before.held] if self.keep else None
-        for part in _packs([len(c) for c in completions], self.plan.token_budget):
+        for part in _largest_first([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
             run = FrozenPass(
