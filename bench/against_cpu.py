@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,16 @@ TOLERANCE = 1e-2  # of a gradient in fp32, relative: sums of another order, and 
 LOSS = 1e-3  # of a loss in fp32, relative
 
 
-def tiny(**settings: Any) -> Config:
+def tiny() -> Config:
     """The embedded default on few images, so that a step is a step and little else."""
     config = PRESETS["drawn-birds"]
     data = dataclasses.replace(
         config.data, species=16, images_per_species=6, classes_per_batch=8, images_per_class=4, workers=0
     )
     few = dataclasses.replace(config.rollout, pairs=3, pairs_per_batch=8, max_batches=1, slots=8)
-    return dataclasses.replace(config, data=data, rollout=few, optim=dataclasses.replace(config.optim, steps=4))
+    loud = dataclasses.replace(config.lambda_, adaptive=False)  # which would not listen before some steps are done
+    optim = dataclasses.replace(config.optim, steps=4)
+    return dataclasses.replace(config, data=data, rollout=few, lambda_=loud, optim=optim)
 
 
 def random_model(folder: Path, precision: str) -> Config:
@@ -193,10 +196,8 @@ def run_side(steps: int) -> dict[str, Any]:
     return {when: final[when] for when in ("before", "after")}
 
 
-def tiny_run(steps: int = RUN_STEPS) -> dict[str, Any]:
+def tiny_run(steps: int) -> dict[str, Any]:
     """Both sides at once."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(2) as pool:
         gpu, cpu = pool.map(lambda cuda: side(cuda, "run_side", steps), (True, False))
     wrong = [
@@ -257,7 +258,12 @@ def free() -> int | None:
     return torch.cuda.mem_get_info()[0]
 
 
-CASES = {"tiny-step": tiny_step, "bf16-step": bf16_step, "tiny-run": tiny_run, "graphs": graphs}
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
+    "tiny-step": tiny_step,
+    "bf16-step": bf16_step,
+    "tiny-run": tiny_run,
+    "graphs": graphs,
+}
 
 
 def main() -> int:
@@ -267,9 +273,10 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=CASES)
+    parser.add_argument("--steps", type=int, default=RUN_STEPS, help="of tiny-run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = CASES[options.what]()
+    found = tiny_run(options.steps) if options.what == "tiny-run" else CASES[options.what]()
     write_json(options.json, found)
     print(json.dumps({name: value for name, value in found.items() if name not in ("gpu", "cpu")}, indent=2))
     return int(bool(found["wrong"]))

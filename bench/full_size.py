@@ -21,6 +21,7 @@ FILE is written anew after every part, and after every phase of a step.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import signal
 import statistics
@@ -44,9 +45,10 @@ from saga_fast.config import Config
 from saga_fast.data import Batch
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses import metric_loss
-from saga_fast.runtime.memory import GIB, Predictor, Step
+from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
+from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
@@ -64,7 +66,7 @@ SHAPES = {
 }  # fmt: skip
 DRAWN = 2  # pairs drawn for one that contributes
 IMAGES, CLASSES = 64, 16  # of a micro-batch
-STEPS = 4  # timed, the first to warm up
+STEPS = 3  # timed, the first to warm up
 # The goals: seconds of a decode step of 64 rows, of a replay of 8 groups, twice the floor of one H100, and of a whole
 # step; and times the tokens a second of transformers with bitsandbytes.
 GOALS = {"decode": 4.5e-3, "replay": 2 * 1.8, "step": 9.0, "rollout": 10.0}
@@ -116,9 +118,14 @@ class Rig:
         lengths = self.shape.lengths(mean, pairs)
         return [[torch.randint(*words, (n,), generator=generator).tolist() for n in group] for group in lengths]
 
-    def engine(self, pairs: int, longest: int) -> Engine:
-        """For rollouts of `pairs` at once, of up to `longest` tokens."""
-        return Engine(self.question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
+    def engine(self, pairs: int, longest: int, resident: bool = False) -> Engine:
+        """For rollouts of `pairs` at once, of up to `longest` tokens. resident: the layers are, see `FrozenDecoder`."""
+        question = self.question
+        if resident:
+            decoder = copy.copy(self.mllm.decoder)
+            decoder.reside()
+            question = Question(decoder, self.supervisor.prefix)
+        return Engine(question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds of `work`, to its end on the device, and what it returns."""
@@ -208,10 +215,10 @@ def check(rig: Rig) -> dict[str, Any]:
     return {"log_prob_difference": difference, "transformers_own": noise, "log_prob": sdpa.mean().item()}
 
 
-def decode(rig: Rig, pairs: int) -> dict[str, Any]:
+def decode(rig: Rig, pairs: int, resident: bool = False) -> dict[str, Any]:
     """A decode step of `pairs`·G rows that have about half of their longest completion behind them."""
     longest, rows = 2 * rig.shape.long, pairs * rig.shape.group
-    engine, features = rig.engine(pairs, longest), rig.features(pairs)
+    engine, features = rig.engine(pairs, longest, resident), rig.features(pairs)
     with ending_at([[longest] * rig.shape.group] * pairs, rig.eos):
         prefill, _ = rig.timed(lambda: engine.admit(features, range(pairs)))
         looks = rig.shape.short // LOOK_EVERY + 2
@@ -237,7 +244,7 @@ def rollout(rig: Rig) -> dict[str, Any]:
     seconds = statistics.median(warm)
     return {
         "tokens_per_second": sum(map(sum, lengths)) / seconds, "seconds": seconds, "cold_seconds": cold,
-        "graphs": len(engine.graphs),
+        "graphs": engine.graphs and engine.graphs.captured,
     }  # fmt: skip
 
 
@@ -320,10 +327,6 @@ class Phases:
                     "allocator_retries": retries() - before,
                 }
             self.note()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {name: figures["seconds"] for name, figures in self.found.items()}
 
 
 class TookTooLong(Exception):
@@ -408,33 +411,6 @@ def one_step(rig: Rig, t: Training, engine: Engine, phases: Phases) -> None:
     phases.run("update", update)
 
 
-def step(rig: Rig) -> dict[str, Any]:
-    """Some steps, all pairs at once, whole groups one by one."""
-    t, drawn, runs = training(rig), rig.shape.lengths(rig.shape.long, DRAWN * rig.shape.pairs), []
-    engine = rig.engine(len(drawn), max(map(max, drawn)))
-    for _ in range(STEPS):
-        phases = Phases(rig, None, lambda: None)
-        started = time.perf_counter()
-        one_step(rig, t, engine, phases)
-        runs.append({"seconds": time.perf_counter() - started, "phases": phases.found})
-    assert not t.oom.limits, f"a phase did not fit: {t.oom.limits}"
-    # The second step may still grow memory, as what the first left lies between its blocks.
-    cold, *warm = runs
-    return {
-        "seconds": statistics.median(run["seconds"] for run in warm), "cold_seconds": cold["seconds"],
-        "phases": {
-            name: statistics.median(run["phases"][name]["seconds"] for run in warm) for name in cold["phases"]
-        },
-        "runs": runs, "expandable": expandable(), "graphs": engine.graphs and engine.graphs.captured,
-        "drawn_tokens": sum(map(sum, drawn)), "replayed_tokens": sum(map(sum, drawn[::DRAWN])),
-        **{
-            name: max(phase[name] for run in runs for phase in run["phases"].values())
-            for name in MEMORY
-            if rig.device.type == "cuda"
-        },
-    }  # fmt: skip
-
-
 def expandable() -> bool | None:
     """Whether the allocator's segments grow, as `saga_fast` asks."""
     if not torch.cuda.is_available():
@@ -442,44 +418,71 @@ def expandable() -> bool | None:
     return all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 
 
-def on_card(rig: Rig, gib: float, seconds: float, note: Callable[[dict[str, Any]], None], steps: int = 2) -> dict:
-    """Two steps in what a card of `gib` leaves to a process, as the memory plan has it."""
-    room = int(gib * (1 - CONTEXT) * GIB)
-    if rig.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, room / torch.cuda.get_device_properties(0).total_memory))
+def steps(
+    rig: Rig, room: int, checkpointing: bool, count: int, limit: float | None, note: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Steps as the memory plan has them in `room` bytes. limit: seconds of a phase. note: is told after each."""
     supervisor, t = rig.supervisor, training(rig)
     settings = Step(
         rig.encoder, supervisor.decoder, supervisor.prefix, supervisor.sampling, IMAGES, rig.shape.pairs, t.dml, 8,
-        True, rig.autocast._enabled,
+        checkpointing, rig.autocast._enabled,
     )  # fmt: skip
     supervisor.plan, supervisor.slots, footprint = Predictor(settings).choose(room)
-    rig.encoder.tower.checkpoint_blocks()
+    rig.encoder.tower.checkpoint_blocks(checkpointing)
     if supervisor.plan.resident:
         supervisor.decoder.reside()
     print(f"{footprint.table()}\n{supervisor.slots} pairs roll out at once; {supervisor.plan}", flush=True)
+    drawn = rig.shape.lengths(rig.shape.long, DRAWN * rig.shape.pairs)
     found: dict[str, Any] = {
-        "card_gib": gib, "room_bytes": room, "plan": dataclasses.asdict(supervisor.plan), "slots": supervisor.slots,
-        "foretold": {"peak_bytes": footprint.peak, **footprint._asdict()}, "steps": [],
+        "room_bytes": room, "plan": dataclasses.asdict(supervisor.plan), "slots": supervisor.slots,
+        "checkpointing": checkpointing, "foretold": {"peak_bytes": footprint.peak, **footprint._asdict()}, "every_step": [],
+        "drawn_tokens": sum(map(sum, drawn)), "replayed_tokens": sum(map(sum, drawn[::DRAWN])),
     }  # fmt: skip
     note(found)
     engine = supervisor.engine
     try:
-        for _ in range(steps):
-            phases = Phases(rig, seconds, lambda: note(found))
-            found["steps"].append(phases.found)
+        for _ in range(count):
+            phases = Phases(rig, limit, lambda: note(found))
+            found["every_step"].append(phases.found)
             one_step(rig, t, engine, phases)
-            print({name: f"{spent:.1f} s" for name, spent in phases.seconds.items()}, flush=True)
+            print({name: f"{figures['seconds']:.1f} s" for name, figures in phases.found.items()}, flush=True)
     finally:
-        found |= {"halved": t.oom.limits, "expandable": expandable()}
+        found |= {
+            "halved": t.oom.limits,
+            "expandable": expandable(),
+            "graphs": engine.graphs and engine.graphs.captured,
+        }
         if rig.device.type == "cuda":
-            every = [phase for phases in found["steps"] for phase in phases.values() if "peak_bytes" in phase]
+            every = [phase for run in found["every_step"] for phase in run.values() if "peak_bytes" in phase]
             found |= {name: max((phase[name] for phase in every), default=0) for name in MEMORY}
             found["peak_over_foretold"] = found["peak_bytes"] / footprint.peak
         note(found)
-    found["seconds"] = sum(phase["seconds"] for phase in found["steps"][-1].values())
+    cold, *warm = [{name: figures["seconds"] for name, figures in run.items()} for run in found["every_step"]]
+    found |= {
+        "seconds": statistics.median(sum(run.values()) for run in warm), "cold_seconds": sum(cold.values()),
+        "phases": {name: statistics.median(run[name] for run in warm) for name in cold},
+    }  # fmt: skip
+    note(found)
+    return found
+
+
+def step(rig: Rig) -> dict[str, Any]:
+    """In all the memory that there is, nothing of the tower computed again."""
+    found = steps(rig, free_bytes(rig.device), False, STEPS, None, lambda found: None)
+    assert not found["halved"], f"a phase did not fit: {found['halved']}"
+    return found
+
+
+def on_card(rig: Rig, gib: float, limit: float, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Two steps in what a card of `gib` leaves to a process, as the memory plan has them."""
+    room = int(gib * (1 - CONTEXT) * GIB)
     if rig.device.type == "cuda":
-        with within(seconds, "profile"):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / torch.cuda.get_device_properties(0).total_memory))
+    found = steps(rig, room, True, 2, limit, lambda found: note({"card_gib": gib, **found}))
+    found["card_gib"] = gib
+    if rig.device.type == "cuda":
+        with within(limit, "profile"):
             found["kernels"] = {"replay of a group": rig.kernels(lambda: replay_one(rig))}
     note(found)
     return found
@@ -498,6 +501,8 @@ PARTS: dict[str, Callable[[Rig], dict[str, Any]]] = {
     "decode, 8 rows": partial(decode, pairs=1),
     "decode, 64 rows": partial(decode, pairs=8),
     "decode, 128 rows": partial(decode, pairs=16),
+    "decode, 64 rows, resident": partial(decode, pairs=8, resident=True),
+    "decode, 128 rows, resident": partial(decode, pairs=16, resident=True),
     "rollout": rollout,
     "replay": replays,
     "step": step,

@@ -43,8 +43,9 @@ def python(module: str, *arguments: str | Path) -> list[str | Path]:
 
 def check(out: Path, rehearse: bool) -> list[Stage]:
     """Beside a CPU, which takes longest, and the ops' own tests, all at once: compiling takes most of their time."""
+    few = ("--steps", "2") if rehearse else ()
     parts = [
-        Part(name, python("bench.against_cpu", name.replace(" ", "-"), "--json", file), seconds, writes=file)
+        Part(name, python("bench.against_cpu", name.replace(" ", "-"), *few, "--json", file), seconds, writes=file)
         for name, seconds in AGAINST_CPU.items()
         for file in [out / f"{name.replace(' ', '_')}.json"]
     ]

@@ -1,7 +1,8 @@
 """What is said of GPUs, as a table out of the committed figures: `python -m bench.gpu_table [--write]`.
 
-Of each card's folder in bench/results the newest figure of each kind, with what it was measured on. docs/kernels.md holds
-this table between two marks, a test sees that it does, and --write puts it there: a figure without a file cannot stand.
+Of each card's folder in bench/results the newest figure of each kind, with what it was measured on. docs/kernels.md
+holds this table between two marks, a test sees that it does, and --write puts it there: a figure without a file cannot
+stand.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ Figures = dict[str, Any]
 # Of a case of `bench.full_size`: what is told of it.
 SAYS: dict[str, tuple[str, Callable[[Figures], str]]] = {
     **{
-        f"decode, {rows} rows": (
-            f"decode step, {rows} rows, each 288 tokens on, behind a prefix of 850",
+        f"decode, {rows}": (
+            f"decode step, {rows}, each 288 tokens on, behind a prefix of 850",
             lambda f: f"{1e3 * f['seconds']:.1f} ms (an H100's floor: {1e3 * f['floor']:.1f})",
         )
-        for rows in (8, 64, 128)
+        for rows in ("8 rows", "64 rows", "128 rows", "64 rows, resident", "128 rows, resident")
     },
     "replay": (
         "replay of 8 groups, anchor attention included",

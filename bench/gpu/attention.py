@@ -111,9 +111,7 @@ def _runs(layout: GroupLayout) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _rivals(
-    groups: int, q: Tensor, k: Tensor, v: Tensor, do: Tensor
-) -> dict[str, tuple[Run, Run]]:
+def _rivals(groups: int, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, tuple[Run, Run]]:
     """By name, forward → o (tokens, heads, head_dim), and backward → dq, dk, dv, all packed."""
     rivals = {"SDPA": _sdpa(groups, q, k, v, do)}
     if (flash := importable("flash_attn")) is not None:

@@ -208,9 +208,13 @@ def test_layers_that_stand_dense_count_and_are_chosen_only_on_a_gpu_with_room_wh
     plan, slots, ample = predictor.choose(GIB)
     assert (plan.resident, slots) == (True, 8) and ample.resident[dense] == total * decoder.dtype.itemsize
     without = predictor.footprint(dataclasses.replace(plan, resident=False), slots)
-    assert ample.peak - without.peak == pytest.approx(ample.resident[dense], rel=0.15), "scratch is spared"
-    # As much as it takes without them.
-    assert not predictor.choose(int(without.peak / (1 - memory.MARGIN)) + 1)[0].resident
+    more = ample.peak - without.peak
+    assert 0.5 * ample.resident[dense] <= more <= ample.resident[dense], "scratch for a layer is spared"
+    # Of the same plan and slots, as much as it takes without them.
+    fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, slots
+    free = int(without.peak / (1 - memory.MARGIN)) + 2
+    assert not predictor.choose(free, *fixed)[0].resident
+    assert predictor.choose(free + int(1.2 * more), *fixed)[0].resident
     assert not predictor.choose(GIB, resident=False)[0].resident
     few = Predictor(dataclasses.replace(step(tiny), **{**shapes, "sampling": Sampling(2, max_new_tokens=64)}))
     way = few.choose(GIB)
@@ -228,7 +232,7 @@ def _projections(decoder):
 def test_layers_asked_to_stand_dense_where_they_do_not_fit_are_refused_and_a_resumed_run_goes_without(tiny):
     predictor = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(tiny[1])))
     least = min(predictor.footprint(plan, 1).peak for plan in predictor.plans(resident=False))
-    free = int(1.05 * least / (1 - memory.MARGIN))
+    free = int(1.001 * least / (1 - memory.MARGIN))
     with pytest.raises(
         InputError, match=r"^memory: .*language model's layers, dense 0\.\d\d.*--supervisor.resident off"
     ):
