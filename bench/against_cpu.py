@@ -107,8 +107,9 @@ def drawing(draws: dict[tuple[int, int], int] | None) -> Iterator[Callable[[], d
             notes.append((rows.clone(), step.clone(), token.clone()))
             return token
         table = table.to(rows.device)  # at the first call; a CUDA graph is captured later
+        inside = (rows < len(table)) & (step < table.shape[1])
         known = table[rows.clamp(max=len(table) - 1), step.clamp(max=table.shape[1] - 1)]
-        return torch.where(known >= 0, known, token)
+        return torch.where(inside & (known >= 0), known, token)
 
     rollout.sample_top_p = noted
     try:

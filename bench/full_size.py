@@ -435,7 +435,8 @@ def steps(
     drawn = rig.shape.lengths(rig.shape.long, DRAWN * rig.shape.pairs)
     found: dict[str, Any] = {
         "room_bytes": room, "plan": dataclasses.asdict(supervisor.plan), "slots": supervisor.slots,
-        "checkpointing": checkpointing, "foretold": {"peak_bytes": footprint.peak, **footprint._asdict()}, "every_step": [],
+        "checkpointing": checkpointing, "foretold": {"peak_bytes": footprint.peak, **footprint._asdict()},
+        "every_step": [],
         "drawn_tokens": sum(map(sum, drawn)), "replayed_tokens": sum(map(sum, drawn[::DRAWN])),
     }  # fmt: skip
     note(found)
@@ -543,7 +544,7 @@ def main() -> int:
         except Exception as problem:  # the other parts can be measured all the same
             traceback.print_exc()
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"}
-        told = {key: value for key, value in found[name].items() if key not in ("kernels", "runs")}
+        told = {key: value for key, value in found[name].items() if key not in ("kernels", "runs", "every_step")}
         print(f"{name} ({time.perf_counter() - started:.0f} s): {told}", flush=True)
         write_json(options.json, {"shape": options.shape, "cases": found, "ratios": ratios(found), "goals": GOALS})
     return int(any("failed" in figures for figures in found.values()))
