@@ -26,7 +26,7 @@ installed := $(VENV)/.saga_fast
 pytest := $(VENV)/bin/python -m pytest -q
 rare := not faults and not fuzz and not package
 
-.PHONY: train test test-all coverage check gpu-check
+.PHONY: train test test-all coverage check gpu-check gpu-sanitize gpu-bench
 train: $(installed)
 	$(VENV)/bin/python -m saga_fast.train $(ARGS)
 
@@ -45,9 +45,17 @@ check: $(installed)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy kernels saga_fast
 
-# Needs a GPU and a Python with PyTorch and Triton; sets up nothing. OUT= is the folder for what it finds.
+# These need a GPU and a Python with what the trainer needs; they set up nothing. OUT= is where the card's folder goes.
+on-gpu = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) -m bench.gpu_check $(@:gpu-%=%) $(OUT:%=--out %) $(ARGS)
+
 gpu-check:
-	$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) -m bench.gpu_check --out $(or $(OUT),runs/gpu-check)
+	$(on-gpu)
+
+gpu-sanitize:
+	$(on-gpu)
+
+gpu-bench:
+	$(on-gpu)
 
 # PyTorch comes first: the extension is compiled against it.
 $(installed): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,26 @@ def machine() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **({"driver": _driver(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in ("transformers", "triton")},
     }
+
+
+def card() -> str | None:
+    """The GPU's name, as the folder of its figures in bench/results is called."""
+    if not torch.cuda.is_available():
+        return None
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -33,10 +51,12 @@ def _version(package: str) -> str | None:
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """`figures` and the machine, if a path is given."""
+    """`figures` and the machine, if a path is given. The file is the last one or this one, whenever a process ends."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
+        aside.replace(path)
 
 
 def write_plot(path: Path | None, svg: str) -> None:

@@ -2,22 +2,33 @@
 transformers with bitsandbytes.
 
     python -m bench.full_size [--parts PART …] [--json FILE]
+    python -m bench.full_size --card-gib 24 [--seconds 40] [--json FILE]
 
 Weights are random, the language model's in NF4 with nested absmax, bf16 elsewhere, the tower's in fp32 under autocast,
 as in a run. Every part is warmed up (kernels compile, graphs are captured) and then timed, waiting for the device.
 Before any timing, log π of a replay must be no further from transformers' than transformers' own two attentions are
 from each other, give or take (`check`). The step is the trainer's own code on pairs that are given: 16 of 8 rollouts
-of about 700 tokens, every other one of which contributes. FILE is written anew after every part. By default all parts
-are measured but `generate, static cache`, for which transformers compiles the model, and that takes minutes.
+of about 700 tokens, every other one of which contributes. By default all parts are measured but `generate, static
+cache`, for which transformers compiles the model, and that takes minutes.
+
+With --card-gib the process may take no more than such a card leaves it, and two steps run by the memory plan's own
+choice: seconds, most bytes allocated and reserved, and the allocator's retries, phase by phase, beside what was
+foretold. A phase that takes longer than --seconds is broken off, and what was found is told.
+
+FILE is written anew after every part, and after every phase of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +39,22 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
 from bench import record, roofline, write_json
-from bench.record import EndingAt, Shape, ending_at
+from bench.record import EndingAt, Shape, encoded_before, ending_at
 from bench.rollout import TEMPERATURE, TOP_P, generate_inputs
 from saga_fast.config import Config
 from saga_fast.data import Batch
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses import metric_loss
+from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
+from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, Plan
 from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
-from saga_fast.supervisor.supervisor import Supervisor, Written
+from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.train import Pair, Training, combine, embed, replay, take_gradients
+from saga_fast.utils.errors import exit_on_input_error
 from saga_kernels import group_advantage
 
 SHAPES = {
@@ -52,19 +66,12 @@ SHAPES = {
 }  # fmt: skip
 DRAWN = 2  # pairs drawn for one that contributes
 IMAGES, CLASSES = 64, 16  # of a micro-batch
-STEPS = 4  # timed, the first to warm up
-# The goals: seconds of a decode step and of a replay of 8 groups, twice the floor of one H100; of a whole step; and
-# times the tokens a second of transformers with bitsandbytes.
-GOALS = {"decode": 2 * 1.5e-3, "replay": 2 * 1.8, "step": 8.0, "rollout": 10.0}
+STEPS = 3  # timed, the first to warm up
+# The goals: seconds of a decode step of 64 rows, of a replay of 8 groups, twice the floor of one H100, and of a whole
+# step; and times the tokens a second of transformers with bitsandbytes.
+GOALS = {"decode": 4.5e-3, "replay": 2 * 1.8, "step": 9.0, "rollout": 10.0}
 PLAN = Plan(1 << 13)  # a group at a time, which a card of 80 GB can hold whole
-
-
-class Given(Supervisor):
-    """A supervisor whose rollouts describe both images, whatever they say: random weights describe nothing."""
-
-    def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
-        half, name = min(map(len, completions)) // 2, self.prompt.attributes[0]
-        return [({name: list(range(1, half))}, {name: list(range(half, 2 * half))})] * len(completions)
+CONTEXT = 0.5 / 24  # of a card, what the driver takes for itself
 
 
 class Rig:
@@ -89,7 +96,10 @@ class Rig:
         decoder = FrozenDecoder(model.model.language_model, model.lm_head)
         self.mllm = Mllm(model.model.visual, decoder, tokens, (self.eos,), record.SPECIAL[4])
         asked = record.question(shape, tokens)
-        self.supervisor = Given(self.mllm, asked, "images_first", shape.grid, Sampling(shape.group), plan=PLAN)
+        longest = max(max(map(max, shape.lengths(shape.long, DRAWN * shape.pairs))), 2 * shape.short)
+        sampling = Sampling(shape.group, max_new_tokens=longest)
+        self.supervisor = Supervisor(self.mllm, asked, "images_first", shape.grid, sampling, plan=PLAN)
+        record.give_rewards(self.supervisor)
         self.prefix = build_prefix(tokens, asked.instruction(), shape.grid[0] * shape.grid[1])
 
     @property
@@ -108,9 +118,14 @@ class Rig:
         lengths = self.shape.lengths(mean, pairs)
         return [[torch.randint(*words, (n,), generator=generator).tolist() for n in group] for group in lengths]
 
-    def engine(self, pairs: int, longest: int) -> Engine:
-        """For rollouts of `pairs` at once, of up to `longest` tokens."""
-        return Engine(self.question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
+    def engine(self, pairs: int, longest: int, resident: bool = False) -> Engine:
+        """For rollouts of `pairs` at once, of up to `longest` tokens. resident: the layers are, see `FrozenDecoder`."""
+        question = self.question
+        if resident:
+            decoder = copy.copy(self.mllm.decoder)
+            decoder.reside()
+            question = Question(decoder, self.supervisor.prefix)
+        return Engine(question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds of `work`, to its end on the device, and what it returns."""
@@ -200,10 +215,10 @@ def check(rig: Rig) -> dict[str, Any]:
     return {"log_prob_difference": difference, "transformers_own": noise, "log_prob": sdpa.mean().item()}
 
 
-def decode(rig: Rig, pairs: int) -> dict[str, Any]:
+def decode(rig: Rig, pairs: int, resident: bool = False) -> dict[str, Any]:
     """A decode step of `pairs`·G rows that have about half of their longest completion behind them."""
     longest, rows = 2 * rig.shape.long, pairs * rig.shape.group
-    engine, features = rig.engine(pairs, longest), rig.features(pairs)
+    engine, features = rig.engine(pairs, longest, resident), rig.features(pairs)
     with ending_at([[longest] * rig.shape.group] * pairs, rig.eos):
         prefill, _ = rig.timed(lambda: engine.admit(features, range(pairs)))
         looks = rig.shape.short // LOOK_EVERY + 2
@@ -229,7 +244,7 @@ def rollout(rig: Rig) -> dict[str, Any]:
     seconds = statistics.median(warm)
     return {
         "tokens_per_second": sum(map(sum, lengths)) / seconds, "seconds": seconds, "cold_seconds": cold,
-        "graphs": len(engine.graphs),
+        "graphs": engine.graphs and engine.graphs.captured,
     }  # fmt: skip
 
 
@@ -239,9 +254,7 @@ def generate(rig: Rig, cache: str | None) -> dict[str, Any]:
     features = rig.features(shape.pairs)
     rows = [count for group in lengths for count in group]
     prefix = rig.supervisor.prefix.input_ids.cpu()
-    inputs = generate_inputs(
-        prefix, features, shape.grid, range(shape.pairs), shape.group, rig.model.config.image_token_id
-    )
+    inputs = generate_inputs(prefix, shape.grid, range(shape.pairs), shape.group, rig.model.config.image_token_id)
     inputs = {name: x.to(rig.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     settings = dict(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, cache_implementation=cache)
 
@@ -250,7 +263,7 @@ def generate(rig: Rig, cache: str | None) -> dict[str, Any]:
         ending.lengths = ending.lengths.to(rig.device)
         return rig.model.generate(**inputs, **settings, max_new_tokens=max(counts), logits_processor=[ending])
 
-    with torch.no_grad():
+    with torch.no_grad(), encoded_before(rig.model, features):
         work([4] * len(rows))  # warm
         seconds, out = rig.timed(lambda: work(rows))
     assert [(row == rig.eos).nonzero()[0].item() + 1 for row in out[:, len(prefix) :]] == rows
@@ -286,74 +299,202 @@ def replays(rig: Rig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def step(rig: Rig) -> dict[str, Any]:
-    """Phases A, B and C of `saga_fast.train` and the update. Rewards are given, and what is drawn at all is drawn."""
-    shape, config, supervisor = rig.shape, Config(), rig.supervisor
-    drawn = DRAWN * shape.pairs
-    lengths, labels = shape.lengths(shape.long, drawn), torch.arange(IMAGES, device=rig.device) // (IMAGES // CLASSES)
-    batch = Batch(list(range(IMAGES)), shape.pixels(IMAGES // 2), labels.cpu())
-    encoder = rig.encoder.train()
-    dml = metric_loss("potential-field", CLASSES, shape.width).to(rig.device)
-    parameters = [*encoder.parameters(), *dml.parameters()]
+class Phases:
+    """The phases of a step: `found` has of each its seconds, the most bytes allocated and reserved in it, and how often
+    the allocator had to give back what it kept and try again. note: called after each, to write that down."""
+
+    def __init__(self, rig: Rig, limit: float | None, note: Callable[[], None]) -> None:
+        self.rig, self.limit, self.note = rig, limit, note
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def run(self, name: str, work: Callable[[], Any], how_far: Callable[[], dict[str, Any]] = dict) -> Any:
+        """What `work` returns. Raises TookTooLong. how_far: figures of it, also of one that is broken off."""
+        self.rig.peak()
+        before, started = retries(), time.perf_counter()
+        self.found[name] = {}
+        try:
+            with within(self.limit, name):
+                return self.rig.timed(work)[1]
+        except TookTooLong:
+            self.found[name]["broken_off"] = True
+            raise
+        finally:
+            self.found[name] |= {"seconds": time.perf_counter() - started, **how_far()}
+            if self.rig.device.type == "cuda":
+                self.found[name] |= {
+                    "reserved_bytes": torch.cuda.max_memory_reserved(),
+                    "peak_bytes": self.rig.peak(),
+                    "allocator_retries": retries() - before,
+                }
+            self.note()
+
+
+class TookTooLong(Exception):
+    pass
+
+
+@contextmanager
+def within(seconds: float | None, name: str) -> Iterator[None]:
+    """Breaks off what is inside after `seconds`, between two launches. Main thread only."""
+
+    def stop(*_: Any) -> None:
+        raise TookTooLong(f"{name}: not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def retries() -> int:
+    """How often the allocator has given back what it kept, to try again."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if torch.cuda.is_available() else 0
+
+
+def training(rig: Rig) -> Training:
+    """What a step needs besides its batch, with the optimizer's states in 8 bits."""
+    dml = metric_loss("potential-field", CLASSES, rig.shape.width).to(rig.device)
+    parameters = [*rig.encoder.train().parameters(), *dml.parameters()]
     adamw = bitsandbytes.optim.AdamW8bit if rig.device.type == "cuda" else torch.optim.AdamW
     optimizer = adamw(parameters, lr=2e-5)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    t = Training(config, encoder, supervisor, dml, optimizer, schedule, lambda: rig.autocast)
-    engine = rig.engine(drawn, max(map(max, lengths)))
-    rewards = (torch.arange(shape.group) % 2).float()
-    advantages, _, _ = group_advantage(rewards.expand(drawn, -1))
+    return Training(Config(), rig.encoder, rig.supervisor, dml, optimizer, schedule, lambda: rig.autocast)
 
-    def work() -> dict[str, float]:
-        spent = {}
 
-        def phase(name: str, run: Callable[[], Any]) -> Any:
-            spent[name], result = rig.timed(run)
-            return result
+def one_step(rig: Rig, t: Training, engine: Engine, phases: Phases) -> None:
+    """Phases A, B and C of `saga_fast.train` and the update. Rewards are given, and what is drawn at all is drawn."""
+    shape, supervisor = rig.shape, rig.supervisor
+    drawn = DRAWN * shape.pairs
+    lengths, labels = shape.lengths(shape.long, drawn), torch.arange(IMAGES) // (IMAGES // CLASSES)
+    batch = Batch(list(range(IMAGES)), shape.pixels(IMAGES // 2), labels)
+    looks, advance = 0, engine.advance
 
-        def roll_out() -> list[Pair]:
-            pairs = torch.arange(2 * drawn, device=rig.device).view(-1, 2) % IMAGES
-            with torch.no_grad():
-                completions = engine.run(features.select(pairs.flatten()), torch.arange(drawn))
-            supervisor.judge(
-                completions, [True] * drawn
-            )  # random words give no verdict; reading them costs all the same
-            return [
-                Pair(
-                    images.cpu(),
-                    batch.pixels[images.cpu()],
-                    features.select(images),
-                    completions[i],
-                    rewards,
-                    advantages[i],
-                )
-                for i, images in enumerate(pairs)
-            ][::DRAWN]
+    def counted() -> list[Any]:
+        nonlocal looks
+        looks += 1
+        return advance()
 
-        def update() -> None:
-            combine(t, gradient_dml, take_gradients(parameters))
-            nn.utils.clip_grad_norm_(parameters, config.optim.clip).item()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def roll_out() -> list[Pair]:
+        pairs = torch.arange(2 * drawn, device=rig.device).view(-1, 2) % IMAGES
+        with torch.no_grad():
+            completions = engine.run(features.select(pairs.flatten()), torch.arange(drawn))
+        rewards, _ = supervisor.judge(completions, [True] * drawn)
+        advantages, _, _ = group_advantage(rewards)
+        return [
+            Pair(
+                images.cpu(), batch.pixels[images.cpu()], features.select(images), completions[i], rewards[i],
+                advantages[i],
+            )
+            for i, images in enumerate(pairs)
+        ][::DRAWN]  # fmt: skip
 
-        _, features, _ = phase("embed", lambda: embed(t, batch))
-        gradient_dml = take_gradients(parameters)
+    def update() -> None:
+        combine(t, gradient_dml, take_gradients(t.parameters))
+        nn.utils.clip_grad_norm_(t.parameters, t.config.optim.clip).item()
+        t.optimizer.step()
+        t.optimizer.zero_grad(set_to_none=True)
+
+    engine.drop(engine.pair_ids)  # of a step that was broken off
+    t.optimizer.zero_grad(set_to_none=True)
+    _, features, _ = phases.run("embed", lambda: embed(t, batch))
+    gradient_dml = take_gradients(t.parameters)
+    engine.advance = counted
+    try:
         with ending_at(lengths, rig.eos):
-            buffer = phase("roll out", roll_out)
-        phase("replay", lambda: replay(t, buffer))
-        phase("update", update)
-        return spent
+            buffer = phases.run("roll out", roll_out, lambda: {"decode_steps": LOOK_EVERY * looks})
+    finally:
+        engine.advance = advance
+    phases.run("replay", lambda: replay(t, buffer))
+    phases.run("update", update)
 
-    rig.peak()
-    # The second step may still grow memory, as what the first left lies between its blocks.
-    cold, *warm = (rig.timed(work) for _ in range(STEPS))
-    assert not t.oom.limits, f"a phase did not fit: {t.oom.limits}"
-    return {
-        "seconds": statistics.median(seconds for seconds, _ in warm), "cold_seconds": cold[0],
-        "phases": {name: statistics.median(spent[name] for _, spent in warm) for name in cold[1]},
-        "runs": [{"seconds": seconds, **spent} for seconds, spent in (cold, *warm)],
-        "drawn_tokens": sum(map(sum, lengths)), "replayed_tokens": sum(map(sum, lengths[::DRAWN])),
-        "peak_bytes": rig.peak(), "reserved_bytes": torch.cuda.memory_reserved(),
+
+def expandable() -> bool | None:
+    """Whether the allocator's segments grow, as `saga_fast` asks."""
+    if not torch.cuda.is_available():
+        return None
+    return all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+
+
+def steps(
+    rig: Rig, room: int, checkpointing: bool, count: int, limit: float | None, note: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Steps as the memory plan has them in `room` bytes. limit: seconds of a phase. note: is told after each."""
+    supervisor, t = rig.supervisor, training(rig)
+    settings = Step(
+        rig.encoder, supervisor.decoder, supervisor.prefix, supervisor.sampling, IMAGES, rig.shape.pairs, t.dml, 8,
+        checkpointing, rig.autocast._enabled,
+    )  # fmt: skip
+    supervisor.plan, supervisor.slots, footprint = Predictor(settings).choose(room)
+    rig.encoder.tower.checkpoint_blocks(checkpointing)
+    if supervisor.plan.resident:
+        supervisor.decoder.reside()
+    print(f"{footprint.table()}\n{supervisor.slots} pairs roll out at once; {supervisor.plan}", flush=True)
+    drawn = rig.shape.lengths(rig.shape.long, DRAWN * rig.shape.pairs)
+    found: dict[str, Any] = {
+        "room_bytes": room, "plan": dataclasses.asdict(supervisor.plan), "slots": supervisor.slots,
+        "checkpointing": checkpointing, "foretold": {"peak_bytes": footprint.peak, **footprint._asdict()},
+        "every_step": [],
+        "drawn_tokens": sum(map(sum, drawn)), "replayed_tokens": sum(map(sum, drawn[::DRAWN])),
     }  # fmt: skip
+    note(found)
+    engine = supervisor.engine
+    try:
+        for _ in range(count):
+            phases = Phases(rig, limit, lambda: note(found))
+            found["every_step"].append(phases.found)
+            one_step(rig, t, engine, phases)
+            print({name: f"{figures['seconds']:.1f} s" for name, figures in phases.found.items()}, flush=True)
+    finally:
+        found |= {
+            "halved": t.oom.limits,
+            "expandable": expandable(),
+            "graphs": engine.graphs and engine.graphs.captured,
+        }
+        if rig.device.type == "cuda":
+            every = [phase for run in found["every_step"] for phase in run.values() if "peak_bytes" in phase]
+            found |= {name: max((phase[name] for phase in every), default=0) for name in MEMORY}
+            found["peak_over_foretold"] = found["peak_bytes"] / footprint.peak
+        note(found)
+    cold, *warm = [{name: figures["seconds"] for name, figures in run.items()} for run in found["every_step"]]
+    found |= {
+        "seconds": statistics.median(sum(run.values()) for run in warm), "cold_seconds": sum(cold.values()),
+        "phases": {name: statistics.median(run[name] for run in warm) for name in cold},
+    }  # fmt: skip
+    note(found)
+    return found
+
+
+def step(rig: Rig) -> dict[str, Any]:
+    """In all the memory that there is, nothing of the tower computed again."""
+    found = steps(rig, free_bytes(rig.device), False, STEPS, None, lambda found: None)
+    assert not found["halved"], f"a phase did not fit: {found['halved']}"
+    return found
+
+
+def on_card(rig: Rig, gib: float, limit: float, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Two steps in what a card of `gib` leaves to a process, as the memory plan has them."""
+    room = int(gib * (1 - CONTEXT) * GIB)
+    if rig.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / torch.cuda.get_device_properties(0).total_memory))
+    found = steps(rig, room, True, 2, limit, lambda found: note({"card_gib": gib, **found}))
+    found["card_gib"] = gib
+    if rig.device.type == "cuda":
+        with within(limit, "profile"):
+            found["kernels"] = {"replay of a group": rig.kernels(lambda: replay_one(rig))}
+    note(found)
+    return found
+
+
+MEMORY = ("peak_bytes", "reserved_bytes")
+
+
+def replay_one(rig: Rig) -> None:
+    leaves = rig.features(1).map(lambda level: level.clone().requires_grad_())
+    rig.supervisor.replay(leaves, groups(rig)[:1])
 
 
 PARTS: dict[str, Callable[[Rig], dict[str, Any]]] = {
@@ -361,6 +502,8 @@ PARTS: dict[str, Callable[[Rig], dict[str, Any]]] = {
     "decode, 8 rows": partial(decode, pairs=1),
     "decode, 64 rows": partial(decode, pairs=8),
     "decode, 128 rows": partial(decode, pairs=16),
+    "decode, 64 rows, resident": partial(decode, pairs=8, resident=True),
+    "decode, 128 rows, resident": partial(decode, pairs=16, resident=True),
     "rollout": rollout,
     "replay": replays,
     "step": step,
@@ -376,10 +519,23 @@ def main() -> int:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS)[:-1], help="by default all but the last"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--card-gib", type=float, help="two steps within what a card of so many GiB leaves a process")
+    parser.add_argument("--seconds", type=float, default=40, help="of a phase at most, with --card-gib")
     options = parser.parse_args()
     started = time.perf_counter()
     rig = Rig(SHAPES[options.shape])
     print(f"model: {time.perf_counter() - started:.0f} s", flush=True)
+    if options.card_gib:
+        try:
+            with exit_on_input_error():
+                on_card(
+                    rig, options.card_gib, options.seconds,
+                    lambda found: write_json(options.json, {"shape": options.shape, **found}),
+                )  # fmt: skip
+        except TookTooLong as late:
+            print(late, flush=True)
+            return 1
+        return 0
     found: dict[str, Any] = {}
     for name in options.parts:
         started = time.perf_counter()
@@ -388,7 +544,7 @@ def main() -> int:
         except Exception as problem:  # the other parts can be measured all the same
             traceback.print_exc()
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"}
-        told = {key: value for key, value in found[name].items() if key not in ("kernels", "runs")}
+        told = {key: value for key, value in found[name].items() if key not in ("kernels", "runs", "every_step")}
         print(f"{name} ({time.perf_counter() - started:.0f} s): {told}", flush=True)
         write_json(options.json, {"shape": options.shape, "cases": found, "ratios": ratios(found), "goals": GOALS})
     return int(any("failed" in figures for figures in found.values()))

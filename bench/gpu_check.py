@@ -1,155 +1,143 @@
-"""All that only a GPU can say, in one go: `make gpu-check OUT=DIR`, or `python -m bench.gpu_check --out DIR`.
+"""All that only a GPU can say, in three commands of four minutes at most, from a bare checkout, without internet.
 
-From a bare checkout, without internet; it needs PyTorch, Triton and pytest, and uses nvcc, compute-sanitizer and rival
-packages where they are; `bench.full_size` needs the trainer's own. The extension is built in place, and `saga_kernels`
-is found through a link, so nothing is installed. Each part is a process of its own with a time limit, and
-DIR/gpu_check.json is written anew after every part: a kernel that hangs costs its own part and nothing else. Tests run
-side by side, as compiling kernels takes most of their time; what is timed runs alone. Exit code 0: every part passed;
-1: one did not; 2: there is no GPU.
+    python -m bench.gpu_check check      is it right: every op at the 8B's shapes, steps beside a CPU's, CUDA graphs
+    python -m bench.gpu_check sanitize   memory errors and races: compute-sanitizer on the smallest case of each kernel
+    python -m bench.gpu_check bench      how fast: a step at full size and on a card of 24 GB, each op beside its rivals
+
+`make gpu-check`, `gpu-sanitize` and `gpu-bench` run them. They need PyTorch, Triton, pytest and the trainer's own
+packages, and use nvcc, compute-sanitizer and rivals where those are. The extension is built in place, once for all
+three, and `saga_kernels` is found through a link, so nothing is installed. What is found is OUT/CARD/check.json and so
+on, written anew after every part, with the figures of each in a file of its own; the log is in build/. What is timed
+runs alone. `--dry-run` says what would be run; `--rehearse` runs what a CPU can, small.
+
+Exit code 0: every part passed; 1: one did not; 2: there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
-from bench import machine, write_json
+from bench import card, machine
+from bench.parts import REPOSITORY, SITE, Part, Stage, carry_out, plan
 
-REPOSITORY = Path(__file__).parents[1]
-SITE = REPOSITORY / "build/site"  # holds one link, saga_kernels -> kernels
-TOTAL_SECONDS = 460
-TAIL = 4000  # characters of a part's output that its JSON keeps; DIR/gpu_check.log has all of it
-
-
-class Part(NamedTuple):
-    name: str
-    command: list[str]
-    seconds: int
-    environment: dict[str, str] = {}
-    json: Path | None = None
+SECONDS = 232  # of a command, of the 240 that it may take
+GB = 10**9
+BIG = 60 * GB  # of memory: all tests of the ops fit at once
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+TOOLS = ("memcheck", "racecheck")
+# By the worth of their figures: what comes last goes first where time is short.
+OPS = ("nf4", "decode", "attention", "sampling", "logprob", "swiglu", "norm", "rope", "advantage")
+AGAINST_CPU = {"tiny run": 150, "tiny step": 100, "bf16 step": 100, "graphs": 90}  # seconds at most
 
 
-def build(without_cuda: bool = False) -> Part:
-    """The extension, in place, for this card alone. Without nvcc, and after a failed build with it, in C++ alone."""
-    major, minor = torch.cuda.get_device_capability()
-    headers = Path(torch.__file__).parents[1].glob("nvidia/cu*/include")  # PyTorch's own, if the toolkit lacks some
-    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CPATH": os.pathsep.join(map(str, headers))}
-    if without_cuda:
-        environment["SAGA_CUDA"] = "0"
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
-    return Part("build in C++ alone" if without_cuda else "build", command, 150, environment)
+def python(module: str, *arguments: str | Path) -> list[str | Path]:
+    return [sys.executable, "-m", module, *arguments]
 
 
-def checks() -> Iterator[Part]:
-    """Correctness; memory errors and races in the tests called "small"."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = sorted((REPOSITORY / "tests/gpu").glob("test_*.py"))
-    for test in tests:
-        yield Part(f"test {test.stem.removeprefix('test_')}", [*pytest, str(test)], 150)
-    if tests and (sanitizer := shutil.which("compute-sanitizer")):
-        for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, "-k", "small", "tests/gpu"]
-            yield Part(tool, command, 150, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+def check(out: Path, rehearse: bool) -> list[Stage]:
+    """Beside a CPU, which takes longest, and the ops' own tests, all at once: compiling takes most of their time."""
+    few = ("--steps", "2") if rehearse else ()
+    parts = [
+        Part(name, python("bench.against_cpu", name.replace(" ", "-"), *few, "--json", file), seconds, writes=file)
+        for name, seconds in AGAINST_CPU.items()
+        for file in [out / f"{name.replace(' ', '_')}.json"]
+    ]
+    if rehearse:
+        return [Stage(parts)]
+    tests = [Part(f"test {op}", [*PYTEST, "-k", "8b", f"tests/gpu/test_{op}.py"], 110) for op in OPS]
+    return [Stage([*parts, *tests], _at_once(len(parts) + len(tests)))]
 
 
-def timings(out: Path) -> Iterator[Part]:
-    """A step at full size, then each op beside its rivals."""
-    file = out / "full_size.json"
-    yield Part("full size", [sys.executable, "-m", "bench.full_size", "--json", str(file)], 240, json=file)
-    for op in sorted(path.stem for path in (REPOSITORY / "bench/gpu").glob("[!_]*.py")):
-        file = out / f"{op}.json"
-        yield Part(f"time {op}", [sys.executable, "-m", "bench.gpu", op, "--json", str(file)], 60, json=file)
+def sanitize(out: Path, rehearse: bool) -> list[Stage]:
+    """Each kernel's smallest case: once as it is, which also compiles it, then under each tool."""
+    if rehearse:
+        return []
 
+    def of(op: str) -> list[str]:
+        return [*PYTEST, "-k", "smallest", f"tests/gpu/test_{op}.py"]
 
-def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """One part, killed with all its children when its time is up."""
-    limit, start = min(part.seconds, seconds), time.monotonic()
-    if limit < 5:
-        return {"part": part.name, "verdict": "not run: no time left"}
-    path = os.pathsep.join((str(SITE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **part.environment}
-    environment.pop("TRITON_INTERPRET", None)
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            part.command, cwd=REPOSITORY, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+    tools = [
+        Part(
+            f"{tool} {op}",
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *of(op)],
+            120,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTORCH_ALLOC_CONF": ""},
+            program="compute-sanitizer",
         )
-        try:
-            code = process.wait(limit)
-            verdict = "passed" if code == 0 else f"failed: exit code {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-            verdict = f"failed: not done after {limit:.0f} s"
-        said.seek(0)
-        output = said.read().decode(errors="replace")
-    with (out / "gpu_check.log").open("a") as log:  # in one write, as others may end at the same time
-        log.write(f"==== {part.name}: {' '.join(part.command)}\n{output}")
-    figures = {"part": part.name, "verdict": verdict, "seconds": round(time.monotonic() - start, 1)}
-    if part.json is not None and part.json.exists():
-        measured = json.loads(part.json.read_text())
-        part.json.unlink()
-        figures |= {name: value for name, value in measured.items() if name != "machine"}
-        if code == 0:
-            return figures
-    return {**figures, "output": output[-TAIL:]}
+        for tool in TOOLS
+        for op in OPS
+    ]
+    warm = [Part(f"smallest {op}", of(op), 90) for op in OPS]
+    return [Stage(warm, _at_once(len(warm))), Stage(tools, _at_once(8))]
 
 
-def driver() -> str | None:
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+def bench(out: Path, rehearse: bool) -> list[Stage]:
+    """One at a time, by worth."""
+    small = ("--shape", "small") if rehearse else ()
+    whole, capped = out / "full_size.json", out / "full_size_24.json"
+    card = ("--card-gib", "24")
+    parts = [
+        Part("full size", python("bench.full_size", *small, "--json", whole), 95, writes=whole),
+        Part("full size, 24 GiB", python("bench.full_size", *small, *card, "--json", capped), 70, writes=capped),
+    ]
+    if not rehearse:
+        for op in OPS:
+            file = out / f"{op}.json"
+            parts.append(Part(f"time {op}", python("bench.gpu", op, "--json", file), 45, writes=file))
+    return [Stage(parts)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description="Check and time the ops on a GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.log")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything")
+CHECKS: dict[str, Callable[[Path, bool], list[Stage]]] = {"check": check, "sanitize": sanitize, "bench": bench}
+
+
+def _at_once(most: int) -> int:
+    """As many processes as the machine's cores, and the card's memory, have room for."""
+    cores = max(1, (os.cpu_count() or 1) - 1)
+    roomy = not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory > BIG
+    return min(most, cores if roomy else 3)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=CHECKS)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench/results", help="the card's folder goes there")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="parts whose name holds one of these")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and with which limits")
+    parser.add_argument("--rehearse", action="store_true", help="run what a CPU can run of it, small")
+    options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    if not (gpu or options.dry_run or options.rehearse):
         print("gpu-check: no GPU that PyTorch can use; nothing was checked", file=sys.stderr)
         return 2
-    out, deadline = arguments.out.resolve(), time.monotonic() + arguments.seconds
+    out = options.out.resolve() / (card() or "cpu")
+    stages = [
+        stage._replace(parts=[part for part in stage.parts if any(word in part.name for word in options.only)])
+        for stage in CHECKS[options.what](out, options.rehearse)
+    ]
+    stages.insert(0, Stage([Part("build", python("bench.build"), 115)], needed=True))
+    if options.dry_run:
+        print(*plan(stages, options.seconds), sep="\n")
+        return 0
     out.mkdir(parents=True, exist_ok=True)
     SITE.mkdir(parents=True, exist_ok=True)
-    link = SITE / "saga_kernels"
-    if not link.is_symlink():
+    if not (link := SITE / "saga_kernels").is_symlink():
         link.symlink_to(REPOSITORY / "kernels", target_is_directory=True)
-    about = {"driver": driver(), "cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}
-    about["sanitizer"] = shutil.which("compute-sanitizer")
-    done: list[dict[str, Any]] = []
-
-    def carry_out(parts: Iterable[Part], at_once: int = 1) -> bool:
-        """Whether all of them passed."""
-        wanted = [part for part in parts if any(word in part.name for word in arguments.only)]
-        with ThreadPoolExecutor(at_once) as pool:
-            for figures in pool.map(lambda part: run(part, out, deadline - time.monotonic()), wanted):
-                done.append(figures)
-                print(f"{figures['part']:28} {figures['verdict']} ({figures.get('seconds', 0):.0f} s)", flush=True)
-                write_json(out / "gpu_check.json", {**about, "parts": done})
-        return all(figures["verdict"] == "passed" for figures in done[len(done) - len(wanted) :])
-
-    if carry_out([build()]) or carry_out([build(without_cuda=True)]):
-        carry_out(checks(), at_once=max(1, (os.cpu_count() or 1) - 1))
-        carry_out(timings(out))
-    passed = sum(part["verdict"] == "passed" for part in done)
-    print(f"{machine()['gpu']}: {passed} of {len(done)} parts passed; {out / 'gpu_check.json'}")
-    return int(passed < len(done))
+    log = REPOSITORY / f"build/gpu_check_{options.what}.log"
+    log.unlink(missing_ok=True)
+    about = {"command": options.what, "rehearsal": options.rehearse, "sanitizer": shutil.which("compute-sanitizer")}
+    failed = carry_out(stages, out / f"{options.what}.json", log, options.seconds, about)
+    print(f"{machine()['gpu'] or 'no GPU'}: {failed or 'none'} of the parts did not pass; {out}, {log}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def _leaf(x: torch.Tensor) -> torch.Tensor:
     return x.clone().requires_grad_()
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-vl-8b", help="name in bench/models, or a configuration file")
     parser.add_argument("--cards", type=float, nargs="*", default=[24, 40, 80], help="GiB")
@@ -205,7 +205,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="foretold beside measured on the CPU")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each, with --check")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     if arguments.check:
         write_json(arguments.json, check(arguments.repeats))
         return

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -31,6 +31,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from bench import machine
 
@@ -193,6 +194,22 @@ def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "im
     return encoder, Supervisor(mllm, question(shape, mllm.tokenizer), order, shape.grid, sampling, **settings)
 
 
+def give_rewards(supervisor: Any) -> None:
+    """Random weights describe and judge nothing: half of each pair's rollouts are right from now on, and each describes
+    both images, whatever they say. Reading them costs all the same."""
+    judge, name = supervisor.judge, (supervisor.prompt.attributes or ("",))[0]
+
+    def given(completions: Sequence[Sequence[Sequence[int]]], same: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        rewards, well_formed = judge(completions, same)
+        return (torch.arange(rewards.shape[1]) % 2).float().expand_as(rewards).clone(), well_formed
+
+    def written(completions: Sequence[Sequence[int]]) -> list[tuple[dict[str, list[int]], dict[str, list[int]]]]:
+        halves = [len(completion) // 2 for completion in completions]
+        return [({name: list(range(1, half))}, {name: list(range(half, 2 * half))}) for half in halves]
+
+    supervisor.judge, supervisor.written = given, written
+
+
 @contextmanager
 def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
     """Inside, rollouts of pairs 0, 1, … end after `lengths` [pair][g] tokens, neither sooner nor later.
@@ -215,6 +232,44 @@ def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
         yield
     finally:
         engine.sample_top_p = sample
+
+
+class Encoded(nn.Module):
+    """In a Qwen3-VL's vision tower's place: what stands for an image's pixels is its number, see `pixel_stand_ins`."""
+
+    dtype = torch.int64  # that numbers are cast to
+
+    def __init__(self, features: Any, merge: int) -> None:
+        super().__init__()
+        self.features, self.spatial_merge_size = features, merge
+
+    def forward(self, pixels: Tensor, grid_thw: Tensor, **_: Any) -> Any:
+        images = pixels[:: int(grid_thw[0].prod()), 0]
+        tokens, *levels = (level[images].flatten(0, 1) for level in self.features.levels)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=levels)
+
+
+@contextmanager
+def encoded_before(model: Qwen3VLForConditionalGeneration, features: Any) -> Iterator[None]:
+    """Inside, transformers' model takes an image's `features` (`VisualFeatures` of all) as they are.
+
+    It is the tower that is replaced, as versions of transformers differ in what else takes encoded images.
+    """
+    tower = model.model.visual
+    model.model.visual = Encoded(features, tower.spatial_merge_size)
+    try:
+        yield
+    finally:
+        model.model.visual = tower
+
+
+def pixel_stand_ins(images: list[int], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What a processor gives of images of `grid` merged tokens, with the image's number for all of its pixels."""
+    thw = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]] * len(images))
+    return {
+        "pixel_values": torch.tensor(images).repeat_interleave(int(thw[0].prod()))[:, None],
+        "image_grid_thw": thw,
+    }
 
 
 class EndingAt(LogitsProcessor):

@@ -3,7 +3,7 @@
     python -m bench.rollout [--shape record|small] [--repeats 3] [--models DIR] [--json FILE] [--plot FILE.svg]
 
 Both sides: fp32, dense weights, G completions for each of 8 pairs at temperature 0.7 and top-p 0.95, images encoded
-beforehand (`generate` takes them as `mm_encoder_outputs`). `generate` (SDPA) is tried pair by pair
+beforehand (`generate` finds them where its vision tower was). `generate` (SDPA) is tried pair by pair
 (`num_return_sequences=G`) and with all rows in one call, with a dynamic and with a static cache, and the fastest goes
 on; one that takes longer than the fastest before it is broken off. Before any timing greedy completions must be equal,
 token for token. Tokens a second count what is kept of each completion.
@@ -28,12 +28,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, TopPLogitsWarper
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from bench import write_json, write_plot
 from bench.bars import bars
-from bench.record import SHAPES, EndingAt, Log, Shape, child, child_within, ending_at, model, supervisor
-from saga_fast.encoder import VisualFeatures
+from bench.record import (
+    SHAPES,
+    EndingAt,
+    Log,
+    Shape,
+    child,
+    child_within,
+    encoded_before,
+    ending_at,
+    model,
+    pixel_stand_ins,
+    supervisor,
+)
 from saga_fast.supervisor.rollout import Engine, Sampling
 from saga_fast.utils.errors import exit_on_input_error
 from saga_kernels import sample_top_p, token_logprob
@@ -86,9 +96,10 @@ def theirs(folder: str, shape_name: str, mean: int, calls: str, cache: str) -> C
         for first in range(0, shape.pairs, at_once):
             pairs = range(first, first + at_once)
             rows = [count for i in pairs for count in lengths[i]]
-            inputs = generate_inputs(prefix, features, shape.grid, pairs, shape.group, rival.config.image_token_id)
+            inputs = generate_inputs(prefix, shape.grid, pairs, shape.group, rival.config.image_token_id)
             ending = [EndingAt(rows, eos)]
-            out = rival.generate(**inputs, **settings, max_new_tokens=max(rows), logits_processor=ending)
+            with encoded_before(rival, features):
+                out = rival.generate(**inputs, **settings, max_new_tokens=max(rows), logits_processor=ending)
             assert [(row == eos).nonzero()[0].item() + 1 for row in out[:, len(prefix) :]] == rows
         return {"tokens_per_second": sum(map(sum, lengths)) / (time.perf_counter() - started)}
 
@@ -96,23 +107,17 @@ def theirs(folder: str, shape_name: str, mean: int, calls: str, cache: str) -> C
 
 
 def generate_inputs(
-    prefix: Tensor, features: VisualFeatures, grid: tuple[int, int], pairs: range, group: int, image_token: int
+    prefix: Tensor, grid: tuple[int, int], pairs: range, group: int, image_token: int
 ) -> dict[str, Any]:
-    """What `generate` wants for G rollouts of each of `pairs`. Several pairs' images it cannot multiply itself."""
+    """What `generate` wants for G rollouts of each of `pairs`, inside `encoded_before`. Several pairs' images it cannot
+    multiply itself."""
     rows = [i for i in pairs for _ in range(group if len(pairs) > 1 else 1)]
-    images = [2 * i + side for i in rows for side in (0, 1)]
     input_ids = prefix.repeat(len(rows), 1)
     return dict(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         mm_token_type_ids=(input_ids == image_token).int(),
-        image_grid_thw=torch.tensor([[1, 2 * grid[0], 2 * grid[1]]] * len(images)),
-        mm_encoder_outputs={
-            "image": BaseModelOutputWithDeepstackFeatures(
-                pooler_output=tuple(features.tokens[images]),
-                deepstack_features=[tuple(level[images]) for level in features.deepstack],
-            )
-        },
+        **pixel_stand_ins([2 * i + side for i in rows for side in (0, 1)], grid),
         num_return_sequences=group if len(pairs) == 1 else 1,
     )
 
@@ -129,8 +134,9 @@ def greedy(folder: str, shape_name: str, tokens: int) -> Callable[[], dict[str, 
         features = encoder.tower(shape.pixels())
         sampling = Sampling(1, temperature=0.0, max_new_tokens=tokens)
         found = Engine(judge.question, sampling, eos, shape.pairs).run(features, torch.arange(shape.pairs))
-        inputs = generate_inputs(prefix, features, shape.grid, range(shape.pairs), 1, image_token)
-        out = rival.generate(**inputs, do_sample=False, max_new_tokens=tokens)[:, len(prefix) :].tolist()
+        inputs = generate_inputs(prefix, shape.grid, range(shape.pairs), 1, image_token)
+        with encoded_before(rival, features):
+            out = rival.generate(**inputs, do_sample=False, max_new_tokens=tokens)[:, len(prefix) :].tolist()
         ends = [row.index(eos[0]) + 1 if eos[0] in row else tokens for row in out]
         return {
             "equal": [completion for (completion,) in found] == [row[:end] for row, end in zip(out, ends)],

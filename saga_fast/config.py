@@ -86,6 +86,9 @@ class SupervisorConfig:
     """Language model in NF4 with nested absmax; False keeps it dense."""
     quantize_head: bool = False
     """Embedding and head in NF4 too; `python -m bench.quantization` says what that costs."""
+    resident: Annotated[Literal["auto", "on", "off"], RESUMABLE] = "auto"
+    """Keep the NF4 layers' values dense beside them, for many rollouts at once and for replays; auto: on a GPU that has
+    room, where it is faster. The policy is the same."""
     prompt: str = "birds"
     """birds, cars, aircraft, drawn-birds, or a file of your own that ends in .toml."""
     generic: bool = False

@@ -599,9 +599,14 @@ def plan_memory(
         footprint = predictor.fit(free)
     else:
         chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen, anew=resume)
+        resident = {"auto": None, "on": True, "off": False}[config.supervisor.resident]
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen, anew=resume, resident=resident)
         plan = dataclasses.asdict(supervisor.plan)
-        config = dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
+        settings = dataclasses.replace(config.supervisor, resident="on" if plan.pop("resident") else "off")
+        rollout = dataclasses.replace(rollout, slots=supervisor.slots, **plan)
+        config = dataclasses.replace(config, rollout=rollout, supervisor=settings)
+        if supervisor.plan.resident:
+            supervisor.decoder.reside()
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
         if supervisor:

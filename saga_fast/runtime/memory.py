@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import distributed
-from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
+from saga_fast.supervisor import graphs
+from saga_fast.supervisor.decoder import FUSED_ROWS, DecoderLayer, FrozenDecoder, Projection
 from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.replay import Group, Plan, replay
@@ -44,6 +45,11 @@ GIB = 2**30
 MARGIN = 0.1  # of what is free: fragments of the allocator, the context
 BANDWIDTH, FLOPS = 3.35e12, 800e12  # of an H100, a second: the data sheet's, and what a large matmul reaches in bf16
 LANGUAGE_MODEL = ("language model's layers", "embedding and head")
+# Seconds of the products of one of the 8B's layers, which has so many weights, by rows, on an H200: NF4's own, and
+# dense ones in bf16 (bench/results/nvidia-h200/nf4.json). They rank ways to decode.
+LAYER = 192_937_984
+FUSED = {1: 82.1e-6, 4: 84.5e-6, 8: 86.1e-6, 16: 102.0e-6, 32: 124.1e-6, 64: 171.0e-6, 128: 275.2e-6}
+DENSE = {1: 138.5e-6, 4: 139.4e-6, 8: 142.1e-6, 16: 138.3e-6, 32: 140.1e-6, 64: 140.1e-6, 128: 144.2e-6}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -182,6 +188,14 @@ class Predictor:
             head = step.decoder.head
             self.resident[LANGUAGE_MODEL[0]] = size_of([step.decoder.layers, step.decoder.norm])
             self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
+            self.on_gpu = step.decoder.device.type != "cpu"  # on the meta device it is a GPU's in name
+            layer = step.decoder.layers[0]
+            self.parts = [
+                out * width for out, width in (layer.qkv.shape, layer.o.shape, layer.gate_up.shape, layer.down.shape)
+            ]
+            # Bytes of what is in NF4, dense.
+            packed = not layer.down.is_dense
+            self.dense = packed * step.decoder.depth * sum(self.parts) * step.decoder.dtype.itemsize
         self.block = 0
         if step.checkpointing:  # what stands before each block, and what the largest block makes again
             tower.checkpoint_blocks()
@@ -208,6 +222,10 @@ class Predictor:
         if step.supervisor is not None:
             cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
             resident["keys and values of rollouts"] = cache
+            if plan.resident:
+                resident[f"{LANGUAGE_MODEL[0]}, dense"] = self.dense
+            if self.on_gpu:  # what a captured step takes is not given back
+                resident["captured decode steps"] = self.draw(slots) + graphs.MOST * graphs.BYTES
             phases["B. roll out"] = self.rollout(slots)
             images = 2 * step.pairs  # whose features are kept, then side by side
             phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images), added)
@@ -221,9 +239,12 @@ class Predictor:
         step = self.step
         if self._prefill is None:
             self._prefill = prefill_bytes(step.decoder, step.prefix)
-        rows, vocabulary = slots * step.sampling.group_size, step.decoder.head.shape[0]
-        draw = rows * vocabulary * (step.decoder.dtype.itemsize + 8)
-        return step.batch * self.image_features + max(self._prefill, draw)
+        return step.batch * self.image_features + max(self._prefill, self.draw(slots))
+
+    def draw(self, slots: int) -> int:
+        """Of a decode step's logits, and of what sampling makes of them."""
+        rows, vocabulary = slots * self.step.sampling.group_size, self.step.decoder.head.shape[0]
+        return rows * vocabulary * (self.step.decoder.dtype.itemsize + 8)
 
     def replay(self, plan: Plan) -> int:
         """Of a replay of K groups whose completions are all as long as they may be."""
@@ -240,13 +261,13 @@ class Predictor:
         return self._replays[plan]
 
     def seconds(self, plan: Plan, slots: int) -> float:
-        """Of a step's rollouts and replay, on an H100 at the floor; other cards rank plans alike.
+        """Of a step's rollouts and replay, on an H100 or H200; other cards rank plans alike.
 
-        A decode step reads every weight, for as many rows as there are; 2 K pairs are begun. A replay's tokens pass
-        through the layers' matmuls forward, back, and where it computes again; each visit dequantises the weights.
+        2 K pairs are begun, and a decode step's products take what `FUSED` and `DENSE` say, its head what reading it
+        takes. A replay's tokens pass through the layers' matmuls forward, back, and where it computes again, at the
+        floor; each visit dequantises the weights, if they are not resident.
         """
-        step, layer, depth = self.step, self.step.decoder.layers[0], self.step.decoder.depth
-        parts = [out * width for out, width in (p.shape for p in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+        step, depth, parts = self.step, self.step.decoder.depth, self.parts
         again = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
         prefix, length = len(step.prefix) - step.prefix.preamble, step.sampling.max_new_tokens
         members = step.sampling.group_size
@@ -258,31 +279,39 @@ class Predictor:
             visits = step.pairs * (1 + -(-members // max(1, plan.token_budget // length)))
             passes = prefix * (2 + again[plan.prefix_recompute]) + members * length * (2 + again[plan.recompute])
             passes *= step.pairs
-        weights = depth * sum(parts)
-        dense = 2 * weights * isinstance(layer.down.weights[0], NF4Weight)  # bytes that dequantisation writes
-        replayed = 2 * weights * passes / FLOPS + 2 * visits * dense / BANDWIDTH
-        decoded = -(-2 * step.pairs // slots) * length * sum(map(self.resident.__getitem__, LANGUAGE_MODEL)) / BANDWIDTH
-        return replayed + decoded
+        dequantised = 0 if plan.resident else self.dense  # bytes that are written, a visit
+        replayed = 2 * depth * sum(parts) * passes / FLOPS + 2 * visits * dequantised / BANDWIDTH
+        rows = slots * members
+        many = plan.resident and rows > FUSED_ROWS["cuda"]
+        products = _at(FUSED if self.dense and not many else DENSE, rows) * depth * sum(parts) / LAYER
+        decoded = products + self.resident[LANGUAGE_MODEL[1]] / BANDWIDTH
+        return replayed + -(-2 * step.pairs // slots) * length * decoded
 
     def plans(
         self,
         token_budget: int | None = None,
         recompute: Recompute | None = None,
         prefix_recompute: Recompute | None = None,
+        resident: bool | None = None,
     ) -> list[Plan]:
-        """Replay plans, the fastest first; what the user fixed stays."""
+        """Replay plans, the fastest first; what the user fixed stays. Layers are resident where that is asked for, and,
+        if nothing is said, perhaps on a GPU: for CPUs it was not measured."""
         step, again = self.step, get_args(Recompute)
+        residences = (False, self.on_gpu) if resident is None else (resident,)
         length = step.sampling.max_new_tokens
         size = len(step.prefix) - step.prefix.preamble + step.sampling.group_size * length
         whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
         slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
         found = {
-            Plan(budget, policy, policy if budget >= size and not prefix_recompute else before)
+            Plan(
+                budget, policy, policy if budget >= size and not prefix_recompute else before, dense and self.dense > 0
+            )
             for budget in ([token_budget] if token_budget else whole | slices)
             for policy in ([recompute] if recompute else again)
             for before in ([prefix_recompute] if prefix_recompute else again)
+            for dense in residences
         }
-        return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
+        return sorted(found, key=lambda plan: (self.seconds(plan, 1), plan.resident, -plan.token_budget, str(plan)))
 
     def fit(self, free: int) -> Footprint:
         """Of a step without a supervisor. Raises InputError, with the numbers, if it does not fit into `free` bytes."""
@@ -299,6 +328,7 @@ class Predictor:
         prefix_recompute: Recompute | None = None,
         slots: int | None = None,
         anew: bool = False,
+        resident: bool | None = None,
     ) -> tuple[Plan, int, Footprint]:
         """The fastest plan and number of slots, up to twice K, that fit into `free` bytes.
 
@@ -307,20 +337,22 @@ class Predictor:
         """
         step, room = self.step, int(free * (1 - MARGIN))
         counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
-        every = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
+        every = itertools.product(self.plans(token_budget, recompute, prefix_recompute, resident), counts)
         ways = sorted(every, key=lambda way: self.seconds(*way))
         for plan, count in ways:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
                 return plan, count, footprint
-        if anew and (token_budget or recompute or prefix_recompute or slots):
+        if anew and (token_budget or recompute or prefix_recompute or slots or resident):
             return self.choose(free)
-        raise self._refusal(min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak), free)
+        least = min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak)
+        raise self._refusal(least, free, bool(resident))
 
-    def _refusal(self, least: Footprint, free: int) -> InputError:
+    def _refusal(self, least: Footprint, free: int, resident: bool = False) -> InputError:
         step = self.step
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
-        mends = [] if step.checkpointing else ["--encoder.checkpointing"]
+        mends = ["--supervisor.resident off"] if resident and self.dense else []
+        mends += [] if step.checkpointing else ["--encoder.checkpointing"]
         mends += ["--optim.states 8bit"] if step.states_bits == 32 else []
         mends += ["fewer --rollout.max-new-tokens"] if step.supervisor else []
         mends += [f"{'or ' if mends else ''}fewer images with --data.classes-per-batch"]
@@ -328,6 +360,14 @@ class Predictor:
             f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
             f"which {MARGIN:.0%} is left alone: pass {', '.join(mends)}"
         )
+
+
+def _at(table: dict[int, float], rows: int) -> float:
+    """What `table` says for `rows`, on the line between the nearest two."""
+    sizes = sorted(table)
+    above = next((i for i, size in enumerate(sizes) if size >= rows and i), len(sizes) - 1)
+    low, high = sizes[above - 1], sizes[above]
+    return table[low] + (table[high] - table[low]) * (rows - low) / (high - low)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -464,7 +504,10 @@ def replay_bytes(
         return min(len(h), chunk) * len(head) * 4
 
     with LiveBytes("meta", {torch.ops.saga_kernels.token_logprob.default: logits}) as live:
-        question = Question(decoder := on_meta(decoder), on_meta(prefix))
+        decoder = on_meta(decoder)
+        if plan.resident:
+            decoder.reside()
+        question = Question(decoder, on_meta(prefix))
         images, tokens = 2 * len(lengths), prefix.images.shape[1]
         width = decoder.embedding.shape[1]
         features = [

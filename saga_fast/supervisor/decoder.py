@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -24,6 +24,10 @@ from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_ma
 from saga_kernels.nf4 import BLOCK
 
 ONE_LESS = ("gemma3_text",)  # model types of language models whose norms multiply by one more than their weight
+
+# Up to so many rows NF4's fused product is faster than a dense one, on an H200 (bench/results/nvidia-h200/nf4.json: at
+# 32 rows and not at 64); a CPU dequantises for each product.
+FUSED_ROWS = {"cuda": 48, "cpu": 0}
 
 
 class Norm(Protocol):
@@ -75,11 +79,13 @@ class Projection:
     """A frozen linear map, or several of the same input, whose outputs come side by side.
 
     weights: (out, in) of each, NF4 or dense; but one where they lie in one matrix, as dense ones always do and NF4 ones
-    wherever `NF4Weight.concatenate` can. bias: (out,) of all together, or None.
+    wherever `NF4Weight.concatenate` can. bias: (out,) of all together, or None. resident: `dense` of all together, kept
+    for products of many rows, or None.
     """
 
     weights: tuple[NF4Weight | Tensor, ...]
     bias: Tensor | None
+    resident: Tensor | None = None
 
     @classmethod
     def of(cls, *linears: nn.Linear) -> Projection:
@@ -116,6 +122,8 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         if (matrix := self.matrix) is not None:
             return linear(x, matrix, self.bias)
+        if self.resident is not None and len(x) > FUSED_ROWS.get(x.device.type, 0):
+            return linear(x, self.resident, self.bias)
         parts = [linear(x, w) if isinstance(w, Tensor) else nf4_matmul(x, w) for w in self.weights]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if self.bias is None else y + self.bias
@@ -125,6 +133,14 @@ class Projection:
         for weight, rows in zip(self.weights, buffer.split([weight.shape[0] for weight in self.weights])):
             rows.copy_(weight) if isinstance(weight, Tensor) else nf4_dequantize(weight, out=rows)
         return buffer
+
+    def reside(self, dtype: torch.dtype) -> Projection:
+        """With `resident` in `dtype`, where it is not dense already."""
+        if self.is_dense:
+            return self
+        weight = self.weights[0]
+        device = weight.device if isinstance(weight, Tensor) else weight.packed.device
+        return replace(self, resident=self.dense(torch.empty(self.shape, dtype=dtype, device=device)))
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,10 @@ class DecoderLayer:
             Projection.of(mlp.down_proj),
             norm(layer, "post_feedforward_layernorm") if before_mlp else None,
         )
+
+    def reside(self, dtype: torch.dtype) -> DecoderLayer:
+        parts = {name: part.reside(dtype) for name, part in vars(self).items() if isinstance(part, Projection)}
+        return replace(self, **parts)
 
 
 class FrozenDecoder:
@@ -218,6 +238,11 @@ class FrozenDecoder:
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    def reside(self) -> None:
+        """Keeps what layers in NF4 stand for, in `dtype`, beside them: products of many rows, and replays, then need
+        not dequantise. Values are NF4's, so it is the same policy."""
+        self.layers = [layer.reside(self.dtype) for layer in self.layers]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(tokens,) int64 → (tokens, D). Visual positions hold pads here; the caller overwrites them."""
@@ -297,7 +322,8 @@ class FrozenDecoder:
         return layer.o(attend(i, q, k, v).flatten(-2))
 
     def fingerprint(self) -> str:
-        """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA."""
+        """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA. What is
+        resident is made of them, and does not count."""
         digest = hashlib.sha256()
         for tensor in self._tensors():
             digest.update(tensor.flatten().view(torch.uint8).cpu().numpy().data)
@@ -311,8 +337,9 @@ class FrozenDecoder:
                 for part in value:
                     yield from tensors(part)
             elif isinstance(value, Projection | NF4Weight | DecoderLayer):
-                for field in vars(value).values():
-                    yield from tensors(field)
+                for name, field in vars(value).items():
+                    if name != "resident":
+                        yield from tensors(field)
 
         for value in (self.embedding, *self.layers, self.norm, self.head):
             yield from tensors(value)

@@ -46,6 +46,8 @@ class Scratch:
     def _dense(self, name: str, projection: Projection) -> Tensor:
         if (matrix := projection.matrix) is not None:
             return matrix
+        if projection.resident is not None:
+            return projection.resident
         if name not in self._buffers:
             self._buffers[name] = self._like.new_empty(projection.shape)
         return projection.dense(self._buffers[name])

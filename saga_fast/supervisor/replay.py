@@ -62,11 +62,13 @@ class Plan:
 
     token_budget: packed tokens that go through together; a longer group goes in slices of its completions. recompute:
     of groups that go whole, and of slices. prefix_recompute: of a prefix that stands while its slices go through.
+    resident: whether the decoder's layers are, see `FrozenDecoder.reside`.
     """
 
     token_budget: int = 1 << 16
     recompute: Recompute = "none"
     prefix_recompute: Recompute = "none"
+    resident: bool = False
 
 
 WHOLE = Plan()
@@ -86,7 +88,7 @@ def replay(
     """
     run = _Run(question, features, groups, temperature, anchor_layer, plan)
     sizes = [len(question.prefix) - question.prefix.preamble + sum(map(len, group.completions)) for group in groups]
-    for pack in _packs(sizes, plan.token_budget):
+    for pack in _largest_first(sizes, plan.token_budget):
         if sum(sizes[i] for i in pack) <= plan.token_budget:
             run.whole(pack)
         else:
@@ -109,6 +111,11 @@ def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         pack.append(i)
     if pack:
         yield pack
+
+
+def _largest_first(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """`_packs`, so that what the first leaves to the allocator has room for all that follow."""
+    return sorted(_packs(sizes, token_budget), key=lambda pack: -sum(sizes[i] for i in pack))
 
 
 class _Run:
@@ -198,7 +205,7 @@ class _Run:
         gradient: KeysValues = []
         if self.keep:
             gradient = [(torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)) for k, v in before.held]
-        for part in _packs([len(c) for c in completions], self.plan.token_budget):
+        for part in _largest_first([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
             run = FrozenPass(

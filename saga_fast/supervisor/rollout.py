@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
+from saga_fast.supervisor.graphs import Graphs
 from saga_fast.supervisor.pair import Question
 from saga_fast.supervisor.whole_images import add_later
 from saga_kernels import GroupLayout, decode_attention, group_attention, sample_top_p
@@ -110,7 +112,7 @@ class Engine:
         self.drawn = torch.zeros(places, LOOK_EVERY + 1, dtype=torch.int64, device=decoder.device)
         self.watched = torch.zeros(min(WATCHED, places), LOOK_EVERY + 1, device=decoder.device)
         self.column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
-        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+        self.graphs = Graphs() if decoder.device.type == "cuda" else None
 
     @staticmethod
     def slot_bytes(decoder: FrozenDecoder, prefix: int, sampling: Sampling) -> int:
@@ -191,7 +193,7 @@ class Engine:
             (slot[row.of.pair_id] * group + row.g, row.of.pair_id * group + row.g, row.cached) for row in self.rows
         ]
         n, pairs, end = rows, len(self.pairs), max(cached for _, _, cached in state) + LOOK_EVERY
-        if device.type == "cuda":  # graphs are of few shapes: rows up to n and slots up to pairs run along unread
+        if self.graphs is not None:  # they are of few shapes: rows up to n and slots up to pairs run along unread
             n, pairs = _bucket(n, len(self.token)), _bucket(pairs, self.slots)
             end = _bucket(end, self.sampling.capacity)
         state += [(len(self.token), 0, 0)] * (n - rows)  # a seat that nobody reads
@@ -267,20 +269,12 @@ class Engine:
 
     def _steps(self, n: int, pairs: int, end: int) -> None:
         """LOOK_EVERY decode steps; on a GPU of one CUDA graph for each shape."""
-        steps, key = LOOK_EVERY, (n, pairs, end)
-        if self.token.is_cuda:
-            if key not in self.graphs:
-                self._step(*key)  # compiles what is not yet compiled, and is the first of the steps
-                steps -= 1
-                self.graphs[key] = torch.cuda.CUDAGraph()
-                pool = next(iter(self.graphs.values())).pool() if len(self.graphs) > 1 else None
-                with torch.cuda.graph(self.graphs[key], pool=pool):
-                    self._step(*key)
-            for _ in range(steps):
-                self.graphs[key].replay()
+        step = partial(self._step, n, pairs, end)
+        if self.graphs is not None:
+            self.graphs.run((n, pairs, end), step, LOOK_EVERY)
         else:
-            for _ in range(steps):
-                self._step(*key)
+            for _ in range(LOOK_EVERY):
+                step()
 
     def _step(self, n: int, pairs: int, end: int) -> None:
         """One token of the first n rows, of the first `pairs` slots, none of whose rows has `end` tokens before it.

@@ -32,6 +32,11 @@ def test_against_float64(dtype):
     assert error(make(dtype), {}) < TOLERANCE[dtype]
 
 
+def test_smallest_case_of_every_kernel():
+    """Of the 8B's heads."""
+    assert error(make(torch.bfloat16, length=40, dim=128, each=4), dict(length=40, dim=128, each=4)) < 2e-2
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [dict(length=37, dim=80, each=1), dict(length=38, dim=128, each=4), dict(length=40)])
 def test_small(dtype, shape):

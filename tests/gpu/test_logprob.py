@@ -25,10 +25,17 @@ def assert_agree(got, expected, tolerance):
     assert expected[1].norm() > 0 and (dh - expected[1]).norm() <= tolerance * expected[1].norm()
 
 
-def test_the_8b_model_equals_float32():
+def test_8b_equals_float32():
     h, head, targets, coeff = make(2 * CHUNK_ROWS + 100, WIDTH, VOCABULARY, torch.bfloat16)
     got = token_logprob(h, head, targets, coeff, 0.7)
     assert_agree(got, token_logprob_reference(h.float(), head.float(), targets, coeff, 0.7, CHUNK_ROWS), 1e-2)
+
+
+def test_smallest_case_of_every_kernel():
+    h, head, targets, coeff = make(20, 64, 5000, torch.bfloat16)
+    wide = (h.double().cpu(), head.double().cpu(), targets.cpu(), coeff.double().cpu())
+    expected = token_logprob_reference(*wide, 1.3, 32)
+    assert_agree([x.cpu() for x in token_logprob(h, head, targets, coeff, 1.3, 32)], expected, 1e-2)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

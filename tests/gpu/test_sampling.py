@@ -33,9 +33,27 @@ def reference(logits, temperature=0.7, top_p=0.95, seed=5, first=0, step=3):
     return sample_top_p_reference(logits.double(), temperature, top_p, seed, rows, torch.full_like(rows, step))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "agreeing"), [("zipf", 0.99), ("flat", 0.9), ("ties", 0.9), ("equal", 1.0)])
-def test_8b_draws_what_float64_draws(dtype, kind, agreeing):
+KINDS = [("zipf", 0.99), ("flat", 0.9), ("ties", 0.9), ("equal", 1.0)]  # and how many draws must agree
+
+
+@pytest.mark.parametrize(("kind", "agreeing"), KINDS)
+def test_8b_draws_what_float64_draws(kind, agreeing):
+    assert_draws_what_float64_draws(torch.bfloat16, kind, agreeing)
+
+
+def test_smallest_case_of_every_kernel():
+    logits = make(3, 3000)
+    wide = logits.double().cpu(), 0.7, 0.95, 5, torch.arange(3), torch.full((3,), 3)
+    assert torch.equal(draw(logits).cpu(), sample_top_p_reference(*wide))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("kind", "agreeing"), KINDS)
+def test_draws_of_another_dtype_are_what_float64_draws(dtype, kind, agreeing):
+    assert_draws_what_float64_draws(dtype, kind, agreeing)
+
+
+def assert_draws_what_float64_draws(dtype, kind, agreeing):
     """Flat rows have a token every 1e-5 of the distribution, near the rounding of a sum of 151,936 float32 weights."""
     for first in range(0, 256, 64):
         logits = make(64, dtype=dtype, kind=kind, seed=first)

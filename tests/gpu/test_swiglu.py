@@ -17,6 +17,15 @@ def run(dtype, *shape):
         yield y, *torch.autograd.grad(y, gate_up, dy)
 
 
+@pytest.mark.parametrize("rows", [64, 6_450])
+def test_8b_against_float64(rows):
+    compare(torch.bfloat16, rows, 12_288)
+
+
+def test_smallest_case_of_every_kernel():
+    compare(torch.bfloat16, 3, 256)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [64, 6_450])
 def test_against_float64(dtype, rows):
@@ -40,7 +49,7 @@ def compare(dtype, *shape):
         assert (result.double() - reference).norm() / reference.norm() < TOLERANCE[dtype]
 
 
-def test_the_same_bits_twenty_times():
+def test_8b_the_same_bits_twenty_times():
     first, *others = (next(run(torch.bfloat16, 1000, 12_288)) for _ in range(20))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +15,18 @@ import torch
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import memory
-from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, SupervisorParts, kept_by_tower, replay_bytes
+from saga_fast.runtime.memory import (
+    GIB,
+    LiveBytes,
+    Predictor,
+    Step,
+    SupervisorParts,
+    kept_by_tower,
+    on_meta,
+    replay_bytes,
+)
+from saga_fast.supervisor import graphs
+from saga_fast.supervisor.decoder import FUSED_ROWS, Projection
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, Question
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
@@ -198,3 +212,84 @@ def test_a_step_without_a_supervisor_fits_or_is_refused_with_the_numbers():
     assert predictor.fit(int(footprint.peak * 1.12)) == footprint
     with pytest.raises(InputError, match=r"^memory: a step takes 0.\d\d GiB at least .*: pass fewer images"):
         predictor.fit(footprint.peak)
+
+
+def test_layers_that_stand_dense_count_and_are_chosen_only_on_a_gpu_with_room_where_they_are_faster(tiny):
+    """On the meta device a decoder is a GPU's in name."""
+    encoder, decoder, prefix = tiny
+    many = Sampling(8, max_new_tokens=64)  # 8 slots of 8 rollouts are more rows than the fused product is for
+    shapes = {"decoder": on_meta(decoder), "prefix": prefix, "sampling": many}
+    predictor = Predictor(dataclasses.replace(step(tiny), **shapes))
+    dense, total = "language model's layers, dense", sum(math.prod(p.shape) for p in _projections(decoder))
+    plan, slots, ample = predictor.choose(GIB)
+    assert (plan.resident, slots) == (True, 8) and ample.resident[dense] == total * decoder.dtype.itemsize
+    without = predictor.footprint(dataclasses.replace(plan, resident=False), slots)
+    more = ample.peak - without.peak
+    assert 0.5 * ample.resident[dense] <= more <= ample.resident[dense], "scratch for a layer is spared"
+    # Of the same plan and slots, as much as it takes without them.
+    fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, slots
+    free = int(without.peak / (1 - memory.MARGIN)) + 2
+    assert not predictor.choose(free, *fixed)[0].resident
+    assert predictor.choose(free + int(1.2 * more), *fixed)[0].resident
+    assert not predictor.choose(GIB, resident=False)[0].resident
+    few = Predictor(dataclasses.replace(step(tiny), **{**shapes, "sampling": Sampling(2, max_new_tokens=64)}))
+    way = few.choose(GIB)
+    assert 2 * way[1] <= FUSED_ROWS["cuda"]
+    nearly = dataclasses.replace(way[0], resident=not way[0].resident)
+    assert few.seconds(way[0], way[1]) <= few.seconds(nearly, way[1])
+    assert not Predictor(dataclasses.replace(step(tiny), sampling=many)).choose(GIB)[0].resident, "not on a CPU"
+    assert Predictor(step(tiny)).choose(GIB, resident=True)[0].resident, "but where it is asked for"
+
+
+def _projections(decoder):
+    return [part for layer in decoder.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+
+def test_layers_asked_to_stand_dense_where_they_do_not_fit_are_refused_and_a_resumed_run_goes_without(tiny):
+    predictor = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(tiny[1])))
+    least = min(predictor.footprint(plan, 1).peak for plan in predictor.plans(resident=False))
+    free = int(1.001 * least / (1 - memory.MARGIN))
+    with pytest.raises(
+        InputError, match=r"^memory: .*language model's layers, dense 0\.\d\d.*--supervisor.resident off"
+    ):
+        predictor.choose(free, resident=True)
+    assert not predictor.choose(free, resident=True, anew=True)[0].resident
+
+
+def test_dense_layers_have_none_to_keep(tiny):
+    decoder = copy.copy(tiny[1])
+    decoder.layers = [_dense(layer) for layer in decoder.layers]
+    predictor = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(decoder)))
+    plan, _, footprint = predictor.choose(GIB, resident=True)
+    assert not plan.resident and "language model's layers, dense" not in footprint.resident
+
+
+def _dense(layer):
+    """The layer as a dense checkpoint of the values NF4 stands for would make it."""
+    parts = {name: value for name, value in vars(layer).items() if isinstance(value, Projection)}
+    return dataclasses.replace(
+        layer, **{name: Projection((part.dense(torch.empty(part.shape)),), part.bias) for name, part in parts.items()}
+    )
+
+
+def test_captured_steps_count_on_a_gpu_alone(tiny):
+    on_gpu = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(tiny[1])))
+    captured = on_gpu.footprint(Plan(), 2).resident["captured decode steps"]
+    assert captured == on_gpu.draw(2) + graphs.MOST * graphs.BYTES
+    assert "captured decode steps" not in Predictor(step(tiny)).footprint(Plan(), 2).resident
+
+
+def test_the_times_that_rank_ways_to_decode_are_the_measured_ones():
+    measured: dict[tuple[str, int], float] = {}
+    file = Path(__file__).parents[3] / "bench/results/nvidia-h200/nf4.json"
+    for case in json.loads(file.read_text())["cases"]:
+        if case["name"].startswith("nf4_matmul"):
+            rows = int(case["name"].rsplit(", ", 1)[1].split()[0])
+            for way in ("ours", "cuBLAS, dense bfloat16"):
+                key = way, rows
+                measured[key] = measured.get(key, 0.0) + case["implementations"][way]["ms"] / 1e3
+    assert {rows for _, rows in measured} == memory.FUSED.keys() == memory.DENSE.keys()
+    for (way, rows), seconds in measured.items():
+        assert (memory.FUSED if way == "ours" else memory.DENSE)[rows] == pytest.approx(seconds, rel=1e-3)
+    faster = {rows for rows in memory.FUSED if memory.FUSED[rows] < memory.DENSE[rows]}
+    assert max(faster) <= FUSED_ROWS["cuda"] < min(memory.FUSED.keys() - faster)

@@ -147,3 +147,31 @@ def test_in_bf16_many_slices_round_no_worse_than_one_pack():
     exact = gradient(torch.float64, 1 << 16)
     whole, sliced = ((gradient(torch.bfloat16, budget) - exact).norm() / exact.norm() for budget in (1 << 16, 1))
     assert 1e-4 < whole < 0.1 and sliced < 1.5 * whole, (whole, sliced)
+
+
+def test_the_largest_go_first_and_each_is_as_if_alone(model, monkeypatch):
+    """What the first leaves to a caching allocator has room for all that follow: whole groups, and a group's slices."""
+    lengths = [[3, 4], [9, 5], [2, 1], [6, 6]]
+    prefix, groups, features = pair_prefix(), make_groups(lengths), random_features(8)
+    question, first = Question(decoder_of(model), prefix), []
+    forward = frozen_pass.FrozenPass.forward
+    monkeypatch.setattr(
+        frozen_pass.FrozenPass,
+        "forward",
+        lambda run, h, *args, **kw: first.append(len(h)) or forward(run, h, *args, **kw),
+    )
+
+    def run(features, groups, budget):
+        leaves = features.map(lambda level: level.clone().requires_grad_())
+        return replay(question, leaves, groups, 0.7, 1, Plan(budget)), [leaf.grad for leaf in leaves.levels]
+
+    rest = len(prefix) - prefix.preamble
+    found, gradients = run(features, groups, rest + 14)
+    assert first == [rest + n for n in (14, 12, 7, 3)]
+    for i, group in enumerate(groups):
+        alone, its = run(features.select(torch.tensor([2 * i, 2 * i + 1])), [group], rest + 14)
+        assert all(map(torch.equal, found.log_probs[i], alone.log_probs[0]))
+        assert all(torch.equal(level[2 * i : 2 * i + 2], own) for level, own in zip(gradients, its))
+    first.clear()
+    run(features.select(torch.arange(2)), make_groups([[2, 7, 4]]), 5)
+    assert first == [rest, 7, 4, 2]
