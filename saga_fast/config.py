@@ -276,7 +276,7 @@ PRESETS: dict[str, Config] = {
         lambda_=LambdaConfig(adaptive=True),
         # On 50 species Potential Field's gradient is a thousand times that of the other two terms.
         dml=DmlConfig(loss="multi-similarity"),
-        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=2e-3, steps=50, precision="fp32"),
+        optim=OptimConfig(encoder_lr=2e-4, pooler_lr=4e-3, steps=70, precision="fp32"),
         log=LogConfig(checkpoint_every=25),
     ),
     # The paper's configurations: what is not said is in the defaults.

@@ -171,7 +171,7 @@ def test_what_changes_no_result_may_change(out, flags, field, value):
     [
         (
             ["--optim.steps", "48"],
-            "--optim.steps: 48, and .* began with 50; .* followed a cosine over that many",
+            "--optim.steps: 48, and .* began with 70; .* followed a cosine over that many",
         ),
         (
             ["--optim.clip", "2"],
