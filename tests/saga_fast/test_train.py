@@ -258,6 +258,7 @@ def test_a_loss_that_is_not_finite_skips_steps_then_stops(tmp_path, monkeypatch)
     assert all(torch.equal(saved[f"tower.model.{name}"], value) for name, value in original.items())
 
 
+@pytest.mark.slow
 def test_a_draw_without_contributing_pairs_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Supervisor, "judge", lambda self, completions, same: (torch.ones(len(same), 4),) * 2)
     config = small(optim={"steps": 1}, rollout={"credit": "verdict"})
