@@ -262,7 +262,6 @@ curves, in `card.json`.
    pictures and learns what follows them. Two probes, thrown away, ask after layer 1 at each value of item 2 whether
    item 1's differs, and after layer 2 which attributes differ. The last 150 steps train through NF4 with nested absmax,
    straight-through. Last logged: cross-entropy {language[loss]:.4f} a token, on noisy features.
-
 3. **Calibration**: {calibration[step]} steps of 12 answers that the model itself samples at temperature 1 about
    BENCHMARK and HARD pictures of pairs (50% same bird, 30% siblings, 20% strangers), with the true verdict in place of
    its own, through NF4: how often two pictures that it reads so show one bird. Last logged: cross-entropy of a verdict
