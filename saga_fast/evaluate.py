@@ -165,9 +165,9 @@ def main(arguments: Sequence[str]) -> None:
         asked, found = printable(row["class"]), printable(row["taken_for"])
         print(f"{row['count']} of {row['queries']} queries of {asked}: {found} comes first")
     if parsed.json:
-        found = {**metrics, "queries": len(scores.queries), "classes": classes, "confusions": mistakes}
+        written = {**metrics, "queries": len(scores.queries), "classes": classes, "confusions": mistakes}
         try:
-            parsed.json.write_text(json.dumps(found, indent=2) + "\n")
+            parsed.json.write_text(json.dumps(written, indent=2) + "\n")
         except OSError as error:
             cause = f"cannot be written ({error.strerror})"
             raise InputError(f"--json: {str(parsed.json)!r} {cause}; name another") from error

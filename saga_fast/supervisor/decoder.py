@@ -188,8 +188,8 @@ class DecoderLayer:
         )
 
     def reside(self, dtype: torch.dtype) -> DecoderLayer:
-        parts = {name: part.reside(dtype) for name, part in vars(self).items() if isinstance(part, Projection)}
-        return replace(self, **parts)
+        projections = {name: getattr(self, name).reside(dtype) for name in ("qkv", "o", "gate_up", "down")}
+        return replace(self, **projections)
 
 
 class FrozenDecoder:

@@ -217,9 +217,9 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
     for part in ("text_config", "vision_config"):
         said = getattr(config, part, None)
-        if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
-            yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
-    vision = getattr(config, "vision_config", None)
+        if (count := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
+            yield f"has {count} layers in the {part} of its config.json; accepted are up to {DEPTH}"
+    vision: Any = getattr(config, "vision_config", None)
     if (depth := getattr(vision, "num_hidden_layers", None)) is not None:
         layer = getattr(config, "vision_feature_layer", -1)
         for chosen in layer if isinstance(layer, list | tuple) else (layer,):

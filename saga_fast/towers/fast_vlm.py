@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from saga_fast.towers.base import VisionTower
@@ -22,17 +24,17 @@ class FastVlmTower(ProjectedTower):
         self.train()
 
     @classmethod
-    def model_from_config(cls, config: dict) -> PreTrainedModel:
+    def model_from_config(cls, config: dict[str, Any]) -> PreTrainedModel:
         import_timm()
         return super().model_from_config(config)
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Any:
         return self.vit.timm_model
 
     @property
     def cell(self) -> tuple[int, int]:
-        side = self.network.feature_info[-1]["reduction"]
+        side: int = self.network.feature_info[-1]["reduction"]
         return side, side
 
     def train(self, mode: bool = True) -> FastVlmTower:

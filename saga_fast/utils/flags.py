@@ -179,7 +179,8 @@ def _expect_values(default: Any, arguments: Sequence[str]) -> None:
         flag, equals, given = word.partition("=")
         value = given if equals else after
         name = flag.replace("_", "-")
-        if (forms := switches.get(name)) and (equals or str(value).lower() in ("true", "false")):
-            raise InputError(f"{flag} {value}: a switch takes no value; pass {forms[0]} for yes, {forms[1]} for no")
+        if name in switches and (equals or str(value).lower() in ("true", "false")):
+            yes, no = switches[name]
+            raise InputError(f"{flag} {value}: a switch takes no value; pass {yes} for yes, {no} for no")
         if name in paths and value == "":
             raise InputError(f"{flag}: empty; name a file or folder, or leave the flag out")
