@@ -45,7 +45,7 @@ from saga_fast.config import Config
 from saga_fast.data import Batch
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.losses import metric_loss
-from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
+from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, free_bytes
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import Question
@@ -424,8 +424,8 @@ def steps(
     """Steps as the memory plan has them in `room` bytes. limit: seconds of a phase. note: is told after each."""
     supervisor, t = rig.supervisor, training(rig)
     settings = Step(
-        rig.encoder, supervisor.decoder, supervisor.prefix, supervisor.sampling, IMAGES, rig.shape.pairs, t.dml, 8,
-        checkpointing, rig.autocast._enabled,
+        rig.encoder, SupervisorParts.of(supervisor), IMAGES, rig.shape.pairs, t.dml, 8, checkpointing,
+        rig.autocast._enabled,
     )  # fmt: skip
     supervisor.plan, supervisor.slots, footprint = Predictor(settings).choose(room)
     rig.encoder.tower.checkpoint_blocks(checkpointing)

@@ -218,8 +218,8 @@ def test_layers_that_stand_dense_count_and_are_chosen_only_on_a_gpu_with_room_wh
     """On the meta device a decoder is a GPU's in name."""
     encoder, decoder, prefix = tiny
     many = Sampling(8, max_new_tokens=64)  # 8 slots of 8 rollouts are more rows than the fused product is for
-    shapes = {"decoder": on_meta(decoder), "prefix": prefix, "sampling": many}
-    predictor = Predictor(dataclasses.replace(step(tiny), **shapes))
+    parts = SupervisorParts(on_meta(decoder), prefix, many)
+    predictor = Predictor(dataclasses.replace(step(tiny), supervisor=parts))
     dense, total = "language model's layers, dense", sum(math.prod(p.shape) for p in _projections(decoder))
     plan, slots, ample = predictor.choose(GIB)
     assert (plan.resident, slots) == (True, 8) and ample.resident[dense] == total * decoder.dtype.itemsize
@@ -232,13 +232,20 @@ def test_layers_that_stand_dense_count_and_are_chosen_only_on_a_gpu_with_room_wh
     assert not predictor.choose(free, *fixed)[0].resident
     assert predictor.choose(free + int(1.2 * more), *fixed)[0].resident
     assert not predictor.choose(GIB, resident=False)[0].resident
-    few = Predictor(dataclasses.replace(step(tiny), **{**shapes, "sampling": Sampling(2, max_new_tokens=64)}))
+    two = parts._replace(sampling=Sampling(2, max_new_tokens=64))
+    few = Predictor(dataclasses.replace(step(tiny), supervisor=two))
     way = few.choose(GIB)
     assert 2 * way[1] <= FUSED_ROWS["cuda"]
     nearly = dataclasses.replace(way[0], resident=not way[0].resident)
     assert few.seconds(way[0], way[1]) <= few.seconds(nearly, way[1])
-    assert not Predictor(dataclasses.replace(step(tiny), sampling=many)).choose(GIB)[0].resident, "not on a CPU"
+    on_cpu = SupervisorParts(decoder, prefix, many)
+    assert not Predictor(dataclasses.replace(step(tiny), supervisor=on_cpu)).choose(GIB)[0].resident, "not on a CPU"
     assert Predictor(step(tiny)).choose(GIB, resident=True)[0].resident, "but where it is asked for"
+
+
+def with_decoder(tiny, decoder) -> Step:
+    whole = step(tiny)
+    return dataclasses.replace(whole, supervisor=whole.supervisor._replace(decoder=decoder))
 
 
 def _projections(decoder):
@@ -246,7 +253,7 @@ def _projections(decoder):
 
 
 def test_layers_asked_to_stand_dense_where_they_do_not_fit_are_refused_and_a_resumed_run_goes_without(tiny):
-    predictor = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(tiny[1])))
+    predictor = Predictor(with_decoder(tiny, on_meta(tiny[1])))
     least = min(predictor.footprint(plan, 1).peak for plan in predictor.plans(resident=False))
     free = int(1.001 * least / (1 - memory.MARGIN))
     with pytest.raises(
@@ -259,7 +266,7 @@ def test_layers_asked_to_stand_dense_where_they_do_not_fit_are_refused_and_a_res
 def test_dense_layers_have_none_to_keep(tiny):
     decoder = copy.copy(tiny[1])
     decoder.layers = [_dense(layer) for layer in decoder.layers]
-    predictor = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(decoder)))
+    predictor = Predictor(with_decoder(tiny, on_meta(decoder)))
     plan, _, footprint = predictor.choose(GIB, resident=True)
     assert not plan.resident and "language model's layers, dense" not in footprint.resident
 
@@ -273,7 +280,7 @@ def _dense(layer):
 
 
 def test_captured_steps_count_on_a_gpu_alone(tiny):
-    on_gpu = Predictor(dataclasses.replace(step(tiny), decoder=on_meta(tiny[1])))
+    on_gpu = Predictor(with_decoder(tiny, on_meta(tiny[1])))
     captured = on_gpu.footprint(Plan(), 2).resident["captured decode steps"]
     assert captured == on_gpu.draw(2) + graphs.MOST * graphs.BYTES
     assert "captured decode steps" not in Predictor(step(tiny)).footprint(Plan(), 2).resident
