@@ -38,8 +38,8 @@ from saga_fast.supervisor.rollout import Engine, Sampling
 
 # A model with whole chunks of 128 in every product, and heads of the 8B's size.
 SMALL = Shape(
-    layers=4, width=512, heads=4, kv_heads=2, head_dim=128, ffn=1024, vocabulary=2048, tower_layers=3, tower_width=128,
-    tower_heads=2, tower_ffn=384, image_size=64, prefix=320, pairs=4, group=4, short=32, long=88,
+    layers=2, width=256, heads=2, kv_heads=1, head_dim=128, ffn=512, vocabulary=1024, tower_layers=3, tower_width=128,
+    tower_heads=2, tower_ffn=256, image_size=64, prefix=320, pairs=4, group=4, short=32, long=56,
 )  # fmt: skip
 RUN_STEPS = 12
 TOLERANCE = 1e-2  # of a gradient in fp32, relative: sums of another order, and TF32 in cuDNN's convolution
@@ -52,7 +52,7 @@ def tiny() -> Config:
     data = dataclasses.replace(
         config.data, species=16, images_per_species=6, classes_per_batch=8, images_per_class=4, workers=0
     )
-    few = dataclasses.replace(config.rollout, pairs=3, pairs_per_batch=8, max_batches=1, slots=8)
+    few = dataclasses.replace(config.rollout, pairs=2, pairs_per_batch=8, max_batches=1, slots=8)
     loud = dataclasses.replace(config.lambda_, adaptive=False)  # which would not listen before some steps are done
     optim = dataclasses.replace(config.optim, steps=4)
     return dataclasses.replace(config, data=data, rollout=few, lambda_=loud, optim=optim)

@@ -173,6 +173,7 @@ def quantize(language_model: nn.Module) -> None:
                 quant_type="nf4",
                 device="meta",
             )
+            layer.support_avx512bf16_for_cpu = False  # a way of its own on CPUs, which rounds to bf16
             packed = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
             layer.weight = packed.to(weight.device)
             language_model.set_submodule(name, layer)

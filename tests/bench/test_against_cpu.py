@@ -19,7 +19,7 @@ def step():
 
 def test_a_step_that_is_given_its_own_draws_is_itself(step):
     """So a GPU that is given the CPU's is held against the same step."""
-    assert step["log"]["pairs_replayed"] == 3 and step["log"]["applied"]
+    assert step["log"]["pairs_replayed"] == 2 and step["log"]["applied"]
     again = against_cpu.step(against_cpu.tiny(), step["drawn"])
     found = difference(again, step)
     assert found.keys() >= {"gradient_tower", "gradient_pooler", "loss_dml", "loss_lm", "loss_kl"}
@@ -70,4 +70,4 @@ def test_the_small_model_takes_a_step_in_both_precisions(tmp_path):
     wide = against_cpu.small_side(str(tmp_path), "fp32", None)
     narrow = against_cpu.small_side(str(tmp_path), "bf16", wide["drawn"])
     found = difference(narrow, wide)
-    assert wide["log"]["pairs_replayed"] == 3 and 0 < found["gradient_tower"] < 0.5
+    assert wide["log"]["pairs_replayed"] == 2 and 0 < found["gradient_tower"] < 0.5
