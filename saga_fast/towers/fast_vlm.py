@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from saga_fast.towers.base import VisionTower
 from saga_fast.towers.projected import ProjectedTower
-from saga_fast.towers.timm import checkpoint_blocks, import_timm
+from saga_fast.towers.timm import checkpoint_blocks, faults, import_timm
 from saga_fast.utils.errors import InputError
 
 
@@ -24,6 +24,9 @@ class FastVlmTower(ProjectedTower):
     @classmethod
     def model_from_config(cls, config: dict) -> PreTrainedModel:
         import_timm()
+        vision = AutoConfig.for_model(**config).vision_config
+        for fault in faults(getattr(vision, "architecture", None), getattr(vision, "model_args", None)):
+            raise InputError(f"encoder: its tower's {fault}")
         return super().model_from_config(config)
 
     @property
