@@ -41,7 +41,8 @@ def check(name: str, config: CheckArguments) -> Iterator[str]:
     known = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
     mllm = shapes(known, config)
     side = config.data.image_size
-    encoder = empty_encoder(mllm, config)
+    prompt, rollout = load_prompt(config.supervisor.prompt), config.rollout
+    encoder = empty_encoder(mllm, config, prompt.attributes)
     rows, columns = encoder.tower.grid(side, side)
     decoder, text = mllm.decoder, known.config.text_config
     kind = known.config.model_type
@@ -54,7 +55,6 @@ def check(name: str, config: CheckArguments) -> Iterator[str]:
         f"language model: {text.model_type}, {decoder.depth} layers of {text.hidden_size} numbers, "
         f"{text.vocab_size:,} words, {'in NF4' if config.supervisor.quantize else 'not quantised'}"
     )
-    prompt, rollout = load_prompt(config.supervisor.prompt), config.rollout
     sampling = Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
     supervisor = Supervisor(
         mllm,
@@ -84,7 +84,7 @@ def shapes(known: Pretrained, config: Config) -> Mllm:
     return known.mllm._replace(decoder=decoder)
 
 
-def empty_encoder(mllm: Mllm, config: Config) -> Encoder:
+def empty_encoder(mllm: Mllm, config: Config, attributes: Sequence[str] = ()) -> Encoder:
     """The encoder on the CPU, its weights' memory asked for and never written; buffers are what they are."""
     with init_empty_weights(include_buffers=False):
         encoder = Encoder(
@@ -92,6 +92,7 @@ def empty_encoder(mllm: Mllm, config: Config) -> Encoder:
             config.encoder.pooler,
             config.encoder.embedding_dim,
             config.data.image_size,
+            attributes,
         )
     for module in encoder.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):

@@ -283,8 +283,7 @@ def train(trainer: Trainer, folder: Path, steps: int, seed: int) -> None:
         trainer.projector.load_state_dict(parts["projector"])
         checkpoint.unpack_optimizer(optimizer, parts["optimizer"], state["optimizer"])
         start = state["step"]
-        lines = log.path.read_text().splitlines(True) if log.path.exists() else []
-        log.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        log.path.write_text("".join(log.path.read_text().splitlines(True)[:start]))  # a line a step
     for step in range(start, steps):
         source = step % len(trainer.sources)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK, WARMUP)
@@ -322,20 +321,23 @@ def make(out: Path, pictures: Path | None = None, steps: int = Arguments.steps, 
             except BaseException:
                 shutil.rmtree(aside)
                 raise
-            begun.write_text(json.dumps(settings))
+            (aside / "settings.part").write_text(json.dumps(settings))
+            (aside / "settings.part").replace(begun)
         trainer = Trainer(aside / "model", sources)
         train(trainer, aside, steps, seed)
         print("measuring", flush=True)
         found = {source.prompt.item: trainer.measure(i) for i, source in enumerate(sources)}
-        finish(aside, trainer.projector, found, pictures is not None, steps, seed)
-        replace(aside / "model", out)
+        replace(finish(aside, trainer.projector, found, pictures is not None, steps, seed), out)
         shutil.rmtree(aside)
     return found
 
 
-def finish(aside: Path, projector: nn.Module, found: dict, pictures: bool, steps: int, seed: int) -> None:
-    """Puts the trained projector, the log and the card beside the rest of the model."""
-    folder = aside / "model"
+def finish(aside: Path, projector: nn.Module, found: dict, pictures: bool, steps: int, seed: int) -> Path:
+    """The model with the trained projector, the log and the card, in a folder of its own: the one that it began with
+    stays whole."""
+    folder = aside / "finished"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(aside / "model", folder)
     model = FastVlmForConditionalGeneration.from_pretrained(folder, dtype="auto")
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())
     model.save_pretrained(folder)
@@ -347,6 +349,7 @@ def finish(aside: Path, projector: nn.Module, found: dict, pictures: bool, steps
         )
     (folder / "card.json").write_text(json.dumps({"steps": steps, "seed": seed, "measured": found}, indent=1))
     (folder / "README.md").write_text(card(found, steps, model.num_parameters()))
+    return folder
 
 
 def card(found: dict, steps: int, parameters: int) -> str:
@@ -402,7 +405,15 @@ def main(arguments: Sequence[str]) -> None:
     if said.out is None:
         raise InputError("--out: name the folder that the model is to be written to")
     started = time.monotonic()
-    found = make(said.out, said.pictures, said.steps, said.seed)
+    try:
+        found = make(said.out, said.pictures, said.steps, said.seed)
+    except OSError as error:
+        raise InputError(
+            f"--out: {str(said.out)!r} cannot be written to ({error.strerror or error}); make room, then say the same"
+        ) from error
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     print(json.dumps(found, indent=1))
     print(f"the model is in {said.out}, after {time.monotonic() - started:.0f} s")
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from saga_fast.towers.base import VisionTower
 from saga_fast.towers.projected import ProjectedTower
-from saga_fast.towers.timm import checkpoint_blocks, import_timm
+from saga_fast.towers.timm import checkpoint_blocks, faults, import_timm
 from saga_fast.utils.errors import InputError
 
 
@@ -26,6 +26,9 @@ class FastVlmTower(ProjectedTower):
     @classmethod
     def model_from_config(cls, config: dict[str, Any]) -> PreTrainedModel:
         import_timm()
+        vision = AutoConfig.for_model(**config).vision_config
+        for fault in faults(getattr(vision, "architecture", None), getattr(vision, "model_args", None)):
+            raise InputError(f"encoder: its tower's {fault}")
         return super().model_from_config(config)
 
     @property

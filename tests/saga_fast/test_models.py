@@ -62,6 +62,14 @@ def test_what_is_said_is_what_is_loaded(family, head, tmp_path, capsys):
     assert sum(line.startswith(f"{card} GiB: peak") for line in lines for card in (8, 16, 24, 40, 80)) == 5
 
 
+def test_a_query_for_each_of_the_prompts_attributes_is_planned_with(tmp_path, capsys):
+    folder = save("qwen3-vl", tmp_path / "m")
+    lines = check(folder, capsys, "--encoder.pooler", "attributes", "--supervisor.prompt", "drawn-birds")
+    assert "which can be used" in lines[0]
+    with pytest.raises(InputError, match="encoder.embedding-dim: 16 cannot be shared out among 28 attributes"):
+        check(folder, capsys, "--encoder.pooler", "attributes")
+
+
 def test_a_card_that_is_too_small_is_said_to_be(tmp_path, capsys):
     lines = check(save("qwen2-vl", tmp_path / "m"), capsys, "--cards", "0.001", "24")
     assert lines[-2].startswith("0.001 GiB: too little; a step takes ") and lines[-1].startswith("24 GiB: peak ")
