@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ IMAGE, SPARE = "<image>", "<empty_output>"  # the image token, and whose number 
 PAIRS, PEAK, WARMUP = 4, 2e-3, 10  # of a step; learning rate and the steps until it is reached
 SAVE_EVERY = 20  # steps
 HELD_OUT = 10**6  # a seed of pictures that no step draws
+Measured = dict[str, dict[str, float]]  # what is in the pictures → figure of `Trainer.measure` → value
 PICTURES = Prompt("picture editor", "picture", "same_kind", ("kind",))
 
 
@@ -96,7 +97,7 @@ class Birds:
         other = (
             bird if kind < 0.4 else change(bird, int(rng.integers(1, 3)), rng) if kind < 0.8 else seen_attributes(rng)
         )
-        images = tuple(draw(one, EASY, rng).image for one in (bird, other))
+        images = draw(bird, EASY, rng).image, draw(other, EASY, rng).image
         return Example(images, answer(PROMPT, bird, other), bird == other)
 
 
@@ -120,7 +121,8 @@ class Pictures:
         same = kinds[0] == kinds[1]
         noted = ("none", "high", "one kind") if same else ("kind", "high", "two kinds")
         written = PICTURES.answer({"kind": kinds[0]}, {"kind": kinds[1]}, *noted, same)
-        return Example(tuple(self.data[int(i)][0] for i in two), written, same)
+        images = self.data[int(two[0])][0], self.data[int(two[1])][0]
+        return Example(images, written, same)
 
 
 def words(name: str) -> str:
@@ -136,7 +138,7 @@ def build(folder: Path) -> None:
 
     Raises InputError where a package that brings weights, or timm, is missing.
     """
-    vision = load_tower(TOWER)
+    vision: Any = load_tower(TOWER)
     language, spoken = smollm2.load()
     tokenizer = with_image_token(spoken)
     text = language.config.to_dict()
@@ -149,11 +151,11 @@ def build(folder: Path) -> None:
             "hidden_size": vision.network.num_features,
             "do_pooling": False,
         },
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(IMAGE)),
         image_seq_length=(SIDE // 32) ** 2,
         tie_word_embeddings=True,
     )
-    model = FastVlmForConditionalGeneration(config)
+    model: Any = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.model.vision_tower.timm_model.load_state_dict(vision.network.state_dict())
     model.model.language_model.to(torch.bfloat16)  # the tower's statistics want all their bits
@@ -192,7 +194,8 @@ class Trainer:
     def __init__(self, folder: Path, sources: Sequence[Birds | Pictures]) -> None:
         self.mllm: Mllm = load_mllm(folder, dtype=torch.bfloat16)
         self.tower: VisionTower = tower_of(self.mllm.visual.float().requires_grad_(False))
-        self.projector: nn.Module = self.mllm.visual.multi_modal_projector.requires_grad_()
+        visual: Any = self.mllm.visual
+        self.projector: nn.Module = visual.multi_modal_projector.requires_grad_()
         self.sources = sources
         sampling = Sampling(group_size=1, temperature=1.0, max_new_tokens=512)
         grid = self.tower.grid(SIDE, SIDE)
@@ -202,7 +205,8 @@ class Trainer:
         """Draws the projector so that its tokens are in scale: features without their mean, at the embedding's
         size."""
         mean, scale = self.features([self.sources[0].draw(rng) for _ in range(8)])
-        first, last = self.projector.linear_1, self.projector.linear_2
+        projector: Any = self.projector
+        first, last = projector.linear_1, projector.linear_2
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.no_grad():
             first.weight.normal_(std=first.in_features**-0.5, generator=generator).div_(scale)
@@ -215,7 +219,8 @@ class Trainer:
     def features(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Mean (C,) and standard deviation () of the tower's channels, before the projector."""
         pixels = self.tower.normalize(self.pixels(examples), self.mllm.visual.dtype)
-        maps = self.mllm.visual.vision_tower(pixels, do_pooling=False).last_hidden_state
+        visual: Any = self.mllm.visual
+        maps = visual.vision_tower(pixels, do_pooling=False).last_hidden_state
         mean = maps.mean((0, 2, 3))
         return mean, (maps - mean[:, None, None]).std()
 
@@ -261,10 +266,10 @@ class Trainer:
                 found["token"] = -torch.cat([rows[0] for rows in log_probs]).mean().item()
         sampler = copy.copy(supervisor)
         sampler.sampling = Sampling(group_size=rollouts, max_new_tokens=max(map(len, completions)) + 32)
-        groups = sampler.roll_out(VisualFeatures(tokens, ()), torch.arange(count))
+        rolled_out = sampler.roll_out(VisualFeatures(tokens, ()), torch.arange(count))
         verdicts = [
             (verdict, example.same)
-            for example, group in zip(examples, groups)
+            for example, group in zip(examples, rolled_out)
             for text in map(supervisor.text, group)
             if (verdict := parse(text, supervisor.prompt)) is not None and verdict.well_formed
         ]
@@ -299,7 +304,7 @@ def train(trainer: Trainer, folder: Path, steps: int, seed: int) -> None:
             checkpoint.save(saved, step + 1, parts, {"step": step + 1, "optimizer": rest}, keep=1)
 
 
-def make(out: Path, pictures: Path | None = None, steps: int = Arguments.steps, seed: int = 0) -> dict:
+def make(out: Path, pictures: Path | None = None, steps: int = Arguments.steps, seed: int = 0) -> Measured:
     """Builds, trains, measures and writes the model folder `out`; what was measured. Raises InputError."""
     sources: list[Birds | Pictures] = [Birds(), *([Pictures(pictures)] if pictures else [])]
     with locked(out, "--out"):
@@ -332,7 +337,7 @@ def make(out: Path, pictures: Path | None = None, steps: int = Arguments.steps, 
     return found
 
 
-def finish(aside: Path, projector: nn.Module, found: dict, pictures: bool, steps: int, seed: int) -> Path:
+def finish(aside: Path, projector: nn.Module, found: Measured, pictures: bool, steps: int, seed: int) -> Path:
     """The model with the trained projector, the log and the card, in a folder of its own: the one that it began with
     stays whole."""
     folder = aside / "finished"
@@ -352,7 +357,7 @@ def finish(aside: Path, projector: nn.Module, found: dict, pictures: bool, steps
     return folder
 
 
-def card(found: dict, steps: int, parameters: int) -> str:
+def card(found: Measured, steps: int, parameters: int) -> str:
     rows = "\n".join(
         f"| {item}s | {x['token']:.3f} | {x['value']:.3f} | {x['other']:.3f} | {100 * x['json']:.0f} % "
         f"| {100 * x['verdict']:.0f} % |"
