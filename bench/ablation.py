@@ -87,7 +87,7 @@ SIZE = (
     *("--rollout.pairs", "4", "--encoder.embedding-dim", "768", "--lambda.no-adaptive"),
 )
 STEPS, TUNING_STEPS = 60, 30
-RATES, WEIGHTS = ("1e-4", "2e-4"), ("1", "0.3", "5")
+RATES, WEIGHTS = ("1e-4", "2e-4"), ("0.3", "1")
 OTHER_BIRDS = ("--data.seed", "1")
 READ = 48  # pairs of test species that the supervisor reads, half of them of one
 LOGGED = (  # of metrics.jsonl: mean over the first and the last third of the steps that have it
