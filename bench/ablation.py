@@ -34,7 +34,7 @@ import torch
 from bench import write_json
 from saga_fast.config import Config, DataConfig
 from saga_fast.encoder import Encoder
-from saga_fast.evaluate import embed_all, load_images
+from saga_fast.evaluate import embed_images, load_images
 from saga_fast.retrieval.metrics import retrieve
 from saga_fast.supervisor.draw import draw_pairs
 from saga_fast.supervisor.mllm import load_mllm
@@ -52,22 +52,22 @@ NO_LM, NO_KL = ("--lambda.lm", "0"), ("--lambda.kl", "0")
 
 @dataclass(frozen=True)
 class Row:
-    """flags: what the row is. speaks: whether λ_lm is tuned. module: what runs it."""
+    """flags: what the row is. tunes_lm: whether λ_lm is tuned. module: what runs it."""
 
     flags: tuple[str, ...]
-    speaks: bool = False
+    tunes_lm: bool = False
     module: str = "saga_fast.train"
 
 
 ROWS = {
     "DML, paper's pooler": Row((*PAPER, *VERDICT, *NO_LM, *NO_KL)),
-    "paper's method": Row((*PAPER, *VERDICT), speaks=True),
+    "paper's method": Row((*PAPER, *VERDICT), tunes_lm=True),
     "DML": Row((*ATTRIBUTE, *VERDICT, *NO_LM, *NO_KL)),
     "+ KL": Row((*ATTRIBUTE, *VERDICT, *NO_LM)),
-    "+ KL + GRPO (verdict)": Row((*ATTRIBUTE, *VERDICT), speaks=True),
-    "all": Row((*ATTRIBUTE, *CREDIT), speaks=True),
+    "+ KL + GRPO (verdict)": Row((*ATTRIBUTE, *VERDICT), tunes_lm=True),
+    "all": Row((*ATTRIBUTE, *CREDIT), tunes_lm=True),
     "all, λ untuned": Row((*ATTRIBUTE, *CREDIT, "--lambda.adaptive")),
-    "oracle": Row((*ATTRIBUTE, *VERDICT), speaks=True, module="bench.oracle"),
+    "oracle": Row((*ATTRIBUTE, *VERDICT), tunes_lm=True, module="bench.oracle"),
 }
 METRICS = {"R@1": "recall_at_1", "R@4": "recall_at_4", "MAP@R": "map_at_r", "NMI": "nmi"}
 DIFFERENCES = [
@@ -139,7 +139,7 @@ def per_query(folder: Path) -> dict[str, Any]:
     if not file.exists():
         data = config_of(folder).data
         _, images = load_images(data, data.image_size)
-        scores = retrieve(embed_all(Encoder.from_pretrained(folder / "encoder"), images), images.labels)
+        scores = retrieve(embed_images(Encoder.from_pretrained(folder / "encoder"), images), images.labels)
         hit = "".join(str(int(row)) for row in scores.hits[:, 0])
         file.write_text(
             json.dumps({"hit": hit, "map_at_r": [round(100 * x, 2) for x in scores.average_precision.tolist()]})
@@ -159,10 +159,10 @@ def reading(encoder: Encoder, data: DataConfig) -> float:
     pairs = draw_pairs(images.labels, READ, seed=0, first_id=0).flatten()
     batch = images.batch(pairs.tolist())
     with torch.no_grad():
-        completions = supervisor.roll_out(encoder.tower(batch.pixels), torch.arange(READ))
+        completions = supervisor.rollout(encoder.tower(batch.pixels), torch.arange(READ))
     right = []
     for two, group in zip(pairs.view(-1, 2).tolist(), completions):
-        for items in supervisor.read(group):
+        for items in supervisor.attribute_values(group):
             for image, said in zip(two, items):
                 truth = birds.attributes(image)
                 right += [said.get(name) == truth[name] for name in ATTRIBUTES]
@@ -215,16 +215,16 @@ def main() -> None:
         return {row: max(values, key=values.__getitem__) for row, values in tuned.items()}
 
     def point(row: str, rate: str, weight: str) -> tuple[str, tuple[str, ...]]:
-        speaks = ROWS[row].speaks
-        name = f"lr {rate}, λ_lm {weight}" if speaks else f"lr {rate}"
-        return name, ("--optim.encoder-lr", rate, *(("--lambda.lm", weight) if speaks else ()))
+        tunes_lm = ROWS[row].tunes_lm
+        name = f"lr {rate}, λ_lm {weight}" if tunes_lm else f"lr {rate}"
+        return name, ("--optim.encoder-lr", rate, *(("--lambda.lm", weight) if tunes_lm else ()))
 
     tries = [(row, *point(row, rate, WEIGHTS[0])) for row in options.rows for rate in RATES]
     best = tune({(row, name): flags for row, name, flags in tries})
     tries = [
         (row, *point(row, points[row][best[row]][1], weight))
         for row in options.rows
-        if ROWS[row].speaks
+        if ROWS[row].tunes_lm
         for weight in WEIGHTS[1:]
     ]
     best = tune({(row, name): flags for row, name, flags in tries})

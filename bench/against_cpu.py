@@ -34,7 +34,7 @@ from bench.record import Shape
 from saga_fast.config import PRESETS, Config
 from saga_fast.supervisor import rollout
 from saga_fast.supervisor.graphs import BYTES, Graphs
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.rollout import RolloutEngine, Sampling
 
 # A model with whole chunks of 128 in every product, and heads of the 8B's size.
 SMALL = Shape(
@@ -221,7 +221,7 @@ def graphs() -> dict[str, Any]:
     found: dict[str, Any] = {}
     said = {}
     for name, most in (("without", None), ("graphs", 32), ("three graphs", 3)):
-        engine = Engine(rig.question, sampling, (rig.eos,), 2)
+        engine = RolloutEngine(rig.prefix_cache, sampling, (rig.eos,), 2)
         engine.graphs = Graphs(most or 32, Eager if most is None or rig.device.type == "cpu" else None)
         rig.wait()
         before = free()

@@ -29,9 +29,9 @@ from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime.memory import GIB, Predictor, Step, _tensors
 from saga_fast.runtime.oom import gradients_all_or_none
 from saga_fast.supervisor import replay as replay_module
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.replay import Group, Plan, replay
-from saga_fast.supervisor.rollout import Engine
+from saga_fast.supervisor.pair import PrefixCache
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
+from saga_fast.supervisor.rollout import RolloutEngine
 
 UNIT, SMALL = 512, 1 << 20  # sizes are rounded up to the one; what is smaller than the other has a pool of its own
 
@@ -128,7 +128,7 @@ def steps(
         parameters = list(encoder.parameters())
         states: list[Tensor] = []
         engine = None
-        question = Question(decoder, prefix)
+        question = PrefixCache(decoder, prefix)
         for number in range(count):
 
             def told(phase: str, number: int = number) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def steps(
             if block is not None:
                 taken = [x.copy_(g).view_as(g) for x, g in zip(block.split([g.numel() for g in taken]), taken)]
             yield told("embed")
-            engine = engine or Engine(question, step.sampling, (0,), slots)
+            engine = engine or RolloutEngine(question, step.sampling, (0,), slots)
             for _ in range(-(-2 * pairs // slots)):
                 engine._prefill(VisualFeatures.of([x[:8] for x in features]), slice(0, 4))
             yield told("roll out")
@@ -153,7 +153,7 @@ def steps(
                     for x in features
                 ]
             )
-            replay(question, leaves, groups, 1.0, -1, plan)
+            replay_groups(question, leaves, groups, 1.0, -1, plan)
             with gradients_all_or_none(parameters):
                 _through_tower(step, 2 * pairs, parameters, pooled=False)
             yield told("replay")

@@ -48,12 +48,12 @@ from saga_fast.losses import metric_loss
 from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, free_bytes
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
-from saga_fast.supervisor.pair import Question
+from saga_fast.supervisor.pair import PrefixCache
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, Plan
-from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
+from saga_fast.supervisor.rollout import SYNC_EVERY, RolloutEngine, Sampling
 from saga_fast.supervisor.supervisor import Supervisor
-from saga_fast.train import Pair, Training, combine, embed, replay, take_gradients
+from saga_fast.train import Pair, Training, combine_gradients, embed_batch, replay_buffer, take_gradients
 from saga_fast.utils.errors import exit_on_input_error
 from saga_kernels import group_advantage
 
@@ -103,8 +103,8 @@ class Rig:
         self.prefix = build_prefix(tokens, asked.instruction(), shape.grid[0] * shape.grid[1])
 
     @property
-    def question(self):
-        return self.supervisor.question
+    def prefix_cache(self):
+        return self.supervisor.prefix_cache
 
     @torch.no_grad()
     def features(self, pairs: int) -> VisualFeatures:
@@ -118,14 +118,14 @@ class Rig:
         lengths = self.shape.lengths(mean, pairs)
         return [[torch.randint(*words, (n,), generator=generator).tolist() for n in group] for group in lengths]
 
-    def engine(self, pairs: int, longest: int, resident: bool = False) -> Engine:
+    def engine(self, pairs: int, longest: int, resident: bool = False) -> RolloutEngine:
         """For rollouts of `pairs` at once, of up to `longest` tokens. resident: the layers are, see `FrozenDecoder`."""
-        question = self.question
+        question = self.prefix_cache
         if resident:
             decoder = copy.copy(self.mllm.decoder)
             decoder.reside()
-            question = Question(decoder, self.supervisor.prefix)
-        return Engine(question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
+            question = PrefixCache(decoder, self.supervisor.prefix)
+        return RolloutEngine(question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds of `work`, to its end on the device, and what it returns."""
@@ -222,14 +222,14 @@ def decode(rig: Rig, pairs: int, resident: bool = False) -> dict[str, Any]:
     engine, features = rig.engine(pairs, longest, resident), rig.features(pairs)
     with ending_at([[longest] * rig.shape.group] * pairs, rig.eos):
         prefill, _ = rig.timed(lambda: engine.admit(features, range(pairs)))
-        looks = rig.shape.short // LOOK_EVERY + 2
-        for _ in range(looks):
+        syncs = rig.shape.short // SYNC_EVERY + 2
+        for _ in range(syncs):
             engine.advance()
-        seconds = [rig.timed(engine.advance)[0] / LOOK_EVERY for _ in range(4)]
+        seconds = [rig.timed(engine.advance)[0] / SYNC_EVERY for _ in range(4)]
         kernels = rig.kernels(engine.advance)
     lines = [line for line in roofline.decode(rows)]
     return {
-        "rows": rows, "own_tokens": LOOK_EVERY * looks, "seconds": statistics.median(seconds), "runs": seconds,
+        "rows": rows, "own_tokens": SYNC_EVERY * syncs, "seconds": statistics.median(seconds), "runs": seconds,
         "prefill_cold": prefill, "floor": sum(line.calls * line.floor for line in lines), "kernels": kernels,
     }  # fmt: skip
 
@@ -277,10 +277,10 @@ def groups(rig: Rig) -> list[Group]:
     total, made = sum(len(c) for group in completions for c in group), []
     for group in completions:
         coefficients = [torch.full((len(c),), (-1.0) ** g / total) for g, c in enumerate(group)]
-        written = rig.supervisor.written(group)
-        spans = [[[at for tokens in item.values() for at in tokens] for item in items] for items in written]
-        described = {g: (spans[g][0], spans[g][1]) for g in range(1, len(group), 2)}
-        made.append(Group(group, coefficients, described))
+        attribute_positions = rig.supervisor.attribute_positions(group)
+        spans = [[[at for tokens in item.values() for at in tokens] for item in items] for items in attribute_positions]
+        target_positions = {g: (spans[g][0], spans[g][1]) for g in range(1, len(group), 2)}
+        made.append(Group(group, coefficients, target_positions))
     return made
 
 
@@ -365,17 +365,17 @@ def training(rig: Rig) -> Training:
     return Training(Config(), rig.encoder, rig.supervisor, dml, optimizer, schedule, lambda: rig.autocast)
 
 
-def one_step(rig: Rig, t: Training, engine: Engine, phases: Phases) -> None:
+def one_step(rig: Rig, t: Training, engine: RolloutEngine, phases: Phases) -> None:
     """Phases A, B and C of `saga_fast.train` and the update. Rewards are given, and what is drawn at all is drawn."""
     shape, supervisor = rig.shape, rig.supervisor
     drawn = DRAWN * shape.pairs
     lengths, labels = shape.lengths(shape.long, drawn), torch.arange(IMAGES) // (IMAGES // CLASSES)
     batch = Batch(list(range(IMAGES)), shape.pixels(IMAGES // 2), labels)
-    looks, advance = 0, engine.advance
+    syncs, advance = 0, engine.advance
 
     def counted() -> list[Any]:
-        nonlocal looks
-        looks += 1
+        nonlocal syncs
+        syncs += 1
         return advance()
 
     def roll_out() -> list[Pair]:
@@ -393,22 +393,22 @@ def one_step(rig: Rig, t: Training, engine: Engine, phases: Phases) -> None:
         ][::DRAWN]  # fmt: skip
 
     def update() -> None:
-        combine(t, gradient_dml, take_gradients(t.parameters))
+        combine_gradients(t, gradient_dml, take_gradients(t.parameters))
         nn.utils.clip_grad_norm_(t.parameters, t.config.optim.clip).item()
         t.optimizer.step()
         t.optimizer.zero_grad(set_to_none=True)
 
     engine.drop(engine.pair_ids)  # of a step that was broken off
     t.optimizer.zero_grad(set_to_none=True)
-    _, features, _ = phases.run("embed", lambda: embed(t, batch))
+    _, features, _ = phases.run("embed", lambda: embed_batch(t, batch))
     gradient_dml = take_gradients(t.parameters)
     engine.advance = counted
     try:
         with ending_at(lengths, rig.eos):
-            buffer = phases.run("roll out", roll_out, lambda: {"decode_steps": LOOK_EVERY * looks})
+            buffer = phases.run("roll out", roll_out, lambda: {"decode_steps": SYNC_EVERY * syncs})
     finally:
         engine.advance = advance
-    phases.run("replay", lambda: replay(t, buffer))
+    phases.run("replay", lambda: replay_buffer(t, buffer))
     phases.run("update", update)
 
 
@@ -545,8 +545,8 @@ def main() -> int:
         except Exception as problem:  # the other parts can be measured all the same
             traceback.print_exc()
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"}
-        told = {key: value for key, value in found[name].items() if key not in ("kernels", "runs", "every_step")}
-        print(f"{name} ({time.perf_counter() - started:.0f} s): {told}", flush=True)
+        summary = {key: value for key, value in found[name].items() if key not in ("kernels", "runs", "every_step")}
+        print(f"{name} ({time.perf_counter() - started:.0f} s): {summary}", flush=True)
         write_json(options.json, {"shape": options.shape, "cases": found, "ratios": ratios(found), "goals": GOALS})
     return int(any("failed" in figures for figures in found.values()))
 
@@ -555,11 +555,11 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     """Seconds of each phase, and times the tokens a second of the fastest `generate`: what the goals are of."""
     right = {name: figures for name, figures in found.items() if "failed" not in figures}
     named = {"decode": "decode, 64 rows", "replay": "replay", "step": "step"}
-    told = {name: right[case]["seconds"] for name, case in named.items() if case in right}
+    summary = {name: right[case]["seconds"] for name, case in named.items() if case in right}
     rivals = [figures["tokens_per_second"] for name, figures in right.items() if name.startswith("generate")]
     if rivals and "rollout" in right:
-        told["rollout"] = right["rollout"]["tokens_per_second"] / max(rivals)
-    return told
+        summary["rollout"] = right["rollout"]["tokens_per_second"] / max(rivals)
+    return summary
 
 
 if __name__ == "__main__":

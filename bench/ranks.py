@@ -19,8 +19,8 @@ import numpy as np
 from bench import roofline
 from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, LENGTH, PREFIX, TENSOR_CORES
 from saga_fast.config import Config
-from saga_fast.runtime.distributed import balance
-from saga_fast.supervisor.rollout import LOOK_EVERY
+from saga_fast.runtime.distributed import balance_loads
+from saga_fast.supervisor.rollout import SYNC_EVERY
 from saga_fast.supervisor.supervisor import SLOTS
 
 # NVLink 4 carries 450 GB/s each way from every H100 of a host (NVIDIA's data sheet: 900 GB/s both ways together). Hosts
@@ -87,15 +87,15 @@ def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step
     """One simulated step of `wanted` contributing pairs, drawn from micro-batches of `images`."""
     tower = 6 * TOWER * PATCHES / TENSOR_CORES  # an image, forward and backward
     kept: list[np.ndarray] = []
-    micro_batches, looks, rolled_out, busy, sent = 0, 0, 0.0, 0.0, 0.0
+    micro_batches, syncs, rolled_out, busy, sent = 0, 0, 0.0, 0.0, 0.0
     while len(kept) < wanted:
         micro_batches += 1
         found, seconds, tokens = draw(ranks, Config().rollout.pairs_per_batch * images // 64, wanted - len(kept), rng)
         kept += found
-        looks, rolled_out, busy = looks + len(seconds), rolled_out + seconds.max(1).sum(), busy + seconds.mean(1).sum()
+        syncs, rolled_out, busy = syncs + len(seconds), rolled_out + seconds.max(1).sum(), busy + seconds.mean(1).sum()
         sent += 4 * tokens  # pickled
     packed = [PREFIX + int(pair.sum()) for pair in kept]
-    shares = balance(packed, ranks)
+    shares = balance_loads(packed, ranks)
     loads = [sum(packed[i] for i in share) for share in shares]
     replayed = [replay_seconds(load) + 2 * len(share) * tower for load, share in zip(loads, shares)]
 
@@ -108,7 +108,7 @@ def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step
         embed=micro_batches * math.ceil(images / ranks) * tower,
         roll_out=rolled_out,
         replay=max(replayed),
-        communicate=transfer(ranks, sent, calls=2 * looks + 10 * micro_batches + 6),
+        communicate=transfer(ranks, sent, calls=2 * syncs + 10 * micro_batches + 6),
         update=28 * TRAINED / BANDWIDTH,  # AdamW reads and writes weight and both moments, and reads the gradient
         idle_roll_out=1 - busy / rolled_out,
         idle_replay=1 - sum(loads) / ranks / max(loads),
@@ -147,8 +147,8 @@ def draw(ranks: int, count: int, wanted: int, rng: np.random.Generator) -> tuple
         rows = np.bincount(owner, (going[:, None] & (lengths > age[:, None])).sum(1), ranks).astype(int)
         admitted = np.bincount(owner[before:begun], minlength=ranks)
         decode = [decode_seconds(*both) if both[1] else 0.0 for both in zip(in_slots.tolist(), rows.tolist())]
-        seconds.append(admitted * prefill + LOOK_EVERY * np.array(decode))
-        age[going] += LOOK_EVERY
+        seconds.append(admitted * prefill + SYNC_EVERY * np.array(decode))
+        age[going] += SYNC_EVERY
 
 
 @lru_cache

@@ -207,7 +207,7 @@ def give_rewards(supervisor: Any) -> None:
         halves = [len(completion) // 2 for completion in completions]
         return [({name: list(range(1, half))}, {name: list(range(half, 2 * half))}) for half in halves]
 
-    supervisor.judge, supervisor.written = given, written
+    supervisor.judge, supervisor.attribute_positions = given, written
 
 
 @contextmanager

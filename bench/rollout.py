@@ -44,7 +44,7 @@ from bench.record import (
     pixel_stand_ins,
     supervisor,
 )
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.rollout import RolloutEngine, Sampling
 from saga_fast.utils.errors import exit_on_input_error
 from saga_kernels import sample_top_p, token_logprob
 
@@ -70,7 +70,7 @@ def ours(folder: str, shape_name: str, mean: int) -> Callable[[], dict[str, floa
     def work() -> dict[str, float]:
         started = time.perf_counter()
         with ending_at(lengths, judge.eos_token_ids[0]):
-            completions = judge.roll_out(features, torch.arange(shape.pairs))
+            completions = judge.rollout(features, torch.arange(shape.pairs))
         seconds = time.perf_counter() - started
         assert [list(map(len, group)) for group in completions] == lengths
         return {"tokens_per_second": sum(map(sum, lengths)) / seconds}
@@ -133,7 +133,7 @@ def greedy(folder: str, shape_name: str, tokens: int) -> Callable[[], dict[str, 
     def work() -> dict[str, Any]:
         features = encoder.tower(shape.pixels())
         sampling = Sampling(1, temperature=0.0, max_new_tokens=tokens)
-        found = Engine(judge.question, sampling, eos, shape.pairs).run(features, torch.arange(shape.pairs))
+        found = RolloutEngine(judge.prefix_cache, sampling, eos, shape.pairs).run(features, torch.arange(shape.pairs))
         inputs = generate_inputs(prefix, shape.grid, range(shape.pairs), 1, image_token)
         with encoded_before(rival, features):
             out = rival.generate(**inputs, do_sample=False, max_new_tokens=tokens)[:, len(prefix) :].tolist()
@@ -180,7 +180,7 @@ def ops(rows: int, width: int, repeats: int) -> Callable[[], dict[str, float]]:
     return work
 
 
-def share(folder: str, settings: dict[str, Any], looks: int) -> Callable[[], dict[str, float]]:
+def share(folder: str, settings: dict[str, Any], syncs: int) -> Callable[[], dict[str, float]]:
     """Seconds of a decode step of all rows, and of the sampling in it."""
     shape = Shape(**settings)
     encoder, judge = supervisor(shape, model(shape, Path(folder)), 1024, slots=shape.pairs)
@@ -201,9 +201,9 @@ def share(folder: str, settings: dict[str, Any], looks: int) -> Callable[[], dic
     def work() -> dict[str, float]:
         nonlocal spent
         spent, started = 0.0, time.perf_counter()
-        for _ in range(looks):
+        for _ in range(syncs):
             judge.engine.advance()
-        steps = 16 * looks
+        steps = 16 * syncs
         return {"step": (time.perf_counter() - started) / steps, "sampling": spent / steps}
 
     return work

@@ -38,14 +38,14 @@ from saga_fast.tiny import SUPERVISOR
 def check(name: str, config: CheckArguments) -> Iterator[str]:
     """What there is to say of a model, line by line. Raises InputError where it cannot be used as `config` says."""
     model = SUPERVISOR if name == TINY else name
-    known = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
-    mllm = shapes(known, config)
+    pretrained = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
+    mllm = shapes(pretrained, config)
     side = config.data.image_size
     prompt, rollout = load_prompt(config.supervisor.prompt), config.rollout
     encoder = empty_encoder(mllm, config, prompt.attributes)
     rows, columns = encoder.tower.grid(side, side)
-    decoder, text = mllm.decoder, known.config.text_config
-    kind = known.config.model_type
+    decoder, text = mllm.decoder, pretrained.config.text_config
+    kind = pretrained.config.model_type
     yield f"{model}: {KINDS[kind].name} ({kind}), which can be used"
     yield (
         f"tower: {_count(sum(p.numel() for p in encoder.tower.parameters()))} parameters, at {side} pixels "
@@ -75,13 +75,13 @@ def check(name: str, config: CheckArguments) -> Iterator[str]:
     yield from _memory(supervisor, encoder, config)
 
 
-def shapes(known: Pretrained, config: Config) -> Mllm:
+def shapes(pretrained: Pretrained, config: Config) -> Mllm:
     """The model's parts on the meta device, quantised in name."""
-    decoder = on_meta(known.mllm.decoder, config.supervisor.quantize)
+    decoder = on_meta(pretrained.mllm.decoder, config.supervisor.quantize)
     if config.supervisor.quantize_head:
-        expect_head_in_blocks(known)
+        expect_head_in_blocks(pretrained)
         quantize_head(decoder)
-    return known.mllm._replace(decoder=decoder)
+    return pretrained.mllm._replace(decoder=decoder)
 
 
 def empty_encoder(mllm: Mllm, config: Config, attributes: Sequence[str] = ()) -> Encoder:

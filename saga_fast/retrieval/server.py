@@ -26,7 +26,7 @@ from saga_fast.utils.images import read_rgb
 
 LOOPBACK = "127.0.0.1"
 MAX_BYTES = 32 * 2**20  # of an upload
-AT_ONCE = 8  # uploads in memory
+MAX_UPLOADS = 8  # uploads in memory
 TIMEOUT = 30  # seconds, of a client that says nothing
 USAGE = (
     "POST a picture's file to /?k=10, k files are wanted: "
@@ -51,7 +51,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, searcher: Searcher, address: tuple[str, int]) -> None:
-        self.searcher, self.places = searcher, threading.BoundedSemaphore(AT_ONCE)
+        self.searcher, self.upload_slots = searcher, threading.BoundedSemaphore(MAX_UPLOADS)
         super().__init__(address, Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -76,16 +76,16 @@ class Handler(BaseHTTPRequestHandler):
             error = f"Content-Length: {length[:20]}; accepted are {MAX_BYTES} bytes at most"
             return self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": error})
         self.unread = int(length)
-        if self.server.places.acquire(blocking=False):
+        if self.server.upload_slots.acquire(blocking=False):
             try:
-                said = self._search()
+                content = self._search()
             finally:
-                self.server.places.release()  # before the answer: who has one can ask again
+                self.server.upload_slots.release()  # before the answer: who has one can ask again
         else:
-            said = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{AT_ONCE} pictures at once; ask again"}
+            content = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{MAX_UPLOADS} pictures at once; ask again"}
         while self.unread and (block := self.rfile.read(min(self.unread, 2**16))):
             self.unread -= len(block)  # of a client that still sends, no answer would be read
-        self._answer(*said)
+        self._answer(*content)
 
     def _search(self) -> tuple[HTTPStatus, dict[str, Any]]:
         where = urlsplit(self.path)
@@ -103,8 +103,8 @@ class Handler(BaseHTTPRequestHandler):
             return HTTPStatus.BAD_REQUEST, {"error": str(error).removeprefix("--")}
         return HTTPStatus.OK, {"hits": [hit.fields() for hit in hits]}
 
-    def _answer(self, status: HTTPStatus, said: dict[str, Any]) -> None:
-        body = json.dumps(said).encode() + b"\n"
+    def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode() + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -19,7 +19,7 @@ from torch import Tensor
 DECAY = 0.9  # of the weights of a class's readings, a pair
 FORGOTTEN = 0.05  # weight at which a value is left out
 
-Described = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
+AttributeValues = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
 
 
 def agreement(a: str, b: str) -> float:
@@ -40,7 +40,7 @@ class ClassReadings:
     def __init__(self) -> None:
         self.values: dict[int, dict[str, dict[str, float]]] = {}
 
-    def rewards(self, group: Sequence[Described], classes: tuple[int, int], attributes: Sequence[str]) -> Tensor:
+    def rewards(self, group: Sequence[AttributeValues], classes: tuple[int, int], attributes: Sequence[str]) -> Tensor:
         """Rewards (2, M, G) float32 of the G rollouts of a pair: for item 1 and item 2 and each attribute, the mean
         agreement of what the rollout says of it with what is known of the item's class: that is the readings so far,
         and, in a pair of one class, what all G rollouts say of the *other* item.
@@ -64,7 +64,7 @@ class ClassReadings:
                 rewards[item, m] = torch.tensor([earned[value] for value in said]) / (known.total() or 1)
         return rewards
 
-    def add(self, group: Sequence[Described], classes: tuple[int, int]) -> None:
+    def add(self, group: Sequence[AttributeValues], classes: tuple[int, int]) -> None:
         """Takes in what the rollouts of a pair say."""
         for label in set(classes):
             values = self.values.setdefault(label, {})
@@ -95,7 +95,7 @@ class ClassReadings:
             raise ValueError(f"readings: {error}; accepted are [class, attribute → value → weight]") from None
 
 
-def value_entropy(groups: Sequence[Sequence[Described]], attributes: Sequence[str]) -> float:
+def value_entropy(groups: Sequence[Sequence[AttributeValues]], attributes: Sequence[str]) -> float:
     """Entropy, in nats, of the values that the rollouts of all pairs give an attribute, in the mean of the attributes.
     It falls to zero where tokens come to read alike everywhere."""
     total = 0.0

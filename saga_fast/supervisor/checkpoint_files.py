@@ -13,25 +13,27 @@ from saga_fast.utils.releases import Release
 def chat_template(release: Release, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The processor's template, which writes images too, before the tokenizer's; of named ones `default`."""
     file = PROCESSOR_NAME
-    said = (release.read_json(file) or {}).get("chat_template")
-    if said is None and (legacy := release.read_json(LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
+    template = (release.read_json(file) or {}).get("chat_template")
+    if template is None and (legacy := release.read_json(LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
         file = LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
-        if (said := legacy.get("chat_template")) is None:
+        if (template := legacy.get("chat_template")) is None:
             raise release.malformed(file, "it holds no chat_template")
-    if said is None:
-        file, said = "chat template", tokenizer.chat_template
-    if isinstance(said, list) and all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in said):
-        said = {str(one["name"]): one["template"] for one in said}
-    if isinstance(said, dict):
-        if "default" not in said:
+    if template is None:
+        file, template = "chat template", tokenizer.chat_template
+    if isinstance(template, list) and all(
+        isinstance(one, dict) and {"name", "template"} <= one.keys() for one in template
+    ):
+        template = {str(one["name"]): one["template"] for one in template}
+    if isinstance(template, dict):
+        if "default" not in template:
             raise release.refused(
-                f"has chat templates named {', '.join(sorted(map(str, said)))} and none named default: "
+                f"has chat templates named {', '.join(sorted(map(str, template)))} and none named default: "
                 "rename the one for images, or put it into chat_template.jinja"
             )
-        said = said["default"]
-    if not isinstance(said, str | None):
-        raise release.malformed(file, f"chat_template is a {type(said).__name__}, not text")
-    return said
+        template = template["default"]
+    if not isinstance(template, str | None):
+        raise release.malformed(file, f"chat_template is a {type(template).__name__}, not text")
+    return template
 
 
 def end_tokens(release: Release, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -41,15 +43,15 @@ def end_tokens(release: Release, config: PretrainedConfig, tokenizer: PreTrained
     """
     vocabulary, found = config.text_config.vocab_size, []
     file = GENERATION_CONFIG_NAME
-    said = (release.read_json(file) or {}).get("eos_token_id")
-    if said is None:  # what config.json itself says, not its class's default, which is another model's
+    eos = (release.read_json(file) or {}).get("eos_token_id")
+    if eos is None:  # what config.json itself says, not its class's default, which is another model's
         file, raw = "config.json", release.read_json("config.json") or {}
-        said = raw.get("eos_token_id")
-        said = (raw.get("text_config") or {}).get("eos_token_id") if said is None else said
-    for token in said if isinstance(said, list) else [said] * (said is not None):
+        eos = raw.get("eos_token_id")
+        eos = (raw.get("text_config") or {}).get("eos_token_id") if eos is None else eos
+    for token in eos if isinstance(eos, list) else [eos] * (eos is not None):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
             accepted = f"token ids from 0 to {vocabulary - 1}"
-            raise release.malformed(file, f"eos_token_id is {said!r}; accepted are {accepted}")
+            raise release.malformed(file, f"eos_token_id is {eos!r}; accepted are {accepted}")
         found.append(token)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < vocabulary:
         found.append(tokenizer.eos_token_id)

@@ -23,7 +23,9 @@ from saga_fast.supervisor.gates import GATES
 from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_matmul, rms_norm, rope
 from saga_kernels.nf4 import BLOCK
 
-ONE_LESS = ("gemma3_text",)  # model types of language models whose norms multiply by one more than their weight
+UNIT_OFFSET_NORMS = (
+    "gemma3_text",
+)  # model types of language models whose norms multiply by one more than their weight
 
 # Up to so many rows NF4's fused product is faster than a dense one, on an H200 (bench/results/nvidia-h200/nf4.json: at
 # 32 rows and not at 64); a CPU dequantises for each product.
@@ -99,7 +101,7 @@ class Projection:
                 linear.weight.data = row
             weights = (whole,)
         elif len(packed) == len(linears) > 1:
-            weights = _merged([cast(Params4bit, linear.weight) for linear in linears], packed)
+            weights = _concatenated([cast(Params4bit, linear.weight) for linear in linears], packed)
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         return cls(weights, torch.cat(biases).detach() if len(biases) == len(linears) else None)
 
@@ -217,7 +219,7 @@ class FrozenDecoder:
         embedding = language_model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
         # Gemma's norms store their weight less one; in bf16 the sum is rounded here, and stays in float32 there.
-        offset = 1.0 if config.model_type in ONE_LESS else 0.0
+        offset = 1.0 if config.model_type in UNIT_OFFSET_NORMS else 0.0
         scale = getattr(language_model.embed_tokens, "scalar_embed_scale", 1.0)
         self.embedding_scale = torch.tensor(scale, dtype=self.dtype, device="cpu").item()
         tied = head.weight is embedding
@@ -244,10 +246,10 @@ class FrozenDecoder:
         not dequantise. Values are NF4's, so it is the same policy."""
         self.layers = [layer.reside(self.dtype) for layer in self.layers]
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """(tokens,) int64 → (tokens, D). Visual positions hold pads here; the caller overwrites them."""
         table = self.embedding
-        rows = F.embedding(input_ids, table) if isinstance(table, Tensor) else _rows(table, input_ids)
+        rows = F.embedding(input_ids, table) if isinstance(table, Tensor) else _dequantize_rows(table, input_ids)
         return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def logits(self, h: Tensor) -> Tensor:
@@ -265,19 +267,19 @@ class FrozenDecoder:
         attend: Attend,
         deepstack: Sequence[Tensor] = (),
         visual: Tensor | None = None,
-        asking: Tensor | None = None,
+        output_rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states h (tokens, D) at rotary `positions` (3, tokens) → final normed hidden states (tokens, D).
 
         deepstack: per level a tensor (visual tokens, D), added after layers 0, 1, … at the rows `visual` (int64).
-        asking: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
+        output_rows: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
         with their q alone. All by default.
         """
         rotations = self.rotate(positions, h.dtype)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         x = rms_norm(h, self.layers[0].input_norm, self.eps)
         for i, (layer, norm) in enumerate(zip(self.layers, norms)):
-            rows = asking if i == self.depth - 1 else None
+            rows = output_rows if i == self.depth - 1 else None
             o = self.norm_branch(self._attention(i, layer, x, rotations[i], attend, rows), layer.o_norm)
             h, x = add_rms_norm(h if rows is None else h[rows], o, layer.mlp_norm, self.eps)
             out = self.norm_branch(layer.down(self.gate.forward(layer.gate_up(x))), layer.down_norm)
@@ -310,14 +312,14 @@ class FrozenDecoder:
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         attend: Attend,
-        asking: Tensor | None,
+        output_rows: Tensor | None,
     ) -> Tensor:
         qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), -2)
         cos, sin = rotation
         k = rope(k, cos, sin, layer.k_norm, self.eps)
-        if asking is not None:
-            q, cos, sin = q[asking], cos[asking], sin[asking]
+        if output_rows is not None:
+            q, cos, sin = q[output_rows], cos[output_rows], sin[output_rows]
         q = rope(q, cos, sin, layer.q_norm, self.eps)
         return layer.o(attend(i, q, k, v).flatten(-2))
 
@@ -364,7 +366,7 @@ def _frozen(weight: Tensor) -> NF4Weight | Tensor:
     return NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
 
 
-def _merged(parameters: Sequence[Params4bit], weights: Sequence[NF4Weight]) -> tuple[NF4Weight, ...]:
+def _concatenated(parameters: Sequence[Params4bit], weights: Sequence[NF4Weight]) -> tuple[NF4Weight, ...]:
     """All in one, of which the `Params4bit` become views; the weights as they are where NF4 cannot hold them in one."""
     try:
         whole = NF4Weight.concatenate(weights)
@@ -395,7 +397,7 @@ def _quantized(weight: Tensor) -> NF4Weight:
     return NF4Weight(packed.view(-1), state.absmax, None, None, None, tuple(weight.shape), weight.dtype)
 
 
-def _rows(weight: NF4Weight, rows: Tensor) -> Tensor:
+def _dequantize_rows(weight: NF4Weight, rows: Tensor) -> Tensor:
     """(n, D): the rows (n,) of what `_quantized` gave, the rest left packed."""
     packed, absmax = (values.view(weight.shape[0], -1)[rows].flatten() for values in (weight.packed, weight.absmax))
     return nf4_dequantize(NF4Weight(packed, absmax, None, None, None, (len(rows), weight.shape[1]), weight.dtype))

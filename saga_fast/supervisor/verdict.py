@@ -145,19 +145,19 @@ def parse(text: str, prompt: Prompt) -> Verdict | None:
     answer = _read(text, prompt)
     if answer is None:
         return None
-    said = answer.get(prompt.verdict_key)
-    word = said.value.strip().lower() if isinstance(said, _String) else None
+    verdict_value = answer.get(prompt.verdict_key)
+    word = verdict_value.value.strip().lower() if isinstance(verdict_value, _String) else None
     return Verdict(word == "yes", _well_formed(answer, prompt)) if word in ("yes", "no") else None
 
 
 def _well_formed(answer: dict[str, Any], prompt: Prompt) -> bool:
     if tuple(answer) != prompt.keys:
         return False
-    described = [answer[key] for key in prompt.item_keys]
-    if not all(isinstance(item, dict) and tuple(item) == prompt.attributes for item in described):
+    items = [answer[key] for key in prompt.item_keys]
+    if not all(isinstance(item, dict) and tuple(item) == prompt.attributes for item in items):
         return False
-    notes = [answer[key] for key in prompt.keys[len(described) :]]
-    if not all(isinstance(text, _String) for text in (*notes, *(text for item in described for text in item.values()))):
+    notes = [answer[key] for key in prompt.keys[len(items) :]]
+    if not all(isinstance(text, _String) for text in (*notes, *(text for item in items for text in item.values()))):
         return False
     return prompt.generic or answer["confidence"].value in ("high", "medium", "low")
 

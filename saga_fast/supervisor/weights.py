@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from saga_fast.utils.releases import SAFELY, Release, quiet
+from saga_fast.utils.releases import SAFE_LOADING, Release, quiet
 
 _PACKING = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
 
@@ -32,12 +32,12 @@ def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) 
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **SAFELY,
+            **SAFE_LOADING,
         )
     model, found = loaded
     missing = sorted(found["missing_keys"])
     unknown = sorted(key for key in found["unexpected_keys"] if not (packed and _PACKING.search(key)))
-    others = sorted((key, tuple(there), tuple(asked)) for key, there, asked in found["mismatched_keys"])
+    mismatched = sorted((key, tuple(actual), tuple(expected)) for key, actual, expected in found["mismatched_keys"])
     release.expect_no_adapter(unknown)
     if missing:
         some = f"{len(missing)} of its weights are in no file, the first is {missing[0]}"
@@ -48,9 +48,9 @@ def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) 
             f"holds {len(unknown)} weights that a {config.model_type!r} has no place for, such as {some}; "
             "it is another model than its config.json says: restore it, or take those weights out"
         )
-    if others and not packed:
-        key, there, asked = others[0]
-        raise release.refused(f"is not whole ({key} is {there}, its configuration says {asked}); restore the file")
+    if mismatched and not packed:
+        key, actual, expected = mismatched[0]
+        raise release.refused(f"is not whole ({key} is {actual}, its configuration says {expected}); restore the file")
     return model
 
 

@@ -27,18 +27,18 @@ from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.prompt import Order
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.tiny.birds import BENCHMARK, HARD, change
-from saga_fast.tiny.card import ask, look
+from saga_fast.tiny.card import answer_pairs, tower_features
 from saga_fast.tiny.language import (
     ORDERS,
     PROMPT,
     FakeNF4,
     LanguageTrainer,
-    Question,
+    TokenizedPrompt,
     quantized_linears,
-    questions,
+    tokenized_prompts,
     unquantize,
 )
-from saga_fast.tiny.tower import Log, learning_rate, render, seen_attributes
+from saga_fast.tiny.tower import Log, learning_rate, render, training_attributes
 from saga_fast.towers import tower_of
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, top_p=1.0, max_new_tokens=220)
@@ -60,8 +60,8 @@ def draw_pairs(count: int, rng: np.random.Generator) -> list[tuple[dict[str, str
     kinds = rng.choice(len(APART), count, p=list(APART.values()))
     pairs = []
     for kind in kinds:
-        bird, apart = seen_attributes(rng), list(APART)[kind]
-        other = seen_attributes(rng) if apart is None else change(bird, apart, rng)
+        bird, apart = training_attributes(rng), list(APART)[kind]
+        other = training_attributes(rng) if apart is None else change(bird, apart, rng)
         pairs.append((bird, other))
     return pairs
 
@@ -89,15 +89,15 @@ def answers(mllm: Mllm, seed: int, count: int) -> Iterator[Answers]:
             same = [a == b for a, b in pairs]
             texts = [
                 [text for text in (with_verdict(said, prompt.verdict_key, alike) for said in group) if text]
-                for group, alike in zip(ask(mllm, pixels, order, generic, SAMPLING), same)
+                for group, alike in zip(answer_pairs(mllm, pixels, order, generic, SAMPLING), same)
             ]
-            features = look(tower_of(mllm.visual), pixels)
+            features = tower_features(tower_of(mllm.visual), pixels)
             yield Answers((order, generic), features.map(Tensor.bfloat16), texts)
 
 
 def loss(
     trainer: LanguageTrainer,
-    question: Question,
+    question: TokenizedPrompt,
     tokenizer: PreTrainedTokenizerFast,
     given: Answers,
     pairs: Sequence[int],
@@ -133,7 +133,7 @@ def calibrate(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     for linear in quantized_linears(model):
         parametrize.register_parametrization(linear, "weight", FakeNF4())
-    trainer, asked = LanguageTrainer(model), questions(tokenizer)
+    trainer, asked = LanguageTrainer(model), tokenized_prompts(tokenizer)
     trained = [*trainer.language.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
     log = Log(out / "calibration.jsonl")

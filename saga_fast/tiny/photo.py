@@ -50,7 +50,7 @@ from saga_fast.supervisor.verdict import parse
 from saga_fast.tiny import smollm2
 from saga_fast.tiny.birds import EASY, change, draw
 from saga_fast.tiny.language import CHAT_TEMPLATE, PROMPT, answer
-from saga_fast.tiny.tower import Log, learning_rate, seen_attributes
+from saga_fast.tiny.tower import Log, learning_rate, training_attributes
 from saga_fast.towers import load_tower, tower_of
 from saga_fast.towers.timm import LITE, LITE_MEAN, LITE_STD
 from saga_fast.utils.errors import InputError, exit_on_input_error
@@ -93,9 +93,13 @@ class Birds:
     prompt = PROMPT
 
     def draw(self, rng: np.random.Generator) -> Example:
-        bird, kind = seen_attributes(rng), rng.random()
+        bird, kind = training_attributes(rng), rng.random()
         other = (
-            bird if kind < 0.4 else change(bird, int(rng.integers(1, 3)), rng) if kind < 0.8 else seen_attributes(rng)
+            bird
+            if kind < 0.4
+            else change(bird, int(rng.integers(1, 3)), rng)
+            if kind < 0.8
+            else training_attributes(rng)
         )
         images = draw(bird, EASY, rng).image, draw(other, EASY, rng).image
         return Example(images, answer(PROMPT, bird, other), bird == other)
@@ -256,7 +260,7 @@ class Trainer:
         found = {}
         groups = [Group([ids], [torch.zeros(len(ids))], {}) for ids in completions]
         written = [
-            sorted({at for item in supervisor.written([ids])[0] for row in item.values() for at in row})
+            sorted({at for item in supervisor.attribute_positions([ids])[0] for row in item.values() for at in row})
             for ids in completions
         ]
         for name, seen in (("value", tokens), ("other", tokens.roll(2, 0))):
@@ -310,43 +314,43 @@ def make(out: Path, pictures: Path | None = None, steps: int = Arguments.steps, 
     with locked(out, "--out"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out: {str(out)!r} is there already and not empty; name a new folder")
-        aside = hidden(out, "building")
+        staging = hidden(out, "building")
         settings = {"pictures": pictures and str(pictures.absolute()), "steps": steps, "seed": seed}
-        begun = aside / "settings.json"
+        begun = staging / "settings.json"
         if begun.exists():
             if (found := json.loads(begun.read_text())) != settings:
                 raise InputError(
-                    f"--out: {str(out)!r} was begun with {found}; go on with these, or remove {str(aside)!r} first"
+                    f"--out: {str(out)!r} was begun with {found}; go on with these, or remove {str(staging)!r} first"
                 )
         else:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "model").mkdir(parents=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / "model").mkdir(parents=True)
             try:
-                build(aside / "model")
+                build(staging / "model")
             except BaseException:
-                shutil.rmtree(aside)
+                shutil.rmtree(staging)
                 raise
-            (aside / "settings.part").write_text(json.dumps(settings))
-            (aside / "settings.part").replace(begun)
-        trainer = Trainer(aside / "model", sources)
-        train(trainer, aside, steps, seed)
+            (staging / "settings.part").write_text(json.dumps(settings))
+            (staging / "settings.part").replace(begun)
+        trainer = Trainer(staging / "model", sources)
+        train(trainer, staging, steps, seed)
         print("measuring", flush=True)
         found = {source.prompt.item: trainer.measure(i) for i, source in enumerate(sources)}
-        replace(finish(aside, trainer.projector, found, pictures is not None, steps, seed), out)
-        shutil.rmtree(aside)
+        replace(finish(staging, trainer.projector, found, pictures is not None, steps, seed), out)
+        shutil.rmtree(staging)
     return found
 
 
-def finish(aside: Path, projector: nn.Module, found: Measured, pictures: bool, steps: int, seed: int) -> Path:
+def finish(staging: Path, projector: nn.Module, found: Measured, pictures: bool, steps: int, seed: int) -> Path:
     """The model with the trained projector, the log and the card, in a folder of its own: the one that it began with
     stays whole."""
-    folder = aside / "finished"
+    folder = staging / "finished"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(aside / "model", folder)
+    shutil.copytree(staging / "model", folder)
     model = FastVlmForConditionalGeneration.from_pretrained(folder, dtype="auto")
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())
     model.save_pretrained(folder)
-    shutil.copy(aside / "training.jsonl", folder)
+    shutil.copy(staging / "training.jsonl", folder)
     if pictures:
         fields = {name: value for name, value in asdict(PICTURES).items() if name != "generic"}
         (folder / "pictures.toml").write_text(

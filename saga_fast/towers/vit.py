@@ -13,14 +13,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from saga_fast.towers.base import VisionTower, VisualFeatures, checkpoint_layers
 from saga_fast.utils.errors import first_line
-from saga_fast.utils.releases import OWN_CODE, SAFELY, Release, quiet
+from saga_fast.utils.releases import OWN_CODE, SAFE_LOADING, Release, quiet
 
 
 class VitTower(VisionTower):
     """The patches' last hidden states, after the last norm, without class token and registers.
 
     Nothing is dropped out or jittered in training, as a batch may go through in parts and parts again.
-    model: as `bare` leaves it, with `patch_size` in its configuration.
+    model: as `without_pooler` leaves it, with `patch_size` in its configuration.
     """
 
     kinds = ()  # every vision model that no other tower names
@@ -33,7 +33,7 @@ class VitTower(VisionTower):
 
     @classmethod
     def model_from_config(cls, config: dict[str, Any]) -> PreTrainedModel:
-        return bare(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
+        return without_pooler(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
 
     @property
     def width(self) -> int:
@@ -101,9 +101,9 @@ def load_vit(name: str | Path) -> PreTrainedModel:
         vision.vision_use_head = False
     with release.telling("could not be loaded ({})"), quiet():
         model, loaded = AutoModel.from_pretrained(
-            name, config=vision, dtype=torch.float32, output_loading_info=True, **SAFELY
+            name, config=vision, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING
         )
-    bare(model)
+    without_pooler(model)
     release.expect_no_adapter(sorted(loaded["unexpected_keys"]))
     kept = model.state_dict()
     if missing := sorted(key for key in loaded["missing_keys"] if key in kept):
@@ -115,7 +115,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     return model
 
 
-def bare(model: PreTrainedModel) -> PreTrainedModel:
+def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
     """`model` without the layers that make one vector of its tokens, which a tower never asks."""
     if isinstance(getattr(model, "pooler", None), torch.nn.Module):
         model.register_module("pooler", None)

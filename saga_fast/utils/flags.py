@@ -67,18 +67,18 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
     """The leaves of nested dataclasses, in order."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for part in dataclasses.fields(config):
-        name, value = prefix + _spelt(part.name), getattr(config, part.name)
+        name, value = prefix + _flag_name(part.name), getattr(config, part.name)
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{name}.")
         else:
-            yield Field(name, *_plain(hints[part.name]), value)
+            yield Field(name, *_unwrap_annotated(hints[part.name]), value)
 
 
-def _spelt(name: str) -> str:
+def _flag_name(name: str) -> str:
     return name.rstrip("_").replace("_", "-")
 
 
-def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def _unwrap_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type, and what it is annotated with."""
     return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
@@ -99,7 +99,7 @@ def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments
     if not isinstance(values, dict):
         raise InputError(f"{prefix.rstrip('.') or 'config'}: a {type(values).__name__}, where fields are expected")
     declared = typing.get_type_hints(kind, include_extras=True)
-    hints = {name.rstrip("_"): (name, *_plain(hint)) for name, hint in declared.items()}
+    hints = {name.rstrip("_"): (name, *_unwrap_annotated(hint)) for name, hint in declared.items()}
     given = {}
     for key, value in values.items():
         if key not in hints:
@@ -110,7 +110,7 @@ def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             given[name] = from_dict(hint, value, f"{prefix}{key}.")
         else:
-            given[name] = _typed(hint, value, f"{prefix}{_spelt(key)}")
+            given[name] = _typed(hint, value, f"{prefix}{_flag_name(key)}")
     return kind(**given)
 
 

@@ -33,7 +33,7 @@ from saga_fast.utils.files import read_regular
 MAX_BYTES = 2**26
 MOST = 1e6  # pixel statistics beyond it, or below its inverse, are no such
 BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
-SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+SAFE_LOADING: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 
 OWN_CODE = (
     "brings code of its own, which is not run; "

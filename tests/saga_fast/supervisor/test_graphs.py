@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saga_fast.supervisor.graphs import Graphs
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.pair import PrefixCache
+from saga_fast.supervisor.rollout import RolloutEngine, Sampling
 
 from .tiny_models import EOS, decoder_of, pair_prefix, random_features, random_model
 
@@ -61,9 +61,9 @@ def test_one_graph_at_a_time_shares_the_pool_too():
 @pytest.mark.parametrize("most", [1, 2, 32])
 def test_rollouts_by_graphs_are_those_without(most):
     """Rows and slots that run along unread in a larger graph change nothing."""
-    question = Question(decoder_of(random_model(torch.float32, seed=3)), pair_prefix())
+    question = PrefixCache(decoder_of(random_model(torch.float32, seed=3)), pair_prefix())
     features, sampling = random_features(10, dtype=torch.float32), Sampling(3, 1.0, 0.9, 70, seed=7)
-    with_graphs, without = (Engine(question, sampling, (EOS,), 3) for _ in range(2))
+    with_graphs, without = (RolloutEngine(question, sampling, (EOS,), 3) for _ in range(2))
     with_graphs.graphs = Graphs(most, Recorded)
     assert without.graphs is None
     ids = torch.arange(5)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor import frozen_pass
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.replay import Group, Plan, replay
+from saga_fast.supervisor.pair import PrefixCache
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
 
 from .tiny_models import (
     TOKENS,
@@ -62,7 +62,7 @@ def oracle(model, prefix, features, groups, anchor):
             log_prob = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
             loss = loss + (group.coefficients[g] * log_prob).sum()
             log_probs[-1].append(log_prob.detach())
-            for image, positions in enumerate(group.described.get(g, ())):
+            for image, positions in enumerate(group.attribute_token_positions.get(g, ())):
                 rows = out.attentions[anchor][0].mean(0)[len(prefix) + torch.tensor(positions)]
                 attention[i, g, image] = rows[:, prefix.images[image]].detach()
     loss.backward()
@@ -72,7 +72,7 @@ def oracle(model, prefix, features, groups, anchor):
 def assert_equal_to_oracle(model, lengths, anchor=ANCHOR, **settings):
     prefix, groups = pair_prefix(), make_groups(lengths)
     ours, theirs = (as_leaves(random_features(2 * len(groups))) for _ in range(2))
-    result = replay(Question(decoder_of(model), prefix), ours, groups, TEMPERATURE, anchor, **settings)
+    result = replay_groups(PrefixCache(decoder_of(model), prefix), ours, groups, TEMPERATURE, anchor, **settings)
     loss, log_probs, attention = oracle(model, prefix, theirs, groups, anchor)
     torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.log_probs, log_probs, rtol=1e-9, atol=1e-9)
@@ -119,7 +119,7 @@ def test_equals_transformers_on_drawn_shapes(lengths):
 
 def test_without_gradient_it_only_reads(model):
     prefix, groups, features = pair_prefix(), make_groups([[4, 3]]), random_features(2)
-    result = replay(Question(decoder_of(model), prefix), features, groups, TEMPERATURE, ANCHOR)
+    result = replay_groups(PrefixCache(decoder_of(model), prefix), features, groups, TEMPERATURE, ANCHOR)
     assert features.tokens.grad is None and not result.loss.requires_grad
     assert len(result.attention) == 2 and result.attention[0].weights.shape == (1, TOKENS)
 
@@ -128,7 +128,7 @@ def test_no_weight_gets_a_gradient(model):
     decoder = decoder_of(model)
     before = decoder.fingerprint()
     features = as_leaves(random_features(2))
-    replay(Question(decoder, pair_prefix()), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
+    replay_groups(PrefixCache(decoder, pair_prefix()), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
     assert decoder.fingerprint() == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -140,8 +140,8 @@ def test_in_bf16_many_slices_round_no_worse_than_one_pack():
 
     def gradient(dtype: torch.dtype, token_budget: int) -> torch.Tensor:
         features = as_leaves(random_features(2))
-        question = Question(decoder_of(random_model(layers=2).to(dtype)), prefix)
-        replay(question, features, groups, TEMPERATURE, ANCHOR, Plan(token_budget))
+        prefix_cache = PrefixCache(decoder_of(random_model(layers=2).to(dtype)), prefix)
+        replay_groups(prefix_cache, features, groups, TEMPERATURE, ANCHOR, Plan(token_budget))
         return torch.cat([level.grad.double().flatten() for level in features.levels])
 
     exact = gradient(torch.float64, 1 << 16)
@@ -153,7 +153,7 @@ def test_the_largest_go_first_and_each_is_as_if_alone(model, monkeypatch):
     """What the first leaves to a caching allocator has room for all that follow: whole groups, and a group's slices."""
     lengths = [[3, 4], [9, 5], [2, 1], [6, 6]]
     prefix, groups, features = pair_prefix(), make_groups(lengths), random_features(8)
-    question, first = Question(decoder_of(model), prefix), []
+    prefix_cache, first = PrefixCache(decoder_of(model), prefix), []
     forward = frozen_pass.FrozenPass.forward
     monkeypatch.setattr(
         frozen_pass.FrozenPass,
@@ -163,9 +163,9 @@ def test_the_largest_go_first_and_each_is_as_if_alone(model, monkeypatch):
 
     def run(features, groups, budget):
         leaves = features.map(lambda level: level.clone().requires_grad_())
-        return replay(question, leaves, groups, 0.7, 1, Plan(budget)), [leaf.grad for leaf in leaves.levels]
+        return replay_groups(prefix_cache, leaves, groups, 0.7, 1, Plan(budget)), [leaf.grad for leaf in leaves.levels]
 
-    rest = len(prefix) - prefix.preamble
+    rest = len(prefix) - prefix.static_length
     found, gradients = run(features, groups, rest + 14)
     assert first == [rest + n for n in (14, 12, 7, 3)]
     for i, group in enumerate(groups):

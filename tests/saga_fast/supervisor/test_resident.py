@@ -12,10 +12,10 @@ from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor import decoder as decoder_module
 from saga_fast.supervisor.decoder import Projection
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
-from saga_fast.supervisor.replay import Group, Plan, replay
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
+from saga_fast.supervisor.rollout import Sampling, rollout_pairs
 from saga_fast.tiny import SUPERVISOR
 
 
@@ -54,7 +54,7 @@ def test_rollouts_are_those_of_dequantised_weights_to_the_bit(loaded):
     decoder, prefix, features, ends = loaded
     sampling = Sampling(3, 0.7, 0.95, 24, seed=1)
     found = [
-        rollout(Question(kind(decoder), prefix), features, torch.arange(2), sampling, ends)
+        rollout_pairs(PrefixCache(kind(decoder), prefix), features, torch.arange(2), sampling, ends)
         for kind in (resident, dense)
     ]
     assert found[0] == found[1] and len({tuple(c) for group in found[0] for c in group}) > 1
@@ -72,7 +72,7 @@ def test_replays_are_those_of_dequantised_weights_to_the_bit(loaded):
         leaves = features.map(lambda level: level.clone().requires_grad_())
         groups = [Group([[5, 6, 7], [8, 9]], [torch.tensor([0.1, -0.2, 0.3]), torch.tensor([-0.1, 0.2])], {})] * 2
         for plan in (Plan(), Plan(1)):
-            replay(Question(kind(decoder), prefix), leaves, groups, 0.7, -1, plan)
+            replay_groups(PrefixCache(kind(decoder), prefix), leaves, groups, 0.7, -1, plan)
         gradients.append([leaf.grad for leaf in leaves.levels])
     mine, its, packed = gradients
     assert all(map(torch.equal, mine, its)) and mine[0].any()

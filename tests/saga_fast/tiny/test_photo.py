@@ -22,7 +22,7 @@ from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.tiny import photo, smollm2
 from saga_fast.tiny.birds import EASY, draw
-from saga_fast.tiny.tower import seen_attributes
+from saga_fast.tiny.tower import training_attributes
 from saga_fast.towers import tower_of
 from saga_fast.train import train
 from saga_fast.utils.errors import InputError
@@ -45,7 +45,7 @@ def class_folders(root: Path) -> Path:
     for name in ("red_bird__small", "blue-bird"):
         (root / name).mkdir(parents=True)
         for i in range(3):
-            draw(seen_attributes(rng), EASY, rng).image.save(root / name / f"{i}.png")
+            draw(training_attributes(rng), EASY, rng).image.save(root / name / f"{i}.png")
     return root
 
 
@@ -98,7 +98,7 @@ class TestMade:
         mllm = load_mllm(made, quantize=False)
         tower = tower_of(mllm.visual)
         rng = np.random.default_rng(1)
-        images = [draw(seen_attributes(rng), EASY, rng).image.resize((photo.SIDE, photo.SIDE)) for _ in range(2)]
+        images = [draw(training_attributes(rng), EASY, rng).image.resize((photo.SIDE, photo.SIDE)) for _ in range(2)]
         assert model.config.text_config.vocab_size == len(mllm.tokenizer) == 49152
         for prompt in (photo.PROMPT, load_prompt(str(made / "pictures.toml"))):
             content = [{"type": "image"}] * 2 + [{"type": "text", "text": prompt.instruction()}]
@@ -110,7 +110,7 @@ class TestMade:
             theirs = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(supervisor.prefix) :]
             with torch.no_grad():
                 features = tower(torch.stack([to_pixels(image, photo.SIDE) for image in images]))
-                ((ours,),) = supervisor.roll_out(features, torch.arange(1))
+                ((ours,),) = supervisor.rollout(features, torch.arange(1))
             assert ours == theirs.tolist()
 
     def test_it_can_be_used_and_trains_for_two_steps_in_four_bits(self, made, tmp_path, monkeypatch):
