@@ -33,7 +33,7 @@ import torch
 from bench import write_json
 from saga_fast.config import Config, DataConfig
 from saga_fast.encoder import Encoder
-from saga_fast.evaluate import embed_all, load_images
+from saga_fast.evaluate import embed_images, load_images
 from saga_fast.retrieval.metrics import retrieve
 from saga_fast.supervisor.draw import draw_pairs
 from saga_fast.supervisor.mllm import load_mllm
@@ -134,7 +134,7 @@ def per_query(folder: Path) -> dict[str, Any]:
     if not file.exists():
         config = Config.from_dict(json.loads((folder / "config.json").read_text())["config"])
         _, images = load_images(config.data, config.data.image_size)
-        scores = retrieve(embed_all(Encoder.from_pretrained(folder / "encoder"), images), images.labels)
+        scores = retrieve(embed_images(Encoder.from_pretrained(folder / "encoder"), images), images.labels)
         hit = "".join(str(int(row)) for row in scores.hits[:, 0])
         file.write_text(
             json.dumps({"hit": hit, "map_at_r": [round(100 * x, 2) for x in scores.average_precision.tolist()]})
@@ -154,10 +154,10 @@ def reading(encoder: Encoder) -> float:
     pairs = draw_pairs(images.labels, READ, seed=0).flatten()
     batch = images.batch(pairs.tolist())
     with torch.no_grad():
-        completions = supervisor.roll_out(encoder.tower(batch.pixels), torch.arange(READ))
+        completions = supervisor.rollout(encoder.tower(batch.pixels), torch.arange(READ))
     right = []
     for two, group in zip(pairs.view(-1, 2).tolist(), completions):
-        for items in supervisor.read(group):
+        for items in supervisor.attribute_values(group):
             for image, said in zip(two, items):
                 truth = birds.attributes(image)
                 right += [said.get(name) == truth[name] for name in ATTRIBUTES]

@@ -37,15 +37,15 @@ GOALS = {"block": 0.85, "beta": 0.80}  # means over attributes
 
 
 @torch.no_grad()
-def look_and_embed(encoder: Encoder, birds: DrawnBirds) -> tuple[Tensor, np.ndarray]:
+def embed_with_attention(encoder: Encoder, birds: DrawnBirds) -> tuple[Tensor, np.ndarray]:
     """(z (n, D_e), β (n, M, rows, columns)) of all images; M = 1 in the paper's pooler."""
-    grid, embeddings, looks = encoder.tower.grid(encoder.image_size, encoder.image_size), [], []
+    grid, embeddings, attentions = encoder.tower.grid(encoder.image_size, encoder.image_size), [], []
     images = PixelLoader(birds, encoder.image_size, 0, name="drawn birds")
     for batch in images.stream([rows.tolist() for rows in torch.arange(len(birds)).split(BATCH)]):
         tokens = encoder.tower(batch.pixels.to(encoder.device)).tokens
         embeddings.append(encoder.pooler(tokens).cpu())
-        looks.append(encoder.pooler.attention(tokens).unflatten(2, grid).cpu())
-    return torch.cat(embeddings), torch.cat(looks).numpy()
+        attentions.append(encoder.pooler.attention(tokens).unflatten(2, grid).cpu())
+    return torch.cat(embeddings), torch.cat(attentions).numpy()
 
 
 def precision(z: Tensor, values: Tensor, left_out: Tensor | None = None) -> float:
@@ -66,25 +66,25 @@ def chance(values: Tensor, left_out: Tensor) -> float:
     return float((same.sum(1) / (~left_out).sum(1)).mean())
 
 
-def shares_in_masks(looks: np.ndarray, queries: dict[str, int], birds: DrawnBirds) -> dict[str, list[float]]:
+def shares_in_masks(attentions: np.ndarray, queries: dict[str, int], birds: DrawnBirds) -> dict[str, list[float]]:
     """Attribute -> the mean share of the attention of its query on the tokens its mask touches, and of an even one."""
     inside = defaultdict(list)
-    for image, look in enumerate(looks):
-        for name, cells in birds.touched(image, look.shape[1:]).items():
+    for image, attention in enumerate(attentions):
+        for name, cells in birds.touched(image, attention.shape[1:]).items():
             if name in queries:
-                inside[name].append((look[queries[name]][cells].sum(), cells.mean()))
+                inside[name].append((attention[queries[name]][cells].sum(), cells.mean()))
     return {name: np.mean(shares, 0).tolist() for name, shares in inside.items()}
 
 
 def measure(encoder: Encoder, birds: DrawnBirds, paper: Encoder | None = None) -> dict[str, dict[str, float]]:
     """Attribute -> its figures. Needs K + 1 images outside of each species."""
-    z, looks = look_and_embed(encoder, birds)
+    z, attentions = embed_with_attention(encoder, birds)
     blocks, labels = encoder.blocks(z.to(encoder.device)).cpu(), torch.tensor(birds.labels)
     itself, own = torch.eye(len(z), dtype=torch.bool), labels == labels[:, None]
-    beta = shares_in_masks(looks, {name: m for m, name in enumerate(encoder.attributes)}, birds)
+    beta = shares_in_masks(attentions, {name: m for m, name in enumerate(encoder.attributes)}, birds)
     single = {}
     if paper:
-        single = shares_in_masks(look_and_embed(paper, birds)[1], dict.fromkeys(encoder.attributes, 0), birds)
+        single = shares_in_masks(embed_with_attention(paper, birds)[1], dict.fromkeys(encoder.attributes, 0), birds)
     figures = {}
     for m, name in enumerate(encoder.attributes):
         kinds = ATTRIBUTES[name]

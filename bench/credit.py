@@ -60,7 +60,7 @@ def measure(encoder: Encoder, supervisor: Supervisor, birds: DrawnBirds, wanted:
             features = encoder.tower(pixels)
             pooled = encoder.pooler.kind in ("attributes", "attention")
             beta = encoder.pooler.attention(features.tokens).unflatten(2, grid).numpy() if pooled else None
-        completions = supervisor.roll_out(features, drawn + torch.arange(WAVE))
+        completions = supervisor.rollout(features, drawn + torch.arange(WAVE))
         rewards, _ = supervisor.judge(completions, [False] * WAVE)
         advantages, contributes, _ = group_advantage(rewards)
         drawn += WAVE

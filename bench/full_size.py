@@ -38,9 +38,9 @@ from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.prompt import build_prefix
 from saga_fast.supervisor.replay import Group, Plan
-from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
-from saga_fast.supervisor.supervisor import Supervisor, Written
-from saga_fast.train import Pair, Training, combine, embed, replay, take_gradients
+from saga_fast.supervisor.rollout import SYNC_EVERY, RolloutEngine, Sampling
+from saga_fast.supervisor.supervisor import AttributePositions, Supervisor
+from saga_fast.train import Pair, Training, combine_gradients, embed_batch, replay_buffer, take_gradients
 from saga_kernels import group_advantage
 
 SHAPES = {
@@ -62,7 +62,7 @@ PLAN = Plan(1 << 13)  # a group at a time, which a card of 80 GB can hold whole
 class Given(Supervisor):
     """A supervisor whose rollouts describe both images, whatever they say: random weights describe nothing."""
 
-    def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
+    def attribute_positions(self, completions: Sequence[Sequence[int]]) -> list[AttributePositions]:
         half, name = min(map(len, completions)) // 2, self.prompt.attributes[0]
         return [({name: list(range(1, half))}, {name: list(range(half, 2 * half))})] * len(completions)
 
@@ -93,8 +93,8 @@ class Rig:
         self.prefix = build_prefix(tokens, asked.instruction(), shape.grid[0] * shape.grid[1])
 
     @property
-    def question(self):
-        return self.supervisor.question
+    def prefix_cache(self):
+        return self.supervisor.prefix_cache
 
     @torch.no_grad()
     def features(self, pairs: int) -> VisualFeatures:
@@ -108,9 +108,9 @@ class Rig:
         lengths = self.shape.lengths(mean, pairs)
         return [[torch.randint(*words, (n,), generator=generator).tolist() for n in group] for group in lengths]
 
-    def engine(self, pairs: int, longest: int) -> Engine:
+    def engine(self, pairs: int, longest: int) -> RolloutEngine:
         """For rollouts of `pairs` at once, of up to `longest` tokens."""
-        return Engine(self.question, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
+        return RolloutEngine(self.prefix_cache, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds of `work`, to its end on the device, and what it returns."""
@@ -206,14 +206,14 @@ def decode(rig: Rig, pairs: int) -> dict[str, Any]:
     engine, features = rig.engine(pairs, longest), rig.features(pairs)
     with ending_at([[longest] * rig.shape.group] * pairs, rig.eos):
         prefill, _ = rig.timed(lambda: engine.admit(features, range(pairs)))
-        looks = rig.shape.short // LOOK_EVERY + 2
+        looks = rig.shape.short // SYNC_EVERY + 2
         for _ in range(looks):
             engine.advance()
-        seconds = [rig.timed(engine.advance)[0] / LOOK_EVERY for _ in range(4)]
+        seconds = [rig.timed(engine.advance)[0] / SYNC_EVERY for _ in range(4)]
         kernels = rig.kernels(engine.advance)
     lines = [line for line in roofline.decode(rows)]
     return {
-        "rows": rows, "own_tokens": LOOK_EVERY * looks, "seconds": statistics.median(seconds), "runs": seconds,
+        "rows": rows, "own_tokens": SYNC_EVERY * looks, "seconds": statistics.median(seconds), "runs": seconds,
         "prefill_cold": prefill, "floor": sum(line.calls * line.floor for line in lines), "kernels": kernels,
     }  # fmt: skip
 
@@ -263,10 +263,10 @@ def groups(rig: Rig) -> list[Group]:
     total, made = sum(len(c) for group in completions for c in group), []
     for group in completions:
         coefficients = [torch.full((len(c),), (-1.0) ** g / total) for g, c in enumerate(group)]
-        written = rig.supervisor.written(group)
-        spans = [[[at for tokens in item.values() for at in tokens] for item in items] for items in written]
-        described = {g: (spans[g][0], spans[g][1]) for g in range(1, len(group), 2)}
-        made.append(Group(group, coefficients, described))
+        attribute_positions = rig.supervisor.attribute_positions(group)
+        spans = [[[at for tokens in item.values() for at in tokens] for item in items] for items in attribute_positions]
+        target_positions = {g: (spans[g][0], spans[g][1]) for g in range(1, len(group), 2)}
+        made.append(Group(group, coefficients, target_positions))
     return made
 
 
@@ -310,7 +310,7 @@ def step(rig: Rig) -> dict[str, Any]:
             spent[name], result = rig.timed(run)
             return result
 
-        def roll_out() -> list[Pair]:
+        def rollout_pairs() -> list[Pair]:
             pairs = torch.arange(2 * drawn, device=rig.device).view(-1, 2) % IMAGES
             with torch.no_grad():
                 completions = engine.run(features.select(pairs.flatten()), torch.arange(drawn))
@@ -330,16 +330,16 @@ def step(rig: Rig) -> dict[str, Any]:
             ][::DRAWN]
 
         def update() -> None:
-            combine(t, gradient_dml, take_gradients(parameters))
+            combine_gradients(t, gradient_dml, take_gradients(parameters))
             nn.utils.clip_grad_norm_(parameters, config.optim.clip).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        _, features, _ = phase("embed", lambda: embed(t, batch))
+        _, features, _ = phase("embed", lambda: embed_batch(t, batch))
         gradient_dml = take_gradients(parameters)
         with ending_at(lengths, rig.eos):
-            buffer = phase("roll out", roll_out)
-        phase("replay", lambda: replay(t, buffer))
+            buffer = phase("roll out", rollout_pairs)
+        phase("replay", lambda: replay_buffer(t, buffer))
         phase("update", update)
         return spent
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import write_json
 from saga_fast.config import DataConfig
 from saga_fast.data import ClassBalancedSampler, ImageDataset, cores, load_dataset
-from saga_fast.data.loader import MEMORY_LIMIT, Decoder, ahead
+from saga_fast.data.loader import MEMORY_LIMIT, Decoder, prefetch
 from saga_fast.utils.errors import InputError, exit_on_input_error
 
 BATCH = DataConfig.classes_per_batch * DataConfig.images_per_class
@@ -29,7 +29,7 @@ BATCH = DataConfig.classes_per_batch * DataConfig.images_per_class
 def rate(data: ImageDataset, size: int, workers: int, seconds: float) -> float:
     """Images a second, over `seconds` or a little more, once every worker has given a micro-batch."""
     sampler = ClassBalancedSampler(data.labels, DataConfig.classes_per_batch, DataConfig.images_per_class)
-    stream = ahead(Decoder(data, size), sampler, workers)
+    stream = prefetch(Decoder(data, size), sampler, workers)
     for _ in islice(stream, max(1, workers)):
         pass
     started, images = time.perf_counter(), 0

@@ -1,7 +1,7 @@
 """How much memory a step takes, by component and phase, for each way to replay: no weights, no GPU.
 
     python -m bench.memory [--model qwen3-vl-8b] [--cards 24 40 80] [--json FILE]
-    python -m bench.memory --check          # foretold beside measured, for the small models, on the CPU
+    python -m bench.memory --check          # predicted beside measured, for the small models, on the CPU
 
 `--model` is a file of bench/models, or any configuration of a Qwen3-VL that transformers reads. The settings are those
 that a 24 GB card wants (8-bit optimizer states, checkpointed tower); the flags change them.
@@ -29,7 +29,7 @@ from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.pair import PairPrefix
 from saga_fast.supervisor.prompt import Prefix
 from saga_fast.supervisor.replay import Group, Plan
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.rollout import RolloutEngine, Sampling
 from saga_fast.utils.errors import InputError, exit_on_input_error
 
 MODELS = Path(__file__).parent / "models"
@@ -76,7 +76,7 @@ def plan_table(predictor: Predictor) -> list[dict[str, Any]]:
     print(f"\n{'token budget':>12}  {'recomputed':12}{'of the prefix':14}{'replay, GiB':>12}{'step':>8}")
     rows = []
     for plan in plans:
-        size, cost = predictor.replay(plan), predictor.seconds(plan, slots) / fastest
+        size, cost = predictor.replay_peak(plan), predictor.seconds(plan, slots) / fastest
         print(f"{plan.token_budget:12}  {plan.recompute:12}{plan.prefix_recompute:14}{size / GIB:12.2f}{cost:8.2f}")
         rows.append({**vars(plan), "replay_bytes": size, "relative_time": cost})
     return rows
@@ -97,15 +97,15 @@ def cards(predictor: Predictor, sizes: list[float]) -> list[dict[str, Any]]:
 
 
 def check(repeats: int) -> dict[str, Any]:
-    """Foretold and measured growth of resident memory, each measurement in a process of its own.
+    """Predicted and measured growth of resident memory, each measurement in a process of its own.
 
     Measured twice: where the allocator gives back what is freed, as a GPU's takes it again, and with glibc's own
-    settings, whose heap is left with holes. What is foretold is the first.
+    settings, whose heap is left with holes. What is predicted is the first.
     """
     cases = [("record", "replay", {"token_budget": 1 << 16, "recompute": policy}) for policy in ("none", "mlp", "full")]
     cases += [("record", "replay", {"token_budget": 1, "prefix_recompute": "full"})]
     cases += [("record", "tower", {"images": 16}), ("record", "roll out", {"slots": 4})]
-    print(f"{'':64}{'foretold, MB':>14}{'measured, MB':>14}{'ratio':>8}{'with holes':>14}")
+    print(f"{'':64}{'predicted, MB':>14}{'measured, MB':>14}{'ratio':>8}{'with holes':>14}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = record.model(record.SHAPES["record"], Path(folder))
@@ -115,11 +115,13 @@ def check(repeats: int) -> dict[str, Any]:
                 case = "bench.memory:measured", shape, str(model), phase, settings
                 runs = [record.child(*case, **allocator) for _ in range(repeats)]
                 grown.append(statistics.median(run["growth_bytes"] for run in runs))
-            foretold, (exact, holes) = runs[0]["foretold"], grown
+            predicted, (exact, holes) = runs[0]["predicted"], grown
             name = f"{shape}, {phase} {' '.join(f'{k}={v}' for k, v in settings.items())}"
-            print(f"{name:64}{foretold / 1e6:14.0f}{exact / 1e6:14.0f}{foretold / exact:8.2f}{holes / 1e6:14.0f}")
-            rows.append({"case": name, "foretold_bytes": foretold, "measured_bytes": exact, "with_holes_bytes": holes})
-    return {"check": rows, "ratios": {row["case"]: row["foretold_bytes"] / row["measured_bytes"] for row in rows}}
+            print(f"{name:64}{predicted / 1e6:14.0f}{exact / 1e6:14.0f}{predicted / exact:8.2f}{holes / 1e6:14.0f}")
+            rows.append(
+                {"case": name, "predicted_bytes": predicted, "measured_bytes": exact, "with_holes_bytes": holes}
+            )
+    return {"check": rows, "ratios": {row["case"]: row["predicted_bytes"] / row["measured_bytes"] for row in rows}}
 
 
 def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
@@ -129,12 +131,12 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
     pixels = sizes.pixels()
     if phase == "tower":
         predictor = Predictor(Step(encoder, None, None, supervisor.sampling, settings["images"], 1, autocast=False))
-        foretold = predictor.footprint(Plan(), 0).phases["A. embed"]
+        predicted = predictor.footprint(Plan(), 0).phases["A. embed"]
 
         def work() -> dict[str, Any]:
             with gradients_all_or_none(list(encoder.parameters())):
                 encoder.tower(pixels[: settings["images"]]).tokens.sum().backward()
-            return {"foretold": foretold}
+            return {"predicted": predicted}
 
         for parameter in encoder.parameters():  # gradients stand all the time
             parameter.grad = torch.ones_like(parameter)
@@ -143,16 +145,16 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
         features = encoder.tower(pixels)
     if phase == "roll out":
         slots = settings["slots"]
-        cache = slots * Engine.slot_bytes(supervisor.decoder, len(supervisor.prefix), supervisor.sampling)
-        foretold = cache + prefill_bytes(supervisor.decoder, supervisor.prefix)
+        cache = slots * RolloutEngine.slot_bytes(supervisor.decoder, len(supervisor.prefix), supervisor.sampling)
+        predicted = cache + prefill_bytes(supervisor.decoder, supervisor.prefix)
 
         def work() -> dict[str, Any]:
-            engine = Engine(supervisor.question, supervisor.sampling, supervisor.eos_token_ids, slots)
+            engine = RolloutEngine(supervisor.prefix_cache, supervisor.sampling, supervisor.eos_token_ids, slots)
             for block in (*engine.prefix_k, *engine.prefix_v, *engine.own_k, *engine.own_v):
                 block.zero_()  # resident
             images = features.select(torch.arange(2 * slots))
             engine.admit(images, list(range(slots)))
-            return {"foretold": foretold}
+            return {"predicted": predicted}
 
         return work
     supervisor.plan = Plan(**settings)
@@ -164,11 +166,11 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
 
     replay_of([2] * len(lengths))  # libraries take memory once
     longest = lengths if settings["token_budget"] > 1 else [max(lengths)]
-    foretold = replay_bytes(supervisor.decoder, supervisor.prefix, supervisor.plan, [longest], len(features.deepstack))
+    predicted = replay_bytes(supervisor.decoder, supervisor.prefix, supervisor.plan, [longest], len(features.deepstack))
 
     def work() -> dict[str, Any]:
         replay_of(lengths)
-        return {"foretold": foretold}
+        return {"predicted": predicted}
 
     return work
 
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--no-checkpointing", action="store_true", help="of the tower")
     parser.add_argument("--dense", action="store_true", help="language model in bf16, as in the paper")
     parser.add_argument("--quantize-head", action="store_true", help="embedding and head in NF4")
-    parser.add_argument("--check", action="store_true", help="foretold beside measured on the CPU")
+    parser.add_argument("--check", action="store_true", help="predicted beside measured on the CPU")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each, with --check")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()

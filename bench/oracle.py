@@ -15,7 +15,7 @@ from torch import Tensor
 from saga_fast import train
 from saga_fast.data import Batch
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.draw import Draw, Judged, draw_pairs
+from saga_fast.supervisor.draw import Draw, JudgedPair, draw_pairs
 from saga_fast.tiny.birds import DrawnBirds, differing
 from saga_fast.utils.errors import InputError, exit_on_input_error
 
@@ -36,10 +36,10 @@ def right_answer(t: train.Training, birds: DrawnBirds, a: int, b: int) -> list[i
     return [*tokenizer.encode(text, add_special_tokens=False), min(t.supervisor.eos_token_ids)]
 
 
-def roll_out(
+def rollout_batch(
     t: train.Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
 ) -> tuple[Tensor, Draw]:
-    """As `train.roll_out`, of whose pairs the first `wanted` are answered rightly and all contribute."""
+    """As `train.rollout_batch`, of whose pairs the first `wanted` are answered rightly and all contribute."""
     data = t.config.data
     if data.name != "drawn-birds":
         raise InputError(f"data.name: {data.name!r}; only drawn-birds knows the right answer")
@@ -49,14 +49,14 @@ def roll_out(
     judged = []
     for a, b in rows.tolist():
         completions = [right_answer(t, birds, batch.indices[a], batch.indices[b])]
-        said = t.supervisor.read(completions)
-        judged.append(Judged(completions, one, one.bool(), one, said, None, True, False, {}))
+        attribute_values = t.supervisor.attribute_values(completions)
+        judged.append(JudgedPair(completions, one, one.bool(), one, attribute_values, None, True, False, {}))
     same = (batch.labels[rows[:, 0]] == batch.labels[rows[:, 1]]).tolist()
     return rows, Draw(judged, same)
 
 
 def main() -> None:
-    train.roll_out = roll_out
+    train.rollout_batch = rollout_batch
     train.main()
 
 

@@ -21,10 +21,10 @@ from bench import smollm2, write_json
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
-from saga_fast.supervisor.replay import Group, Plan, replay
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
+from saga_fast.supervisor.rollout import Sampling, rollout_pairs
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import DrawnBirds
 from saga_fast.towers import tower_of
@@ -89,11 +89,11 @@ def measure(decoders: dict[str, FrozenDecoder], asked: list[Asked], eos: tuple[i
     for prefix, features, tokens in asked:
         pairs = torch.arange(len(features["dense"].tokens) // 2)
         sampling = Sampling(rollouts, max_new_tokens=tokens)
-        drawn = rollout(Question(decoders["dense"], prefix), features["dense"], pairs, sampling, eos)
+        drawn = rollout_pairs(PrefixCache(decoders["dense"], prefix), features["dense"], pairs, sampling, eos)
         groups = [Group(group, [torch.zeros(len(c)) for c in group], {}) for group in drawn]
         for name, decoder in decoders.items():
-            question = Question(decoder, prefix)
-            found = replay(question, features[name], groups, sampling.temperature, 0, Plan(4096))
+            prefix_cache = PrefixCache(decoder, prefix)
+            found = replay_groups(prefix_cache, features[name], groups, sampling.temperature, 0, Plan(4096))
             log_probs[name] += [each for group in found.log_probs for each in group]
     dense = torch.cat(log_probs.pop("dense"))
     return {name: drift(torch.cat(log_probs[name]), dense) for name in VARIANTS}

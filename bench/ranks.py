@@ -19,8 +19,8 @@ import numpy as np
 from bench import roofline
 from bench.roofline import BANDWIDTH, COMPLETIONS, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, LENGTH, PREFIX, TENSOR_CORES
 from saga_fast.config import Config
-from saga_fast.runtime.distributed import balance
-from saga_fast.supervisor.rollout import LOOK_EVERY
+from saga_fast.runtime.distributed import balance_loads
+from saga_fast.supervisor.rollout import SYNC_EVERY
 from saga_fast.supervisor.supervisor import SLOTS
 
 # NVLink 4 carries 450 GB/s each way from every H100 of a host (NVIDIA's data sheet: 900 GB/s both ways together). Hosts
@@ -95,7 +95,7 @@ def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step
         looks, rolled_out, busy = looks + len(seconds), rolled_out + seconds.max(1).sum(), busy + seconds.mean(1).sum()
         sent += 4 * tokens  # pickled
     packed = [PREFIX + int(pair.sum()) for pair in kept]
-    shares = balance(packed, ranks)
+    shares = balance_loads(packed, ranks)
     loads = [sum(packed[i] for i in share) for share in shares]
     replayed = [replay_seconds(load) + 2 * len(share) * tower for load, share in zip(loads, shares)]
 
@@ -147,8 +147,8 @@ def draw(ranks: int, count: int, wanted: int, rng: np.random.Generator) -> tuple
         rows = np.bincount(owner, (going[:, None] & (lengths > age[:, None])).sum(1), ranks).astype(int)
         admitted = np.bincount(owner[before:begun], minlength=ranks)
         decode = [decode_seconds(*both) if both[1] else 0.0 for both in zip(in_slots.tolist(), rows.tolist())]
-        seconds.append(admitted * prefill + LOOK_EVERY * np.array(decode))
-        age[going] += LOOK_EVERY
+        seconds.append(admitted * prefill + SYNC_EVERY * np.array(decode))
+        age[going] += SYNC_EVERY
 
 
 @lru_cache

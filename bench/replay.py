@@ -62,7 +62,7 @@ class Work:
         self.coefficients = [torch.full((n,), -a / sum(lengths)) for n, a in zip(lengths, advantages)]
         half = min(lengths) // 2
         spans = list(range(2, half, 3)), list(range(half, min(lengths) - 1, 3))
-        self.described = {g: spans for g in range(1, shape.group, 2)}
+        self.attribute_token_positions = {g: spans for g in range(1, shape.group, 2)}
 
         def draw() -> Tensor:
             size = (2, shape.grid[0] * shape.grid[1], shape.width)
@@ -76,7 +76,7 @@ def ours(shape: str, folder: str, order: str, length: str, name: str, out: str) 
 
     _, supervisor = record.supervisor(record.SHAPES[shape], Path(folder), 8, order, plan=Plan(*OURS[name]))
     work = Work(record.SHAPES[shape], length)
-    group = Group(work.completions, work.coefficients, work.described)
+    group = Group(work.completions, work.coefficients, work.attribute_token_positions)
 
     def run() -> None:
         found = supervisor.replay(work.features, [group])
@@ -135,7 +135,7 @@ def rival(shape: str, folder: str, order: str, length: str, name: str, out: str)
     def rollout_by_rollout() -> None:
         loss, attention = 0.0, []
         for g, (completion, coefficients) in enumerate(zip(work.completions, work.coefficients)):
-            ids, spans = torch.tensor(completion), work.described.get(g, ())
+            ids, spans = torch.tensor(completion), work.attribute_token_positions.get(g, ())
             settings = {"output_attentions": True} if kind == "eager" else {}
             with hooked.recording(bool(spans) and kind != "eager"):
                 found = read([prefix.input_ids, ids], [prefix.positions, _positions(prefix, len(ids))], **settings)
@@ -160,7 +160,7 @@ def rival(shape: str, folder: str, order: str, length: str, name: str, out: str)
             found = read(ids, positions, prefix_grouper=grouper, prefix_grouper_attn_func="padded_sdpa")
         hidden, last, attention = found.last_hidden_state[0], len(prefix) - 1, []
         starts = [len(prefix) + sum(lengths[:g]) for g in range(len(lengths))]
-        for g, spans in work.described.items():
+        for g, spans in work.attribute_token_positions.items():
             own = torch.cat([torch.arange(len(prefix)), torch.arange(starts[g], starts[g] + lengths[g])])
             for image, positions in enumerate(spans):
                 mean = hooked.attention(starts[g] + torch.tensor(positions), own)

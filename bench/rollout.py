@@ -34,7 +34,7 @@ from bench import write_json, write_plot
 from bench.bars import bars
 from bench.record import SHAPES, EndingAt, Log, Shape, child, child_within, ending_at, model, supervisor
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.rollout import RolloutEngine, Sampling
 from saga_fast.utils.errors import exit_on_input_error
 from saga_kernels import sample_top_p, token_logprob
 
@@ -60,7 +60,7 @@ def ours(folder: str, shape_name: str, mean: int) -> Callable[[], dict[str, floa
     def work() -> dict[str, float]:
         started = time.perf_counter()
         with ending_at(lengths, judge.eos_token_ids[0]):
-            completions = judge.roll_out(features, torch.arange(shape.pairs))
+            completions = judge.rollout(features, torch.arange(shape.pairs))
         seconds = time.perf_counter() - started
         assert [list(map(len, group)) for group in completions] == lengths
         return {"tokens_per_second": sum(map(sum, lengths)) / seconds}
@@ -128,7 +128,7 @@ def greedy(folder: str, shape_name: str, tokens: int) -> Callable[[], dict[str, 
     def work() -> dict[str, Any]:
         features = encoder.tower(shape.pixels())
         sampling = Sampling(1, temperature=0.0, max_new_tokens=tokens)
-        found = Engine(judge.question, sampling, eos, shape.pairs).run(features, torch.arange(shape.pairs))
+        found = RolloutEngine(judge.prefix_cache, sampling, eos, shape.pairs).run(features, torch.arange(shape.pairs))
         inputs = generate_inputs(prefix, features, shape.grid, range(shape.pairs), 1, image_token)
         out = rival.generate(**inputs, do_sample=False, max_new_tokens=tokens)[:, len(prefix) :].tolist()
         ends = [row.index(eos[0]) + 1 if eos[0] in row else tokens for row in out]

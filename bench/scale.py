@@ -72,16 +72,16 @@ def costs(settings: dict[str, Any], repeats: int) -> Callable[[], dict[str, floa
     def tower() -> None:
         encoder.tower(pixels).tokens.sum().backward()
 
-    def roll_out(lengths: list[list[int]]) -> None:
+    def rollout(lengths: list[list[int]]) -> None:
         with torch.no_grad(), ending_at(lengths, judge.eos_token_ids[0]):
-            completions[:] = judge.roll_out(features, ids)
+            completions[:] = judge.rollout(features, ids)
 
     def replay() -> None:
         learn(encoder, judge, pixels, completions, advantages)
 
     work = {
-        "prefix": lambda: roll_out([[1] * shape.group] * shape.pairs),
-        "rollout": lambda: roll_out(lengths),
+        "prefix": lambda: rollout([[1] * shape.group] * shape.pairs),
+        "rollout": lambda: rollout(lengths),
         "replay": replay,
         "tower": tower,
     }

@@ -52,4 +52,6 @@ def ask(decoder: FrozenDecoder, tokenizer, question: str) -> tuple[PairPrefix, V
         [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
     )
     prefix = PairPrefix.of(Prefix(ids, ((3, 3 + WORDS), (3 + WORDS, 3 + 2 * WORDS))), None, decoder.device)
-    return prefix, VisualFeatures(decoder.embed(prefix.input_ids[prefix.images.flatten()]).unflatten(0, (2, -1)), ())
+    return prefix, VisualFeatures(
+        decoder.embed_tokens(prefix.input_ids[prefix.images.flatten()]).unflatten(0, (2, -1)), ()
+    )

@@ -39,7 +39,7 @@ from bench.bars import bars
 from bench.record import SHAPES, Log, child, child_within, ending_at, model, question, supervisor
 from saga_fast.encoder import Encoder
 from saga_fast.losses.policy import token_coefficients
-from saga_fast.supervisor.replay import Group, Plan, Replay
+from saga_fast.supervisor.replay import Group, Plan, ReplayResult
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_kernels import group_advantage
@@ -64,7 +64,7 @@ def step(folder: str, shape_name: str, mean: int) -> Callable[[], dict[str, floa
     def work() -> dict[str, float]:
         started = time.perf_counter()
         with torch.no_grad(), ending_at(lengths, judge.eos_token_ids[0]):
-            completions = judge.roll_out(encoder.tower(pixels), torch.arange(shape.pairs))
+            completions = judge.rollout(encoder.tower(pixels), torch.arange(shape.pairs))
         rolled_out = time.perf_counter()
         judge.judge(completions, [True] * shape.pairs)  # a random model gives no verdict; reading it costs all the same
         advantages, _, _ = group_advantage((torch.arange(shape.group) % 2).float().expand(shape.pairs, -1))
@@ -83,7 +83,7 @@ def learn(
     pixels: Tensor,
     completions: Sequence[Sequence[Sequence[int]]],
     advantages: Tensor,
-) -> Replay:
+) -> ReplayResult:
     """Adds L_GRPO's gradient to the tower, as phase C of a training step does."""
     features = encoder.tower(pixels)
     leaves = features.detach()

@@ -31,12 +31,12 @@ __global__ void group_advantage_kernel(const float* __restrict__ rewards, float*
                                        bool* __restrict__ contributes, int64_t* __restrict__ count, int64_t pairs,
                                        int group, float eps, float degrees) {
   const auto add = [](float x, float y) { return x + y; };
-  const auto least = [](float x, float y) { return fminf(x, y); };
-  const auto most = [](float x, float y) { return fmaxf(x, y); };
+  const auto minimum = [](float x, float y) { return fminf(x, y); };
+  const auto maximum = [](float x, float y) { return fmaxf(x, y); };
   const int lane = threadIdx.x % warp, row = threadIdx.x / warp, warps = blockDim.x / warp;
-  __shared__ int64_t found[max_warps];
+  __shared__ int64_t warp_counts[max_warps];
 
-  int64_t mine = 0;
+  int64_t warp_count = 0;
   for (int64_t pair = row; pair < pairs; pair += warps) {
     float r[values], sum = 0.f, low = INFINITY, high = -INFINITY;
 #pragma unroll
@@ -49,7 +49,7 @@ __global__ void group_advantage_kernel(const float* __restrict__ rewards, float*
       high = fmaxf(high, r[i]);
     }
     const float mean = across_warp(sum, add) / group;
-    const bool differs = across_warp(low, least) != across_warp(high, most);
+    const bool differs = across_warp(low, minimum) != across_warp(high, maximum);
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < values; ++i) {
@@ -64,14 +64,14 @@ __global__ void group_advantage_kernel(const float* __restrict__ rewards, float*
       advantages[pair * group + g] = differs ? (r[i] - mean) * scale : 0.f;
     }
     if (lane == 0) contributes[pair] = differs;
-    mine += differs;
+    warp_count += differs;
   }
 
-  if (lane == 0) found[row] = mine;
+  if (lane == 0) warp_counts[row] = warp_count;
   __syncthreads();
   if (threadIdx.x == 0) {
     int64_t total = 0;
-    for (int w = 0; w < warps; ++w) total += found[w];
+    for (int w = 0; w < warps; ++w) total += warp_counts[w];
     *count = total;
   }
 }

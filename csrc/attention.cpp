@@ -22,26 +22,26 @@
 
 namespace {
 
-using saga::kAlone, saga::Left, saga::multiply, saga::Right;
+using saga::kGrain, saga::Left, saga::multiply, saga::Right;
 
 // Rows and keys a block: whole tiles, and what a block of each needs stays in the second cache. Strides of 16 more than
 // a multiple of 32 spread the lines of a column over all sets of the first.
 constexpr int64_t kRows = 96, kKeys = 192, kPad = 16, kScores = kKeys + kPad;
-constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
+int64_t round_up_16(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Queries first to last of a segment. They see `prefix` packed keys from `prefix_at` on whole, and of those from
-// `own_at` on the first query sees `seen`, the next one more, and so on.
+// `own_at` on the first query sees `visible`, the next one more, and so on.
 struct Block {
-  int64_t first, last, prefix_at, prefix, own_at, seen;
+  int64_t first, last, prefix_at, prefix, own_at, visible;
 };
 
-// A call's sizes, and where its segments lie. A row is a query of one of the `each` query heads of a key head.
+// A call's sizes, and where its segments lie. A row is a query of one of the `heads_per_kv` query heads of a key head.
 struct Layout {
-  int64_t queries, heads, kv_heads, dim, each;
+  int64_t queries, heads, kv_heads, dim, heads_per_kv;
   int64_t width, stride;         // of a row that is copied: dim in whole sixteens, and up to the next row
-  int64_t most;                  // rows a block has
+  int64_t max_rows;                  // rows a block has
   std::vector<int64_t> offsets;  // of each segment's keys, and their end
   std::vector<int64_t> packed;   // the same where every segment has whole sixteens
   std::vector<Block> blocks;
@@ -49,49 +49,49 @@ struct Layout {
 
   Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& segment_offsets, const at::Tensor& segment_prefix,
          const at::Tensor& query_offsets)
-      : queries(q.size(0)), heads(q.size(1)), kv_heads(k.size(1)), dim(q.size(2)), each(heads / kv_heads),
-        width(whole(dim)), stride((width + 31) / 32 * 32 + kPad), most(std::max<int64_t>(1, kRows / each) * each) {
-    const auto *begin = segment_offsets.const_data_ptr<int>(), *home = segment_prefix.const_data_ptr<int>(),
-               *asks = query_offsets.const_data_ptr<int>();
-    const int64_t segments = segment_prefix.numel(), step = most / each;
+      : queries(q.size(0)), heads(q.size(1)), kv_heads(k.size(1)), dim(q.size(2)), heads_per_kv(heads / kv_heads),
+        width(round_up_16(dim)), stride((width + 31) / 32 * 32 + kPad), max_rows(std::max<int64_t>(1, kRows / heads_per_kv) * heads_per_kv) {
+    const auto *begin = segment_offsets.const_data_ptr<int>(), *prefix_of = segment_prefix.const_data_ptr<int>(),
+               *query_begin = query_offsets.const_data_ptr<int>();
+    const int64_t segments = segment_prefix.numel(), step = max_rows / heads_per_kv;
     offsets.assign(begin, begin + segments + 1);
     packed.push_back(0);
-    for (int64_t s = 0; s < segments; ++s) packed.push_back(packed[s] + whole(offsets[s + 1] - offsets[s]));
+    for (int64_t s = 0; s < segments; ++s) packed.push_back(packed[s] + round_up_16(offsets[s + 1] - offsets[s]));
     for (int64_t s = 0; s < segments; ++s) {
-      const int64_t p = home[s], prefix = p == s ? 0 : offsets[p + 1] - offsets[p];
-      for (int64_t row = asks[s]; row < asks[s + 1]; row += step) {
-        const int64_t last = std::min<int64_t>(row + step, asks[s + 1]), own = offsets[s + 1] - offsets[s];
-        blocks.push_back({row, last, packed[p], prefix, packed[s], own - (asks[s + 1] - row) + 1});
-        scores += (last - row) * (prefix + blocks.back().seen);
+      const int64_t p = prefix_of[s], prefix = p == s ? 0 : offsets[p + 1] - offsets[p];
+      for (int64_t row = query_begin[s]; row < query_begin[s + 1]; row += step) {
+        const int64_t last = std::min<int64_t>(row + step, query_begin[s + 1]), own = offsets[s + 1] - offsets[s];
+        blocks.push_back({row, last, packed[p], prefix, packed[s], own - (query_begin[s + 1] - row) + 1});
+        scores += (last - row) * (prefix + blocks.back().visible);
       }
     }
   }
 
-  int64_t rows(const Block& block) const { return (block.last - block.first) * each; }
+  int64_t rows(const Block& block) const { return (block.last - block.first) * heads_per_kv; }
 
   // body(row, query, head) for the rows of a block, of the query heads of a key head.
   template <class Body>
-  void each_row(const Block& block, int64_t kv_head, const Body& body) const {
-    for (int64_t i = 0; i < rows(block); ++i) body(i, block.first + i / each, kv_head * each + i % each);
+  void for_each_row(const Block& block, int64_t kv_head, const Body& body) const {
+    for (int64_t i = 0; i < rows(block); ++i) body(i, block.first + i / heads_per_kv, kv_head * heads_per_kv + i % heads_per_kv);
   }
 
-  // body(key, keys, seen) for the blocks of packed keys that a block of queries sees. Of it the first query sees `seen`
+  // body(key, keys, seen) for the blocks of packed keys that a block of queries sees. Of it the first query sees `visible`
   // keys, the next one more, and so on, up to all.
   template <class Body>
-  void each_keys(const Block& block, const Body& body) const {
+  void for_each_key_block(const Block& block, const Body& body) const {
     for (int64_t key = 0; key < block.prefix; key += kKeys) {
       const int64_t keys = std::min(kKeys, block.prefix - key);
       body(block.prefix_at + key, keys, keys);
     }
-    const int64_t all = block.seen + block.last - block.first - 1;
+    const int64_t all = block.visible + block.last - block.first - 1;
     for (int64_t key = 0; key < all; key += kKeys) {
-      body(block.own_at + key, std::min(kKeys, all - key), block.seen - key);
+      body(block.own_at + key, std::min(kKeys, all - key), block.visible - key);
     }
   }
 
   // body(token, place) for all keys: among those of the call, and among the packed ones.
   template <class Body>
-  void each_key(const Body& body) const {
+  void for_each_key(const Body& body) const {
     for (size_t s = 0; s + 1 < offsets.size(); ++s) {
       for (int64_t t = offsets[s]; t < offsets[s + 1]; ++t) body(t, packed[s] + t - offsets[s]);
     }
@@ -100,14 +100,14 @@ struct Layout {
   // Packed keys: row after row, and transposed, sixteen keys after sixteen; zeros between the segments.
   std::vector<float> pack_rows(const at::Tensor& x, int64_t kv_head) const {
     std::vector<float> to(packed.back() * stride, 0);
-    each_key([&](int64_t token, int64_t place) {
+    for_each_key([&](int64_t token, int64_t place) {
       std::copy_n(at(x, token, kv_head), dim, to.data() + place * stride);
     });
     return to;
   }
   std::vector<float> pack_columns(const at::Tensor& x, int64_t kv_head) const {
     std::vector<float> to(packed.back() * width, 0);
-    each_key([&](int64_t token, int64_t place) {
+    for_each_key([&](int64_t token, int64_t place) {
       const float* const from = at(x, token, kv_head);
       float* const column = to.data() + place / 16 * 16 * width + place % 16;
       for (int64_t d = 0; d < dim; ++d) column[d * 16] = from[d];
@@ -123,7 +123,7 @@ struct Layout {
 
   // Rows of a block out of x (queries, heads, dim), times `scale`; what lies behind each is left alone.
   void gather(const Block& block, int64_t kv_head, const at::Tensor& x, float scale, std::vector<float>& to) const {
-    each_row(block, kv_head, [&](int64_t i, int64_t query, int64_t head) {
+    for_each_row(block, kv_head, [&](int64_t i, int64_t query, int64_t head) {
       const float* const from = at(x, query, head);
       for (int64_t d = 0; d < dim; ++d) to[i * stride + d] = scale * from[d];
     });
@@ -135,41 +135,41 @@ struct Layout {
 };
 
 // A row's scores of keys that it does not see become -inf, and those behind the last key.
-inline void mask(float* scores, int64_t keys, int64_t seen) {
-  std::fill(scores + std::clamp<int64_t>(seen, 0, keys), scores + whole(keys), kUnseen);
+inline void mask(float* scores, int64_t keys, int64_t visible) {
+  std::fill(scores + std::clamp<int64_t>(visible, 0, keys), scores + round_up_16(keys), kMasked);
 }
 
 // What rows have seen so far: o = Σ e^(s - top) v, sum = Σ e^(s - top) and top = max s.
-struct Seen {
-  std::vector<float> o, sum, top;
+struct SoftmaxState {
+  std::vector<float> o, sum, row_max;
 };
 
-// A block's scores become e^(s - top), and `so_far` is of these keys too, once their values are added.
-SAGA_TARGET void softmax(const Layout& layout, float* scores, int64_t keys, int64_t seen, int64_t rows, Seen& so_far) {
+// A block's scores become e^(s - top), and `state` is of these keys too, once their values are added.
+SAGA_TARGET void softmax(const Layout& layout, float* scores, int64_t keys, int64_t visible, int64_t rows, SoftmaxState& state) {
   for (int64_t i = 0; i < rows; ++i, scores += kScores) {
-    mask(scores, keys, seen + i / layout.each);
-    __m256 most = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
-    for (int64_t j = 8; j < keys; j += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + j));
-    const float top = std::max(so_far.top[i], saga::max(most));
+    mask(scores, keys, visible + i / layout.heads_per_kv);
+    __m256 maxima = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
+    for (int64_t j = 8; j < keys; j += 8) maxima = _mm256_max_ps(maxima, _mm256_loadu_ps(scores + j));
+    const float row_max = std::max(state.row_max[i], saga::max(maxima));
     for (int64_t j = 0; j < keys; j += 8) {
-      const __m256 e = saga::exp(_mm256_sub_ps(_mm256_loadu_ps(scores + j), _mm256_set1_ps(top)));
+      const __m256 e = saga::exp(_mm256_sub_ps(_mm256_loadu_ps(scores + j), _mm256_set1_ps(row_max)));
       _mm256_storeu_ps(scores + j, e);
       sum = _mm256_add_ps(sum, e);
     }
-    const float shrink = std::exp(so_far.top[i] - top);  // 0 the first time
-    so_far.top[i] = top;
-    so_far.sum[i] = so_far.sum[i] * shrink + saga::sum(sum);
-    if (shrink != 1) {
-      for (int64_t d = 0; d < layout.width; ++d) so_far.o[i * layout.stride + d] *= shrink;
+    const float rescale = std::exp(state.row_max[i] - row_max);  // 0 the first time
+    state.row_max[i] = row_max;
+    state.sum[i] = state.sum[i] * rescale + saga::sum(sum);
+    if (rescale != 1) {
+      for (int64_t d = 0; d < layout.width; ++d) state.o[i * layout.stride + d] *= rescale;
     }
   }
 }
 
 // Scores become P = e^(s - lse); d_p, the gradient of P, that of the scores: P (d_p - delta).
-SAGA_TARGET void differentiate(const Layout& layout, float* scores, float* d_p, int64_t keys, int64_t seen,
+SAGA_TARGET void differentiate(const Layout& layout, float* scores, float* d_p, int64_t keys, int64_t visible,
                                int64_t rows, const float* lse, const float* delta) {
   for (int64_t i = 0; i < rows; ++i, scores += kScores, d_p += kScores) {
-    mask(scores, keys, seen + i / layout.each);
+    mask(scores, keys, visible + i / layout.heads_per_kv);
     for (int64_t j = 0; j < keys; j += 8) {
       const __m256 p = saga::exp(_mm256_sub_ps(_mm256_loadu_ps(scores + j), _mm256_set1_ps(lse[i])));
       _mm256_storeu_ps(scores + j, p);
@@ -186,35 +186,35 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
                                            const at::Tensor& query_offsets, double scale) {
   const at::Tensor q_rows = rowwise(q), k_rows = rowwise(k), v_rows = rowwise(v);
   const Layout layout(q, k, segment_offsets, segment_prefix, query_offsets);
-  const int64_t blocks = layout.blocks.size(), stride = layout.stride, most = layout.most;
+  const int64_t blocks = layout.blocks.size(), stride = layout.stride, max_rows = layout.max_rows;
   at::Tensor o = at::empty_like(q, at::MemoryFormat::Contiguous);
   at::Tensor lse = at::empty({layout.heads, layout.queries}, q.options());
   std::vector<std::vector<float>> keys(layout.kv_heads), values(layout.kv_heads);
-  const int64_t work = 2 * layout.scores * layout.each * layout.dim;  // multiplications a key head
-  at::parallel_for(0, layout.kv_heads, 1 + kAlone / work, [&](int64_t begin, int64_t end) {
+  const int64_t work = 2 * layout.scores * layout.heads_per_kv * layout.dim;  // multiplications a key head
+  at::parallel_for(0, layout.kv_heads, 1 + kGrain / work, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head) {
       keys[head] = layout.pack_columns(k_rows, head);
       values[head] = layout.pack_rows(v_rows, head);
     }
   });
-  at::parallel_for(0, layout.kv_heads * blocks, 1 + kAlone * blocks / work, [&](int64_t begin, int64_t end) {
-    std::vector<float> own(most * stride, 0), scores(most * kScores);
+  at::parallel_for(0, layout.kv_heads * blocks, 1 + kGrain * blocks / work, [&](int64_t begin, int64_t end) {
+    std::vector<float> own(max_rows * stride, 0), scores(max_rows * kScores);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / blocks;
       const Block& block = layout.blocks[task % blocks];
       const int64_t rows = layout.rows(block);
-      Seen seen{std::vector<float>(most * stride, 0), std::vector<float>(most, 0), std::vector<float>(most, kUnseen)};
+      SoftmaxState state{std::vector<float>(max_rows * stride, 0), std::vector<float>(max_rows, 0), std::vector<float>(max_rows, kMasked)};
       layout.gather(block, head, q_rows, static_cast<float>(scale), own);
-      layout.each_keys(block, [&](int64_t key, int64_t n, int64_t first) {
+      layout.for_each_key_block(block, [&](int64_t key, int64_t n, int64_t first) {
         const Right k_columns = layout.columns_from(keys[head], key), v_block = layout.rows_from(values[head], key);
-        multiply<false>(Left{own.data(), stride}, k_columns, scores.data(), kScores, rows, layout.width, whole(n));
-        softmax(layout, scores.data(), n, first, rows, seen);
-        multiply<true>(Left{scores.data(), kScores}, v_block, seen.o.data(), stride, rows, n, layout.width);
+        multiply<false>(Left{own.data(), stride}, k_columns, scores.data(), kScores, rows, layout.width, round_up_16(n));
+        softmax(layout, scores.data(), n, first, rows, state);
+        multiply<true>(Left{scores.data(), kScores}, v_block, state.o.data(), stride, rows, n, layout.width);
       });
-      layout.each_row(block, head, [&](int64_t i, int64_t query, int64_t h) {
+      layout.for_each_row(block, head, [&](int64_t i, int64_t query, int64_t h) {
         float* const to = o.mutable_data_ptr<float>() + (query * layout.heads + h) * layout.dim;
-        for (int64_t d = 0; d < layout.dim; ++d) to[d] = seen.o[i * stride + d] / seen.sum[i];
-        lse.mutable_data_ptr<float>()[h * layout.queries + query] = seen.top[i] + std::log(seen.sum[i]);
+        for (int64_t d = 0; d < layout.dim; ++d) to[d] = state.o[i * stride + d] / state.sum[i];
+        lse.mutable_data_ptr<float>()[h * layout.queries + query] = state.row_max[i] + std::log(state.sum[i]);
       });
     }
   });
@@ -230,14 +230,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& d_o, c
   const at::Tensor do_rows = rowwise(d_o), q_rows = rowwise(q), k_rows = rowwise(k), v_rows = rowwise(v);
   const at::Tensor o_rows = rowwise(o), dense_lse = lse.contiguous();
   const Layout layout(q, k, segment_offsets, segment_prefix, query_offsets);
-  const int64_t stride = layout.stride, most = layout.most, width = layout.width;
+  const int64_t stride = layout.stride, max_rows = layout.max_rows, width = layout.width;
   at::Tensor dq = at::empty_like(q, at::MemoryFormat::Contiguous);
   at::Tensor dk = at::empty_like(k, at::MemoryFormat::Contiguous);
   at::Tensor dv = at::empty_like(v, at::MemoryFormat::Contiguous);
-  const int64_t work = 5 * layout.scores * layout.each * layout.dim;
-  at::parallel_for(0, layout.kv_heads, 1 + kAlone / work, [&](int64_t begin, int64_t end) {
-    std::vector<float> own(most * stride, 0), own_do(most * stride, 0), own_dq(most * stride);
-    std::vector<float> scores(most * kScores), d_p(most * kScores), own_lse(most), delta(most);
+  const int64_t work = 5 * layout.scores * layout.heads_per_kv * layout.dim;
+  at::parallel_for(0, layout.kv_heads, 1 + kGrain / work, [&](int64_t begin, int64_t end) {
+    std::vector<float> own(max_rows * stride, 0), own_do(max_rows * stride, 0), own_dq(max_rows * stride);
+    std::vector<float> scores(max_rows * kScores), d_p(max_rows * kScores), own_lse(max_rows), delta(max_rows);
     for (int64_t head = begin; head < end; ++head) {
       const std::vector<float> k_columns = layout.pack_columns(k_rows, head), k_packed = layout.pack_rows(k_rows, head);
       const std::vector<float> v_columns = layout.pack_columns(v_rows, head);
@@ -247,15 +247,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& d_o, c
         layout.gather(block, head, q_rows, static_cast<float>(scale), own);
         layout.gather(block, head, do_rows, 1, own_do);
         std::fill(own_dq.begin(), own_dq.end(), 0.0f);
-        layout.each_row(block, head, [&](int64_t i, int64_t query, int64_t h) {
+        layout.for_each_row(block, head, [&](int64_t i, int64_t query, int64_t h) {
           const float *x = Layout::at(do_rows, query, h), *y = Layout::at(o_rows, query, h);
           own_lse[i] = dense_lse.const_data_ptr<float>()[h * layout.queries + query];
           delta[i] = std::inner_product(x, x + layout.dim, y, 0.0f);
         });
-        layout.each_keys(block, [&](int64_t key, int64_t n, int64_t first) {
+        layout.for_each_key_block(block, [&](int64_t key, int64_t n, int64_t first) {
           const auto onto = [&](const std::vector<float>& left, const std::vector<float>& columns, auto& to) {
             multiply<false>(Left{left.data(), stride}, layout.columns_from(columns, key), to.data(), kScores, rows,
-                            width, whole(n));
+                            width, round_up_16(n));
           };
           const auto over = [&](const std::vector<float>& weights, const std::vector<float>& right, auto& to) {
             const Left transposed{weights.data(), 1, kScores};
@@ -269,12 +269,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& d_o, c
           multiply<true>(Left{d_p.data(), kScores}, layout.rows_from(k_packed, key), own_dq.data(), stride, rows, n,
                          width);
         });
-        layout.each_row(block, head, [&](int64_t i, int64_t query, int64_t h) {
+        layout.for_each_row(block, head, [&](int64_t i, int64_t query, int64_t h) {
           float* const to = dq.mutable_data_ptr<float>() + (query * layout.heads + h) * layout.dim;
           for (int64_t d = 0; d < layout.dim; ++d) to[d] = static_cast<float>(scale) * own_dq[i * stride + d];
         });
       }
-      layout.each_key([&](int64_t token, int64_t place) {
+      layout.for_each_key([&](int64_t token, int64_t place) {
         const int64_t to = (token * layout.kv_heads + head) * layout.dim;
         std::copy_n(d_keys.data() + place * stride, layout.dim, dk.mutable_data_ptr<float>() + to);
         std::copy_n(d_values.data() + place * stride, layout.dim, dv.mutable_data_ptr<float>() + to);

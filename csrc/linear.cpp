@@ -15,7 +15,7 @@
 
 namespace {
 
-using saga::kAlone, saga::Left, saga::multiply, saga::Right;
+using saga::kGrain, saga::Left, saga::multiply, saga::Right;
 
 constexpr int64_t kOut = 12, kDepth = 768;  // rows of the matrix that meet all of x at a time, and numbers of each
 
@@ -30,7 +30,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
     float* const to = packed.data() + r / 16 * 16 * in + r % 16;
     for (int64_t d = 0; d < in; ++d) to[d * 16] = from[d];
   }
-  const int64_t grain = 1 + kAlone / (1 + kOut * rows * in);
+  const int64_t grain = 1 + kGrain / (1 + kOut * rows * in);
   at::parallel_for(0, (out + kOut - 1) / kOut, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> part(kOut * columns);
     for (int64_t first = begin * kOut; first < std::min(out, end * kOut); first += kOut) {

@@ -12,10 +12,10 @@
 
 namespace saga {
 
-constexpr int64_t kAlone = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
+constexpr int64_t kGrain = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
 
 // Memory that is read once comes in strides that no prefetcher follows.
-inline void fetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
+inline void prefetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
 
 // Element (i, d) of the left matrix, at[i * row + d * step]; transposed, the two are exchanged.
 struct Left {
@@ -45,7 +45,7 @@ SAGA_TARGET void tile(std::integer_sequence<int, I...>, const L& left, const R& 
   __m256 x[] = {sum(left, out + I * out_row)...};
   __m256 y[] = {sum(right, out + I * out_row + 8)...};
   for (int64_t d = 0; d < depth; ++d, a.at += a.step, b.at += b.row) {
-    if (b.ahead != 0) fetch(b.at + b.ahead);
+    if (b.ahead != 0) prefetch(b.at + b.ahead);
     const __m256 u = left.load(b.at);
     if constexpr (wide) {
       const __m256 v = right.load(b.at + 8);
@@ -60,15 +60,15 @@ SAGA_TARGET void tile(std::integer_sequence<int, I...>, const L& left, const R& 
   if constexpr (wide) (right.store(out + I * out_row + 8, y[I]), ...);
 }
 
-// The same for any number of rows, in tiles of up to `most`.
-template <bool add, int most, class L, class R>
+// The same for any number of rows, in tiles of up to `max_rows`.
+template <bool add, int max_rows, class L, class R>
 SAGA_TARGET void tiles(const L& left, const R& right, Left a, Right b, float* out, int64_t out_row, int64_t rows,
                        int64_t depth) {
-  for (; rows >= most; rows -= most, a.at += most * a.row, out += most * out_row) {
-    tile<add>(std::make_integer_sequence<int, most>(), left, right, a, b, out, out_row, depth);
+  for (; rows >= max_rows; rows -= max_rows, a.at += max_rows * a.row, out += max_rows * out_row) {
+    tile<add>(std::make_integer_sequence<int, max_rows>(), left, right, a, b, out, out_row, depth);
   }
-  if constexpr (most > 1) {
-    if (rows > 0) tiles<add, (most + 1) / 2>(left, right, a, b, out, out_row, rows, depth);
+  if constexpr (max_rows > 1) {
+    if (rows > 0) tiles<add, (max_rows + 1) / 2>(left, right, a, b, out, out_row, rows, depth);
   }
 }
 

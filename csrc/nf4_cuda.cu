@@ -50,7 +50,7 @@ struct Number;
 
 template <>
 struct Number<__nv_bfloat16> {
-  static constexpr float stretch = 1.437f;  // of 20,000 between 1 and 2 the one whose codes round with least error
+  static constexpr float code_scale = 1.437f;  // of 20,000 between 1 and 2 the one whose codes round with least error
   static __device__ uint32_t pair(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
@@ -66,7 +66,7 @@ struct Number<__nv_bfloat16> {
 
 template <>
 struct Number<__half> {
-  static constexpr float stretch = 1.f;
+  static constexpr float code_scale = 1.f;
   static __device__ uint32_t pair(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
@@ -124,7 +124,7 @@ struct Stream {
     }
   }
 
-  __device__ void ask(int first_row, int at) {
+  __device__ void prefetch_scales(int first_row, int at) {
     const int first = min(first_row + lane, w.out - 1) * (w.in / block) + at * chunk, group = first / nested;
     codes = __ldg(reinterpret_cast<const uint16_t*>(w.absmax + first));
     absmax2 = __ldg(w.absmax2 + group);
@@ -133,11 +133,11 @@ struct Stream {
 
   // What was asked for, as the scales of half `half`: of a block those of rows g, g + 8, g + 16 and g + 24 together.
   template <class T>
-  __device__ void settle(int half) const {
+  __device__ void store_scales(int half) const {
 #pragma unroll
     for (int j = 0; j < chunk; ++j)
       scales[(half * chunk + j) * strip + lane % 8 * 4 + lane / 8] =
-          code2[codes >> (8 * j) & 255] * absmax2 + offset * (1.f / Number<T>::stretch);
+          code2[codes >> (8 * j) & 255] * absmax2 + offset * (1.f / Number<T>::code_scale);
   }
 };
 
@@ -190,12 +190,12 @@ struct Decoded {
 template <class T>
 __device__ void fill(uint8_t* shared, const Weight& w) {
   const int byte = threadIdx.x;
-  const uint32_t both = Number<T>::pair(quantiles[byte / 16] * Number<T>::stretch,
-                                        quantiles[byte % 16] * Number<T>::stretch);
+  const uint32_t both = Number<T>::pair(quantiles[byte / 16] * Number<T>::code_scale,
+                                        quantiles[byte % 16] * Number<T>::code_scale);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     reinterpret_cast<uint4*>(shared + byte * table_row)[(i + byte) % 8] = make_uint4(both, both, both, both);
-  reinterpret_cast<float*>(shared + table_bytes)[byte] = w.code2[byte] * (1.f / Number<T>::stretch);
+  reinterpret_cast<float*>(shared + table_bytes)[byte] = w.code2[byte] * (1.f / Number<T>::code_scale);
 }
 
 // Where the part y of gridDim.y of the chunks begins.
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(threads, 2)
   constexpr int along_in = warps / along_out, height = along_out * strip;
   constexpr int pitch = height + 4;  // four more, and the lanes of a warp meet 32 banks
   extern __shared__ __align__(16) uint8_t shared[];
-  float* laid = reinterpret_cast<float*>(shared + fixed_bytes + warps * slots * chunk_bytes);
+  float* partial_sums = reinterpret_cast<float*>(shared + fixed_bytes + warps * slots * chunk_bytes);
   Stream stream = stream_of<slots>(w, shared);
   const int lane = stream.lane, g = lane / 4, t = lane % 4;
   const int warp_out = threadIdx.x / warp % along_out, warp_in = threadIdx.x / warp / along_out;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(threads, 2)
     }
     commit();
   };
-  if (ahead.run < runs) stream.ask(first_row(ahead), ahead.at);
+  if (ahead.run < runs) stream.prefetch_scales(first_row(ahead), ahead.at);
 #pragma unroll
   for (int slot = 0; slot < slots - 1; ++slot) copy_next(slot);
   fill<T>(shared, w);
@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(threads, 2)
     for (int at = begin; at < end; at += along_in) {
       wait<slots - 2>();
       __syncwarp();  // what all lanes copied is there, and the chunk before is done with
-      stream.settle<T>(half);
-      if (const Place next = after({run, at}); next.run < runs) stream.ask(first_row(next), next.at);
+      stream.store_scales<T>(half);
+      if (const Place next = after({run, at}); next.run < runs) stream.prefetch_scales(first_row(next), next.at);
       copy_next(slot == 0 ? slots - 1 : slot - 1);
       __syncwarp();
 #pragma unroll
@@ -293,13 +293,13 @@ __global__ void __launch_bounds__(threads, 2)
       for (int n = 0; n < tiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          laid[(warp_in * tiles * 8 + 8 * n + 2 * t + i % 2) * pitch + warp_out * strip + 16 * m + i / 2 * 8 + g] =
+          partial_sums[(warp_in * tiles * 8 + 8 * n + 2 * t + i % 2) * pitch + warp_out * strip + 16 * m + i / 2 * 8 + g] =
               sums[m][n][i];
     __syncthreads();
     for (int i = threadIdx.x; i < tiles * 8 * height; i += threads) {
       float sum = 0.f;
 #pragma unroll
-      for (int k = 0; k < along_in; ++k) sum += laid[(k * tiles * 8 + i / height) * pitch + i % height];
+      for (int k = 0; k < along_in; ++k) sum += partial_sums[(k * tiles * 8 + i / height) * pitch + i % height];
       store(y, parts, rows, w.out, i / height, run * height + i % height, sum);
     }
   }
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
   if (begin < end) {
     copy_columns(begin, 0);
     stream.copy(first_row, begin, 0);
-    stream.ask(first_row, begin);
+    stream.prefetch_scales(first_row, begin);
   }
   commit();
   fill<T>(shared, w);
@@ -353,12 +353,12 @@ __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
   for (int at = begin, half = 0; at < end; ++at, half ^= 1) {
     wait<0>();
     __syncthreads();  // what this thread and the others copied is there, and what will be copied over is done with
-    stream.settle<T>(half);
+    stream.store_scales<T>(half);
     copy_columns(at, 1);
     commit();
     if (at + 1 < end) {
       stream.copy(first_row, at + 1, half ^ 1);
-      stream.ask(first_row, at + 1);
+      stream.prefetch_scales(first_row, at + 1);
     }
     commit();
     __syncwarp();
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
 
 // y = the sum over parts, first to last; four numbers a thread.
 template <class T>
-__global__ void add_up(const float4* __restrict__ parts, T* __restrict__ y, int count, int64_t quads) {
+__global__ void reduce_parts(const float4* __restrict__ parts, T* __restrict__ y, int count, int64_t quads) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= quads) return;
   float4 sum = parts[i];
@@ -424,20 +424,20 @@ void launch(void (*kernel)(const T*, Weight, T*, float*, int), const at::Tensor&
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (count == 1) return;
   const int64_t quads = y.numel() / 4;
-  add_up<T><<<static_cast<unsigned>((quads + 127) / 128), 128, 0, stream>>>(
+  reduce_parts<T><<<static_cast<unsigned>((quads + 127) / 128), 128, 0, stream>>>(
       reinterpret_cast<const float4*>(parts.const_data_ptr<float>()), to, count, quads);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class T, int tiles, int along_out>
-void few(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
-  constexpr int slots = tiles == 1 ? 3 : 2, height = along_out * strip, laid = warps / along_out * tiles * 8 * (height + 4) * 4;
-  const int bytes = fixed_bytes + warps * slots * chunk_bytes + laid;
+void launch_few_rows(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
+  constexpr int slots = tiles == 1 ? 3 : 2, height = along_out * strip, partial_sums = warps / along_out * tiles * 8 * (height + 4) * 4;
+  const int bytes = fixed_bytes + warps * slots * chunk_bytes + partial_sums;
   launch<T>(few_rows<T, tiles, along_out, slots>, x, w, y, height, bytes, rate, 2);
 }
 
 template <class T, int tiles>
-void more(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
+void launch_more_rows(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
   constexpr int bytes = fixed_bytes + warps * 2 * chunk_bytes + 2 * tiles * 8 * block * 2;
   launch<T>(more_rows<T, tiles>, x, w, y, warps * strip, bytes, rate, 0);
 }
@@ -446,13 +446,13 @@ void more(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
 template <class T>
 void dispatch(const at::Tensor& x, const Weight& w, at::Tensor& y) {
   const int64_t rows = x.size(0);
-  if (rows <= 8) return few<T, 1, 1>(x, w, y, 30);
-  if (rows <= 16) return few<T, 2, 2>(x, w, y, 25);
-  if (rows <= 32) return more<T, 4>(x, w, y, 22);
-  if (rows <= 48) return more<T, 6>(x, w, y, 19);
-  if (rows <= 64) return more<T, 8>(x, w, y, 16);
-  if (rows <= 96) return more<T, 12>(x, w, y, 12);
-  return more<T, 16>(x, w, y, 9);
+  if (rows <= 8) return launch_few_rows<T, 1, 1>(x, w, y, 30);
+  if (rows <= 16) return launch_few_rows<T, 2, 2>(x, w, y, 25);
+  if (rows <= 32) return launch_more_rows<T, 4>(x, w, y, 22);
+  if (rows <= 48) return launch_more_rows<T, 6>(x, w, y, 19);
+  if (rows <= 64) return launch_more_rows<T, 8>(x, w, y, 16);
+  if (rows <= 96) return launch_more_rows<T, 12>(x, w, y, 12);
+  return launch_more_rows<T, 16>(x, w, y, 9);
 }
 
 at::Tensor nf4_matmul_few(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,

@@ -26,15 +26,15 @@ class Rows {
  public:
   Rows(const std::optional<at::Tensor>& x, int64_t n, int64_t width) {
     if (!x) return;
-    held_ = x->reshape({n, width});
-    if (width > 1 && held_.stride(1) != 1) held_ = held_.contiguous();
-    data_ = held_.const_data_ptr<float>();
-    stride_ = held_.stride(0);
+    tensor_ = x->reshape({n, width});
+    if (width > 1 && tensor_.stride(1) != 1) tensor_ = tensor_.contiguous();
+    data_ = tensor_.const_data_ptr<float>();
+    stride_ = tensor_.stride(0);
   }
   const float* operator[](int64_t i) const { return data_ + i * stride_; }
 
  private:
-  at::Tensor held_;
+  at::Tensor tensor_;
   const float* data_ = nullptr;
   int64_t stride_ = 0;
 };
@@ -51,13 +51,13 @@ void for_rows(int64_t n, int64_t width, const Row& row) {
 // One row each; an output may be the first input.
 
 SAGA_TARGET void add(const float* x, const float* residual, int64_t width, float* y) {
-  saga::each(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     lanes.store(y + i, lanes.load(x + i) + lanes.load(residual + i));
   });
 }
 
 SAGA_TARGET float inverse_rms(const float* x, int64_t width, float eps) {
-  const float squares = saga::total(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  const float squares = saga::vector_sum(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     const __m256 v = lanes.load(x + i);
     return v * v;
   });
@@ -66,7 +66,7 @@ SAGA_TARGET float inverse_rms(const float* x, int64_t width, float eps) {
 
 SAGA_TARGET void norm(const float* x, const float* weight, int64_t width, float eps, float* y) {
   const float scale = inverse_rms(x, width, eps);
-  saga::each(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     lanes.store(y + i, lanes.load(x + i) * scale * lanes.load(weight + i));
   });
 }
@@ -74,11 +74,11 @@ SAGA_TARGET void norm(const float* x, const float* weight, int64_t width, float 
 SAGA_TARGET void norm_backward(const float* dy, const float* dsum, const float* x, const float* weight, int64_t width,
                                float eps, float* dx) {
   const float scale = inverse_rms(x, width, eps);
-  const float dot = saga::total(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  const float dot = saga::vector_sum(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     return lanes.load(dy + i) * lanes.load(weight + i) * (lanes.load(x + i) * scale);
   });
   const float along = scale * (dot / static_cast<float>(width));
-  saga::each(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     __m256 d = (lanes.load(dy + i) * lanes.load(weight + i) - lanes.load(x + i) * along) * scale;
     if (dsum != nullptr) d += lanes.load(dsum + i);
     lanes.store(dx + i, d);
@@ -86,7 +86,7 @@ SAGA_TARGET void norm_backward(const float* dy, const float* dsum, const float* 
 }
 
 SAGA_TARGET void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* y) {
-  saga::each(half, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(half, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     const int64_t j = i + half;
     const __m256 first = lanes.load(x + i), second = lanes.load(x + j);
     lanes.store(y + i, first * lanes.load(cos + i) - second * lanes.load(sin + i));
@@ -95,7 +95,7 @@ SAGA_TARGET void rotate(const float* x, const float* cos, const float* sin, int6
 }
 
 SAGA_TARGET void rotate_back(const float* dy, const float* cos, const float* sin, int64_t half, float* dx) {
-  saga::each(half, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(half, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     const int64_t j = i + half;
     const __m256 first = lanes.load(dy + i), second = lanes.load(dy + j);
     lanes.store(dx + i, first * lanes.load(cos + i) + second * lanes.load(sin + j));
@@ -110,14 +110,14 @@ SAGA_TARGET inline __m256 sigmoid(__m256 x) {
 }
 
 SAGA_TARGET void gate(const float* gate_up, int64_t width, float* y) {
-  saga::each(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     const __m256 x = lanes.load(gate_up + i);
     lanes.store(y + i, x * sigmoid(x) * lanes.load(gate_up + width + i));
   });
 }
 
 SAGA_TARGET void gate_backward(const float* dy, const float* gate_up, int64_t width, float* d) {
-  saga::each(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
+  saga::for_vectors(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {
     const __m256 x = lanes.load(gate_up + i), s = sigmoid(x), dys = lanes.load(dy + i) * s;
     lanes.store(d + i, (dys + dys * x * (1.0f - s)) * lanes.load(gate_up + width + i));
     lanes.store(d + width + i, dys * x);

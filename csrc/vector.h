@@ -65,7 +65,7 @@ struct Tail {
 
 // body(i, lanes) for n numbers from i = 0, eight at a time; it loads and stores them by `lanes`.
 template <class Body>
-SAGA_INLINE inline void each(int64_t n, const Body& body) {
+SAGA_INLINE inline void for_vectors(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) body(i, Eight{});
   if (i < n) body(i, Tail(n - i));
@@ -73,13 +73,13 @@ SAGA_INLINE inline void each(int64_t n, const Body& body) {
 
 // The sum of the terms that term(i, lanes) gives of n numbers, in 32 partial sums.
 template <class Term>
-SAGA_INLINE inline float total(int64_t n, const Term& term) {
+SAGA_INLINE inline float vector_sum(int64_t n, const Term& term) {
   __m256 sums[4] = {};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     for (int k = 0; k < 4; ++k) sums[k] += term(i + 8 * k, Eight{});
   }
-  each(n - i, [&](int64_t j, const auto& lanes) SAGA_INLINE { sums[0] += term(i + j, lanes); });
+  for_vectors(n - i, [&](int64_t j, const auto& lanes) SAGA_INLINE { sums[0] += term(i + j, lanes); });
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 

@@ -44,24 +44,24 @@ class AttentionOnto:
     ) -> None:
         expect(len(first_columns) == len(rows), "first_columns", len(first_columns), f"as many as rows, {len(rows)}")
         expect(columns > 0, "columns", columns, "1 or more")
-        seen: Counter[int] = Counter()
+        occurrences: Counter[int] = Counter()
         levels = []
         for i, (row, first) in enumerate(zip(rows, first_columns, strict=True)):
             expect(0 <= row < layout.queries, f"rows[{i}]", row, f"0 to {layout.queries - 1}, the packed queries")
-            sees = [(keys.start, keys.stop) for keys in layout.visible(row)]
+            visible = [(keys.start, keys.stop) for keys in layout.visible(row)]
             expect(
-                any(start <= first and first + columns <= stop for start, stop in sees),
+                any(start <= first and first + columns <= stop for start, stop in visible),
                 f"first_columns[{i}]",
                 f"columns {first} to {first + columns - 1}",
-                f"all of them seen by row {row}: within " + " or ".join(f"{a} to {b - 1}" for a, b in sees if a < b),
+                f"all of them seen by row {row}: within " + " or ".join(f"{a} to {b - 1}" for a, b in visible if a < b),
             )
-            levels.append(seen[row])
-            seen[row] += 1
+            levels.append(occurrences[row])
+            occurrences[row] += 1
         # Kernels ask the other way round, which of the R a query is. One that is several takes a level for each.
         device = layout.segment_offsets.device
         table = torch.tensor([levels, list(rows), list(first_columns)], dtype=torch.int64, device=device)
-        self.slots = torch.full((max(levels, default=-1) + 1, layout.queries), -1, dtype=torch.int32, device=device)
-        self.slots[table[0], table[1]] = torch.arange(len(rows), dtype=torch.int32, device=device)
+        self.row_index = torch.full((max(levels, default=-1) + 1, layout.queries), -1, dtype=torch.int32, device=device)
+        self.row_index[table[0], table[1]] = torch.arange(len(rows), dtype=torch.int32, device=device)
         self.first_columns = table[2].to(torch.int32)
         self.layout = layout
         self.attention = torch.zeros(len(rows), columns, dtype=dtype, device=device)
@@ -146,12 +146,12 @@ def group_attention_reference(
     o, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
     for rows, ranges in _blocks(segment_offsets, segment_prefix, query_offsets):
         scores = _masked_scores(queries, keys, rows, ranges)
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        block = (weights @ _gather(values, ranges)).div_(total)
+        row_max = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(row_max).exp_()
+        row_sum = weights.sum(-1, keepdim=True)
+        block = (weights @ _gather(values, ranges)).div_(row_sum)
         o[:, :, rows] = block.view_as(o[:, :, rows])
-        lse[:, :, rows] = total.log_().add_(top).view_as(lse[:, :, rows])
+        lse[:, :, rows] = row_sum.log_().add_(row_max).view_as(lse[:, :, rows])
     return _by_token(o).to(q.dtype), lse.flatten(0, 1)
 
 
@@ -166,7 +166,7 @@ def group_attention_backward_reference(
     segment_prefix: Tensor,
     query_offsets: Tensor,
     scale: float,
-    slots: Tensor | None,
+    row_index: Tensor | None,
     first_columns: Tensor | None,
     attention: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,8 +186,8 @@ def group_attention_backward_reference(
     for rows, ranges in _blocks(segment_offsets, segment_prefix, query_offsets):
         d_out = d_o[:, :, rows].flatten(1, 2)
         weights = _masked_scores(queries, keys, rows, ranges).sub_(lse[:, :, rows].flatten(1, 2)[..., None]).exp_()
-        if attention is not None and slots is not None and first_columns is not None:
-            _emit(weights, rows, ranges, slots, first_columns, attention)
+        if attention is not None and row_index is not None and first_columns is not None:
+            _emit(weights, rows, ranges, row_index, first_columns, attention)
         d_value = weights.mT @ d_out
         d_scores = (d_out @ _gather(values, ranges).mT).sub_(delta[:, :, rows].flatten(1, 2)[..., None]).mul_(weights)
         d_key = d_scores.mT @ queries[:, :, rows].flatten(1, 2)
@@ -229,8 +229,8 @@ def _blocks(
     segment_offsets: Tensor, segment_prefix: Tensor, query_offsets: Tensor
 ) -> Iterator[tuple[slice, list[slice]]]:
     """Blocks of query rows, each with the ranges of keys it sees; the last range ends on the block's own diagonal."""
-    offsets, home, queries = segment_offsets.tolist(), segment_prefix.tolist(), query_offsets.tolist()
-    for segment, prefix in enumerate(home):
+    offsets, prefixes, queries = segment_offsets.tolist(), segment_prefix.tolist(), query_offsets.tolist()
+    for segment, prefix in enumerate(prefixes):
         (start, stop), (first_row, last_row) = offsets[segment : segment + 2], queries[segment : segment + 2]
         whole_prefix = [] if prefix == segment else [slice(*offsets[prefix : prefix + 2])]
         for first in range(first_row, last_row, BLOCK_ROWS):
@@ -257,17 +257,17 @@ def _masked_scores(queries: Tensor, keys: Tensor, rows: slice, ranges: list[slic
 
 
 def _emit(
-    weights: Tensor, rows: slice, ranges: list[slice], slots: Tensor, first_columns: Tensor, attention: Tensor
+    weights: Tensor, rows: slice, ranges: list[slice], row_index: Tensor, first_columns: Tensor, attention: Tensor
 ) -> None:
     """Write the chosen ones of a block's rows, averaged over heads, from weights (kv_heads, rep * rows, keys)."""
     mean = weights.unflatten(1, (-1, rows.stop - rows.start)).mean((0, 1))
     columns = torch.cat([torch.arange(r.start, r.stop, device=weights.device) for r in ranges])
     run = torch.arange(attention.shape[1], device=weights.device)
-    for level in slots[:, rows]:
+    for level in row_index[:, rows]:
         chosen = (level >= 0).nonzero().flatten()
-        slot = level[chosen].long()
-        at = torch.searchsorted(columns, first_columns[slot].long())
-        attention[slot] = mean[chosen].gather(1, at[:, None] + run)
+        index = level[chosen].long()
+        at = torch.searchsorted(columns, first_columns[index].long())
+        attention[index] = mean[chosen].gather(1, at[:, None] + run)
 
 
 _group_attention = torch.library.custom_op("saga_kernels::group_attention", group_attention_reference, mutates_args=())
@@ -317,8 +317,8 @@ if torch.ops.saga_kernels.has_avx2():
 
     @_group_attention_backward.register_kernel("cpu")
     def _(do: Tensor, *rest: Any) -> Any:
-        *inputs, slots, _, _ = rest
-        if do.dtype == torch.float32 and slots is None:
+        *inputs, row_index, _, _ = rest
+        if do.dtype == torch.float32 and row_index is None:
             return torch.ops.saga_kernels.group_attention_backward_cpu(do, *inputs)
         return group_attention_backward_reference(do, *rest)
 
@@ -374,6 +374,6 @@ class _GroupAttentionOnto(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Any) -> Any:
-        chosen = ctx.onto.slots, ctx.onto.first_columns, ctx.onto.attention
+        chosen = ctx.onto.row_index, ctx.onto.first_columns, ctx.onto.attention
         dq, dk, dv = _group_attention_backward(do, *ctx.saved_tensors, ctx.scale, *chosen)
         return dq, dk, dv, None, None

@@ -20,7 +20,7 @@ def decode_attention(
     prefix_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
-    seat: Tensor,
+    query_slot: Tensor,
     cached: Tensor,
     group: int,
 ) -> Tensor:
@@ -34,7 +34,7 @@ def decode_attention(
             head_dim). own_k, own_v: (n, kv_heads, end, head_dim), row i's first cached[i] are there; k and v are put
             behind them. All of one dtype; views are welcome whose last two axes are dense. On a GPU rows of prefix_k
             may lie further apart, and are read fastest where they begin on multiples of 16 bytes.
-        seat: (n,) int64, pair · group + g, each at most once; that of a row nobody reads is pairs · group or more.
+        query_slot: (n,) int64, pair · group + g, each at most once; that of a row nobody reads is pairs · group or more.
         cached: (n,) int64, less than `end`; that and seats below 0 are checked on a CPU. group: G.
 
     Returns:
@@ -55,13 +55,21 @@ def decode_attention(
     expect_tensor("prefix_v", prefix_v, (pairs, kv, length, dim), kinds)
     expect_tensor("own_k", own_k, (n, kv, None, dim), kinds)
     expect_tensor("own_v", own_v, tuple(own_k.shape), kinds)
-    expect_tensor("seat", seat, (n,), (torch.int64,))
+    expect_tensor("query_slot", query_slot, (n,), (torch.int64,))
     expect_tensor("cached", cached, (n,), (torch.int64,))
     expect(group > 0, "group", group, "1 or more")
     expect_same_device(
-        q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, own_k=own_k, own_v=own_v, seat=seat, cached=cached
+        q=q,
+        k=k,
+        v=v,
+        prefix_k=prefix_k,
+        prefix_v=prefix_v,
+        own_k=own_k,
+        own_v=own_v,
+        query_slot=query_slot,
+        cached=cached,
     )
-    return _decode_attention(q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, group)
+    return _decode_attention(q, k, v, prefix_k, prefix_v, own_k, own_v, query_slot, cached, group)
 
 
 def decode_attention_reference(
@@ -72,7 +80,7 @@ def decode_attention_reference(
     prefix_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
-    seat: Tensor,
+    query_slot: Tensor,
     cached: Tensor,
     group: int,
 ) -> Tensor:
@@ -82,31 +90,33 @@ def decode_attention_reference(
     own_k[row, :, cached], own_v[row, :, cached] = k, v
     q = q * dim**-0.5
     # Queries of a pair, whichever of its G rows are left, meet their prefix in one GEMM a kv head.
-    seats = pairs * group
-    seated = q.new_zeros(seats + 1, *q.shape[1:]).index_copy_(0, seat.clamp_max(seats), q)[:seats]
-    seated = seated.view(pairs, group, kv, -1, dim).transpose(1, 2).flatten(2, 3)
-    onto_prefix = [
-        x.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[seat.clamp_max(seats - 1)]
-        for x in _attend(seated @ prefix_k, prefix_v)
+    slot_count = pairs * group
+    slot_queries = q.new_zeros(slot_count + 1, *q.shape[1:]).index_copy_(0, query_slot.clamp_max(slot_count), q)[
+        :slot_count
     ]
-    unseen = (torch.arange(end, device=q.device) > cached[:, None])[:, None, None]
+    slot_queries = slot_queries.view(pairs, group, kv, -1, dim).transpose(1, 2).flatten(2, 3)
+    onto_prefix = [
+        x.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[query_slot.clamp_max(slot_count - 1)]
+        for x in _attend(slot_queries @ prefix_k, prefix_v)
+    ]
+    masked = (torch.arange(end, device=q.device) > cached[:, None])[:, None, None]
     scores = q.unflatten(1, (kv, -1)) @ own_k.transpose(-1, -2)
-    return _merge(onto_prefix, _attend(scores.masked_fill_(unseen, -torch.inf), own_v)).flatten(1, 2)
+    return _merge(onto_prefix, _attend(scores.masked_fill_(masked, -torch.inf), own_v)).flatten(1, 2)
 
 
 def _attend(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """scores (..., queries, keys), overwritten where they are fp32, and v (..., keys, head_dim) → Σ e^(s - top) v,
     Σ e^(s - top) and top = max s, each (..., queries, head_dim or 1)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return weights.to(v.dtype) @ v, weights.sum(-1, keepdim=True), top
+    row_max = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(row_max).exp_()
+    return weights.to(v.dtype) @ v, weights.sum(-1, keepdim=True), row_max
 
 
 def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """Attention over two sets of keys, from what `_attend` found over each."""
-    top = torch.maximum(one[2], other[2])
-    (a, b), (o, m), (p, n) = ((part[2] - top).exp() for part in (one, other)), one[:2], other[:2]
+    row_max = torch.maximum(one[2], other[2])
+    (a, b), (o, m), (p, n) = ((part[2] - row_max).exp() for part in (one, other)), one[:2], other[:2]
     return ((o * a + p * b) / (m * a + n * b)).to(o.dtype)
 
 

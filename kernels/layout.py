@@ -49,26 +49,40 @@ class GroupLayout:
             f"{len(completion_lengths)} groups",
             f"as many as prefix_lengths has, {groups}",
         )
-        asking = prefix_lengths if prefix_queries is None else prefix_queries
-        expect(len(asking) == groups, "prefix_queries", f"{len(asking)} groups", f"as many as prefix_lengths, {groups}")
+        query_counts = prefix_lengths if prefix_queries is None else prefix_queries
+        expect(
+            len(query_counts) == groups,
+            "prefix_queries",
+            f"{len(query_counts)} groups",
+            f"as many as prefix_lengths, {groups}",
+        )
         lengths: list[int] = []
         queries: list[int] = []
-        home: list[int] = []
+        segment_prefix: list[int] = []
         self._first: list[int] = []
-        for i, (prefix, ask, completions) in enumerate(zip(prefix_lengths, asking, completion_lengths, strict=True)):
+        for i, (prefix, query_count, completions) in enumerate(
+            zip(prefix_lengths, query_counts, completion_lengths, strict=True)
+        ):
             expect(prefix > 0, f"prefix_lengths[{i}]", prefix, "1 token or more")
-            expect(0 <= ask <= prefix, f"prefix_queries[{i}]", ask, f"0 to {prefix}, the prefix's tokens")
+            expect(
+                0 <= query_count <= prefix, f"prefix_queries[{i}]", query_count, f"0 to {prefix}, the prefix's tokens"
+            )
             for g, completion in enumerate(completions):
                 expect(completion > 0, f"completion_lengths[{i}][{g}]", completion, "1 token or more")
             self._first.append(len(lengths))
-            home += [len(lengths)] * (1 + len(completions))
+            segment_prefix += [len(lengths)] * (1 + len(completions))
             lengths += [prefix, *completions]
-            queries += [ask, *completions]
-        self._offsets, self._queries, self._home = [0, *accumulate(lengths)], [0, *accumulate(queries)], home
+            queries += [query_count, *completions]
+        self._offsets, self._queries, self._segment_prefix = (
+            [0, *accumulate(lengths)],
+            [0, *accumulate(queries)],
+            segment_prefix,
+        )
         self._sizes = [len(completions) for completions in completion_lengths]
         self.groups, self.tokens, self.queries = groups, self._offsets[-1], self._queries[-1]
         self.segment_offsets, self.segment_prefix, self.query_offsets = (
-            torch.tensor(values, dtype=torch.int32, device=device) for values in (self._offsets, home, self._queries)
+            torch.tensor(values, dtype=torch.int32, device=device)
+            for values in (self._offsets, segment_prefix, self._queries)
         )
 
     @property
@@ -95,13 +109,13 @@ class GroupLayout:
     def key_rows(self) -> tuple[Tensor, Tensor]:
         """Rows among the keys, int64: of each query's own token (queries,), and of the tokens without a query, in
         order (tokens - queries,)."""
-        asking, silent = [], []
+        query_rows, cached_rows = [], []
         for first, last, *rows in zip(self._offsets, self._offsets[1:], self._queries, self._queries[1:]):
             split = last - (rows[1] - rows[0])
-            silent.append(torch.arange(first, split))
-            asking.append(torch.arange(split, last))
+            cached_rows.append(torch.arange(first, split))
+            query_rows.append(torch.arange(split, last))
         device = self.segment_offsets.device
-        return torch.cat(asking).to(device), torch.cat(silent).to(device)
+        return torch.cat(query_rows).to(device), torch.cat(cached_rows).to(device)
 
     def visible(self, query: int) -> tuple[slice, slice]:
         """The keys that a row of the queries sees: of its prefix (none for one of a prefix), and of its own segment."""
@@ -109,8 +123,8 @@ class GroupLayout:
         segment = bisect_right(self._queries, query) - 1
         start, stop = self._offsets[segment], self._offsets[segment + 1]
         token = stop - self._queries[segment + 1] + query
-        home = self._home[segment]
-        return (_between(self._offsets, home) if home != segment else slice(start, start)), slice(start, token + 1)
+        prefix = self._segment_prefix[segment]
+        return (_between(self._offsets, prefix) if prefix != segment else slice(start, start)), slice(start, token + 1)
 
     def _completion(self, i: int, g: int) -> int:
         expect(0 <= g < self._sizes[i], "g", g, f"0 to {self._sizes[i] - 1}, group {i}'s completions")

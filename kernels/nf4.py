@@ -111,13 +111,13 @@ class NF4Weight:
         expect(len(weights) > 0, "weights", "none", "one or more")
         first, unit = weights[0], BLOCK if weights[0].code2 is None else BLOCK * NESTED_BLOCK
         for i, w in enumerate(weights):
-            for name, mine, others in (
+            for name, value, expected in (
                 ("in", w.shape[1], first.shape[1]),
                 ("dtype", w.dtype, first.dtype),
                 ("device", w.packed.device, first.packed.device),
                 ("nesting", w.code2 is not None, first.code2 is not None),
             ):
-                expect(mine == others, f"weights[{i}]", f"{name} {mine}", f"weights[0]'s, {others}")
+                expect(value == expected, f"weights[{i}]", f"{name} {value}", f"weights[0]'s, {expected}")
             same = w.code2 is None or first.code2 is None or torch.equal(w.code2, first.code2)
             expect(same, f"weights[{i}]", "a code2 of its own", "weights[0]'s")
             whole = i == len(weights) - 1 or math.prod(w.shape) % unit == 0

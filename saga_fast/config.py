@@ -378,7 +378,7 @@ def stored(out: Path) -> Config:
 
 
 # Why a resumed run keeps what is not RESUMABLE: what speaks against the longest prefix of the field's name.
-KEEPS = {
+KEEP_REASONS = {
     "data": "it decides which images make which batch",
     "data.skip-unreadable": "it decides which images there are, and with them every batch",
     "augment": "it decides what training sees of an image",
@@ -400,14 +400,16 @@ KEEPS = {
 
 def _resumed(arguments: list[str], out: Path, preset: str | None) -> _Arguments:
     """The run's own configuration, with what this command line says anew. Raises InputError for what must stay."""
-    began = stored(out)
-    if preset and PRESETS[preset].data.name != began.data.name:
-        raise InputError(f"preset: {preset!r}, and {out} is a run on {began.data.name}; leave it out, or mend --out")
+    original = stored(out)
+    if preset and PRESETS[preset].data.name != original.data.name:
+        raise InputError(f"preset: {preset!r}, and {out} is a run on {original.data.name}; leave it out, or mend --out")
     # Its configuration is the default now, so that only flags typed this time can differ from it.
-    parsed = _parse(arguments, began)
-    for field, before in zip(fields_of(_config(parsed)), fields_of(began)):
+    parsed = _parse(arguments, original)
+    for field, before in zip(fields_of(_config(parsed)), fields_of(original)):
         if field.value != before.value and RESUMABLE not in field.metadata:
-            reason = KEEPS[max((name for name in KEEPS if f"{field.name}.".startswith(f"{name}.")), key=len)]
+            reason = KEEP_REASONS[
+                max((name for name in KEEP_REASONS if f"{field.name}.".startswith(f"{name}.")), key=len)
+            ]
             raise InputError(
                 f"--{field.name}: {field.value}, and {out} began with {before.value}; a resumed run keeps that, as "
                 f"{reason}: leave it out, or start a new run with another --out"
@@ -419,14 +421,18 @@ def _defaults(preset: str, arguments: Sequence[str]) -> Config:
     """The preset, as it is where the command line names an MLLM, or a tower that none reads. Raises InputError for both
     at once."""
     typed = {argument.partition("=")[0] for argument in arguments}
-    supervised, alone = "--supervisor.model" in typed, "--encoder.tower" in typed
-    if supervised and alone:
+    supervised, own_tower = "--supervisor.model" in typed, "--encoder.tower" in typed
+    if supervised and own_tower:
         raise InputError(
             "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the one, for "
             "the metric loss alone, or the other, for the MLLM's own tower"
         )
     config = SUPERVISED.get(preset, PRESETS[preset]) if supervised else PRESETS[preset]
-    return dataclasses.replace(config, lambda_=dataclasses.replace(config.lambda_, lm=0.0, kl=0.0)) if alone else config
+    return (
+        dataclasses.replace(config, lambda_=dataclasses.replace(config.lambda_, lm=0.0, kl=0.0))
+        if own_tower
+        else config
+    )
 
 
 def _config(parsed: _Arguments) -> Config:

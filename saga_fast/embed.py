@@ -36,12 +36,12 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from saga_fast.data import ImageFiles, cores
-from saga_fast.data.loader import Decoder, ahead
+from saga_fast.data.loader import Decoder, prefetch
 from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.index import File
 from saga_fast.runtime import distributed
-from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, tell
+from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, warn_rank_zero
 from saga_fast.utils.files import hidden, is_litter, locked
 from saga_fast.utils.flags import WORKERS, parse_flags
 from saga_fast.utils.images import SUFFIXES, is_image, kind_of, passed_over
@@ -82,18 +82,18 @@ def embed(
         model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
             indices.make(faiss, model.embedding_dim)  # a wrong string is refused before the work
-        _on_first(lambda: stack.enter_context(locked(index, "--index")) and None)  # for all processes
+        _on_rank_zero(lambda: stack.enter_context(locked(index, "--index")) and None)  # for all processes
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
             _collect(chunks)
-            plan = _on_first(lambda: Plan.of(list(images), index, chunks, model.sha256))
-            faults = distributed.everyone(
-                chunks.embed(model, plan.pending[distributed.rank() :: distributed.ranks()], workers)
+            plan = _on_rank_zero(lambda: Plan.of(list(images), index, chunks, model.sha256))
+            faults = distributed.all_gather_object(
+                chunks.embed_files(model, plan.pending[distributed.rank() :: distributed.world_size()], workers)
             )
             failed = sorted(fault for share in faults for fault in share)
             _collect(chunks)
             name = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
-            done = _on_first(lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed))
+            done = _on_rank_zero(lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed))
             shutil.rmtree(chunks.folder, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError):  # gone, or what it holds is for another try
@@ -134,7 +134,7 @@ class Chunks:
             os.rename(path.with_suffix(".partial"), path)
 
     @torch.inference_mode()
-    def embed(self, encoder: Encoder, files: list[File], workers: int | None) -> list[str]:
+    def embed_files(self, encoder: Encoder, files: list[File], workers: int | None) -> list[str]:
         """Embed `files` into chunks; returns a line for each that cannot be read. The first process shows progress."""
         if workers is None:
             workers = min(8, cores()) if len(files) > BATCH else 0
@@ -151,7 +151,7 @@ class Chunks:
             vectors.clear()
 
         pictures = ImageFiles([Path(file.path) for file in files], [0] * len(files), [])
-        stream = ahead(Decoder(pictures, encoder.image_size), torch.arange(len(files)).split(BATCH), workers)
+        stream = prefetch(Decoder(pictures, encoder.image_size), torch.arange(len(files)).split(BATCH), workers)
         with (
             contextlib.closing(stream),  # type: ignore[type-var]  # a generator
             tqdm(total=len(files), desc="embedding", unit="image", disable=hide) as bar,
@@ -184,7 +184,7 @@ class Plan:
 
     @staticmethod
     def of(images: Sequence[str | Path], index: Path, chunks: Chunks, encoder_sha256: str) -> Plan:
-        known = indices.about(index)
+        known = indices.read_info(index)
         if known is not None and known.encoder_sha256 != encoder_sha256:
             raise InputError(
                 f"--index: {str(index)!r} was made by another encoder ({known.encoder}, SHA-256 "
@@ -199,9 +199,9 @@ class Plan:
         skipped: Counter[str] = Counter()
         wanted = {os.path.abspath(path) for path in expand(images, skipped)}
         if skipped:
-            tell(f"IMAGES: passed over: {passed_over(skipped)}")
+            warn_rank_zero(f"IMAGES: passed over: {passed_over(skipped)}")
         files, missing = [], []
-        earlier = {file.path for file in indexed}
+        indexed_paths = {file.path for file in indexed}
         for path in sorted(wanted | {file.path for file in embedded}):
             try:
                 stat = os.stat(path)
@@ -215,7 +215,7 @@ class Plan:
                 f"IMAGES: none found in {given}; accepted are folders, files and glob patterns of images "
                 f"({' '.join(SUFFIXES)})"
             )
-        gone = len(earlier - {file.path for file in files})
+        gone = len(indexed_paths - {file.path for file in files})
         return Plan(files, [file for file in files if file not in embedded], missing, gone)
 
     def finish(
@@ -228,7 +228,7 @@ class Plan:
         unreadable: list[str],
     ) -> Embedded:
         """Merge the chunks into the index and write it, unless it is that already."""
-        known = indices.about(index)
+        known = indices.read_info(index)
         indexed = {file: row for row, file in enumerate(indices.read_files(index, known))} if known else {}
         fresh = chunks.files()
         files = [file for file in self.files if file in fresh or file in indexed]
@@ -321,7 +321,7 @@ def _processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _on_first(function: Callable[[], Result]) -> Result:
+def _on_rank_zero(function: Callable[[], Result]) -> Result:
     """What `function` returns in the first process, or the InputError that it raises there, in every process."""
     result = error = None
     if distributed.rank() == 0:
@@ -329,7 +329,7 @@ def _on_first(function: Callable[[], Result]) -> Result:
             result = function()
         except InputError as raised:
             error = raised
-    result, error = distributed.everyone((result, error))[0]
+    result, error = distributed.all_gather_object((result, error))[0]
     if error:
         raise error
     return result
@@ -337,9 +337,9 @@ def _on_first(function: Callable[[], Result]) -> Result:
 
 def _collect(chunks: Chunks) -> None:
     """Send to the first process the chunks that only others see, as on another host."""
-    seen = distributed.everyone(chunks.names())
-    for name in sorted(set().union(*seen) - set(seen[0])):
-        owner, box = next(rank for rank, names in enumerate(seen) if name in names), [None]
+    names_by_rank = distributed.all_gather_object(chunks.names())
+    for name in sorted(set().union(*names_by_rank) - set(names_by_rank[0])):
+        owner, box = next(rank for rank, names in enumerate(names_by_rank) if name in names), [None]
         if distributed.rank() == owner:
             dist.send_object_list([(chunks.folder / name).read_bytes()], dst=0)
         elif distributed.rank() == 0:

@@ -39,20 +39,20 @@ SHOWN = 10  # classes and confusions in the terminal
 
 
 @torch.no_grad()
-def embed_all(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor:
+def embed_images(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Tensor:
     """(n, D_e) float32 unit vectors of all images, in order. Ranks embed a share each.
 
     Raises InputError, on every rank, if one is not finite.
     """
-    batches = distributed.rows(len(images)).split(batch)
+    batches = distributed.shard_rows(len(images)).split(batch)
     stream = images.stream([rows.tolist() for rows in batches])
     shown = tqdm(stream, "embedding", len(batches), leave=False, delay=2, disable=distributed.rank() > 0)
-    return expect_finite(distributed.gather(torch.cat([encoder(part.pixels) for part in shown]), len(images)))
+    return expect_finite(distributed.all_gather_rows(torch.cat([encoder(part.pixels) for part in shown]), len(images)))
 
 
 def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """`retrieval_metrics`, computed by the first rank and told to all."""
-    return distributed.everyone({} if distributed.rank() else retrieval_metrics(embeddings, labels))[0]
+    return distributed.all_gather_object({} if distributed.rank() else retrieval_metrics(embeddings, labels))[0]
 
 
 def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:
@@ -80,16 +80,18 @@ def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLo
 
 
 def _check_ranks(images: PixelLoader, what: str) -> None:
-    found = distributed.everyone((checksum(images.dataset), len(images), images.skipped))
-    held: dict[str, list[int]] = {}
-    unread: dict[str, list[int]] = {}
-    for rank, (images_held, _, skipped) in enumerate(found):
-        held.setdefault(images_held, []).append(rank)
+    found = distributed.all_gather_object((checksum(images.dataset), len(images), images.skipped))
+    ranks_by_checksum: dict[str, list[int]] = {}
+    ranks_by_fault: dict[str, list[int]] = {}
+    for rank, (checksum_of_rank, _, skipped) in enumerate(found):
+        ranks_by_checksum.setdefault(checksum_of_rank, []).append(rank)
         for fault in skipped:
-            unread.setdefault(fault, []).append(rank)
-    if len(held) > 1:
-        counts = ", ".join(f"{found[same[0]][1]:,} on {_ranks(same)}" for same in held.values())
-        odd = next((f" (on {_ranks(some)}: {fault})" for fault, some in unread.items() if len(some) < len(found)), "")
+            ranks_by_fault.setdefault(fault, []).append(rank)
+    if len(ranks_by_checksum) > 1:
+        counts = ", ".join(f"{found[same[0]][1]:,} on {_ranks(same)}" for same in ranks_by_checksum.values())
+        odd = next(
+            (f" (on {_ranks(some)}: {fault})" for fault, some in ranks_by_fault.items() if len(some) < len(found)), ""
+        )
         raise InputError(
             f"data: the ranks hold different {what} images, {counts}{odd}; start again, once every host reads the same"
         )
@@ -125,9 +127,11 @@ def confusions(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dic
 
     Of equal shares the more frequent comes first.
     """
-    asked, found = labels[scores.queries], labels[scores.first]
-    queries = torch.bincount(asked, minlength=len(names))
-    pairs, counts = torch.stack([asked, found], 1)[asked != found].unique(dim=0, return_counts=True)
+    query_labels, first_labels = labels[scores.queries], labels[scores.first]
+    queries = torch.bincount(query_labels, minlength=len(names))
+    pairs, counts = torch.stack([query_labels, first_labels], 1)[query_labels != first_labels].unique(
+        dim=0, return_counts=True
+    )
     rows = [
         {"class": names[a], "taken_for": names[b], "count": count, "queries": int(queries[a])}
         for (a, b), count in zip(pairs.tolist(), counts.tolist())
@@ -150,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"--json: the folder of {str(parsed.json)!r} is not there; make it, or name another file")
     encoder = Encoder.from_pretrained(parsed.encoder, map_location=distributed.device())
     _, test = load_images(parsed.data, encoder.image_size)
-    embeddings, labels, names = embed_all(encoder, test), test.labels, test.dataset.classes
+    embeddings, labels, names = embed_images(encoder, test), test.labels, test.dataset.classes
     scores = retrieve(embeddings, labels)
     metrics = summary(scores) | {"nmi": nmi(embeddings, labels)}
     classes, mistakes = by_class(scores, labels, names), confusions(scores, labels, names)

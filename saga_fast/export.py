@@ -46,24 +46,24 @@ def export(encoder: Encoder, out: Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'saga-fast[onnx]'") from error
-    aside = hidden(out, "partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    staging = hidden(out, "partial")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        aside.mkdir()
+        staging.mkdir()
     except OSError as error:
         raise InputError(f"--out: {str(out)!r} cannot be written ({error.strerror}); name another file") from error
     try:
-        file = aside / out.name
+        file = staging / out.name
         _write(encoder, file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         difference = max(_difference(encoder, session, batch) for batch in (1, 3))
         if not difference <= TOLERANCE:
             raise Disagreement(f"{out}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE}; not written")
         del session
-        for path in sorted(aside.iterdir(), key=lambda path: path == file):  # the graph after its weights
+        for path in sorted(staging.iterdir(), key=lambda path: path == file):  # the graph after its weights
             os.replace(path, out.parent / path.name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return difference
 
 

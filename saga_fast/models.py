@@ -39,13 +39,13 @@ class Arguments(Config):
 def check(name: str, config: Arguments) -> Iterator[str]:
     """What there is to say of a model, line by line. Raises InputError where it cannot be used as `config` says."""
     name = SUPERVISOR if name == TINY else name
-    known = read_pretrained(name, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
-    mllm = shapes(known, config)
+    pretrained = read_pretrained(name, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
+    mllm = shapes(pretrained, config)
     side = config.data.image_size
     encoder = empty_encoder(mllm, config)
     rows, columns = encoder.tower.grid(side, side)
-    decoder, text = mllm.decoder, known.config.text_config
-    kind = known.config.model_type
+    decoder, text = mllm.decoder, pretrained.config.text_config
+    kind = pretrained.config.model_type
     yield f"{name}: {KINDS[kind].name} ({kind}), which can be used"
     yield (
         f"tower: {_count(sum(p.numel() for p in encoder.tower.parameters()))} parameters, at {side} pixels "
@@ -76,14 +76,14 @@ def check(name: str, config: Arguments) -> Iterator[str]:
     yield from _memory(supervisor, encoder, config)
 
 
-def shapes(known: Pretrained, config: Config) -> Mllm:
+def shapes(pretrained: Pretrained, config: Config) -> Mllm:
     """The model's parts on the meta device, quantised in name."""
-    decoder = on_meta(known.mllm.decoder, config.supervisor.quantize)
+    decoder = on_meta(pretrained.mllm.decoder, config.supervisor.quantize)
     if config.supervisor.quantize_head:
         tied = decoder.head is decoder.embedding
         decoder.embedding = as_nf4(decoder.embedding, nested=False)
         decoder.head = decoder.embedding if tied else as_nf4(decoder.head, nested=False)
-    return known.mllm._replace(decoder=decoder)
+    return pretrained.mllm._replace(decoder=decoder)
 
 
 def empty_encoder(mllm: Mllm, config: Config) -> Encoder:

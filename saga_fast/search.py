@@ -94,7 +94,7 @@ class Hit(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-class Look(NamedTuple):
+class AttentionOverlay(NamedTuple):
     """Where an attribute is looked for: `shades` are what to lay over the query and over each hit, see `shade`, None
     for a picture that cannot be read."""
 
@@ -117,19 +117,19 @@ class Searcher:
         Raises InputError for a damaged index or encoder, naming the file, and an encoder that did not make the index.
         """
         self.folder = Path(index).absolute()
-        about = indices.about(self.folder)
-        if about is None:
+        info = indices.read_info(self.folder)
+        if info is None:
             raise InputError(f"--index: {str(self.folder)!r} holds no index; make one with python -m saga_fast.embed")
-        self.encoder = Encoder.from_pretrained(encoder or about.encoder)
-        if self.encoder.sha256 != about.encoder_sha256:
+        self.encoder = Encoder.from_pretrained(encoder or info.encoder)
+        if self.encoder.sha256 != info.encoder_sha256:
             raise InputError(
-                f"--index: {str(self.folder)!r} was made by another encoder (SHA-256 {about.encoder_sha256[:12]}…) "
-                f"than {str(encoder or about.encoder)!r} ({self.encoder.sha256[:12]}…); name that one with --encoder, "
+                f"--index: {str(self.folder)!r} was made by another encoder (SHA-256 {info.encoder_sha256[:12]}…) "
+                f"than {str(encoder or info.encoder)!r} ({self.encoder.sha256[:12]}…); name that one with --encoder, "
                 "or embed again"
             )
-        self.about = about
-        self.files = indices.read_files(self.folder, about)
-        self.faiss = indices.read_faiss(self.folder, about)
+        self.info = info
+        self.files = indices.read_files(self.folder, info)
+        self.faiss = indices.read_faiss(self.folder, info)
 
     @torch.inference_mode()
     def search(
@@ -158,10 +158,12 @@ class Searcher:
         results = []
         for query, row, product in zip(z, rows, products):
             row, product = row[row >= 0], product[row >= 0]
-            told: list[Any] = [None] * len(row)
+            cosines_by_attribute: list[Any] = [None] * len(row)
             if blocks and explain:
-                told = [blocks.named(cosines) for cosines in blocks.cosines(query, self._vectors[row])]
-            results.append([Hit(self.files[i].path, float(s), of) for i, s, of in zip(row, product, told)])
+                cosines_by_attribute = [blocks.named(cosines) for cosines in blocks.cosines(query, self._vectors[row])]
+            results.append(
+                [Hit(self.files[i].path, float(s), of) for i, s, of in zip(row, product, cosines_by_attribute)]
+            )
         return results
 
     @cached_property
@@ -172,14 +174,14 @@ class Searcher:
                 f"--explain and --attribute: the encoder of {str(self.folder)!r} keeps no attributes apart "
                 f"({self.encoder.pooler.kind} pooling); train one with --encoder.pooler attributes"
             )
-        if self.about.blocks is None:
+        if self.info.blocks is None:
             raise InputError(
-                f"--explain and --attribute: {str(self.folder / indices.ABOUT)!r} names no attributes, as it is older "
+                f"--explain and --attribute: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as it is older "
                 "than they are; embed again into the same folder, which keeps the vectors"
             )
-        if self.about.blocks != (sizes := self.encoder.block_sizes):
+        if self.info.blocks != (sizes := self.encoder.block_sizes):
             raise InputError(
-                f"{str(self.folder / indices.ABOUT)!r}: its attributes are not the encoder's; embed into another folder"
+                f"{str(self.folder / indices.INFO_FILE)!r}: its attributes are not the encoder's; embed into another folder"
             )
         return Blocks(sizes)
 
@@ -187,7 +189,7 @@ class Searcher:
     def _vectors(self) -> np.ndarray:
         """float32 (n, D_e): an exact index has them in memory; of another they are read when first asked for."""
         exact = indices.exact_vectors(self.faiss)
-        return indices.read_vectors(self.folder, self.about) if exact is None else exact
+        return indices.read_vectors(self.folder, self.info) if exact is None else exact
 
     @cached_property
     def _typical(self) -> np.ndarray:
@@ -196,13 +198,13 @@ class Searcher:
         return self._vectors[::step].mean(0)
 
     @torch.inference_mode()
-    def look(
+    def overlay(
         self,
         query: Picture,
         hits: Sequence[Hit],
         attribute: str | None = None,
         weights: Mapping[str, float] | None = None,
-    ) -> Look:
+    ) -> AttentionOverlay:
         """Where `attribute` is looked for in a query and in its hits, as an explaining search returned them.
 
         By default it is the most decisive one, which adds most, by `weights`, to how far the hits' mean similarity is
@@ -213,10 +215,10 @@ class Searcher:
         else:
             z = self.encoder(query)[0].cpu().numpy()
             found = [[hit.attributes[name] for name in self.blocks.names] for hit in hits if hit.attributes]
-            above = np.mean(found, 0) - self.blocks.cosines(z, self._typical)
-            place = int(np.argmax(above * self.blocks.weights(weights)))
+            gain = np.mean(found, 0) - self.blocks.cosines(z, self._typical)
+            place = int(np.argmax(gain * self.blocks.weights(weights)))
         shades = [self._shade(picture, place) for picture in (query, *(hit.path for hit in hits))]
-        return Look(self.blocks.names[place], shades[0], shades[1:])
+        return AttentionOverlay(self.blocks.names[place], shades[0], shades[1:])
 
     def _shade(self, picture: Picture, place: int) -> str | None:
         try:
@@ -239,23 +241,23 @@ def search(
     return Searcher(index, encoder).search(queries, k, explain=explain, weights=weights, only=only)
 
 
-def page(queries: Sequence[str], results: Sequence[Sequence[Hit]], looks: Sequence[Look] = ()) -> str:
-    """One HTML page: a row a query, thumbnails inside, every name escaped. looks: of each query, laid over them."""
+def page(queries: Sequence[str], results: Sequence[Sequence[Hit]], overlays: Sequence[AttentionOverlay] = ()) -> str:
+    """One HTML page: a row a query, thumbnails inside, every name escaped. overlays: of each query, laid over them."""
     sections = []
     for i, (query, hits) in enumerate(zip(queries, results)):
-        look = looks[i] if looks else Look("", None, [None] * len(hits))
-        words = f"query, clear where {look.attribute} is looked for" if looks else "query"
-        figures = [_figure(query, words, look.query, kind="query")]
-        for hit, over in zip(hits, look.hits):
-            figures.append(_figure(hit.path, f"{hit.similarity:.3f}", over, hit.attributes, look.attribute))
+        overlay = overlays[i] if overlays else AttentionOverlay("", None, [None] * len(hits))
+        caption = f"query, clear where {overlay.attribute} is looked for" if overlays else "query"
+        figures = [_figure(query, caption, overlay.query, kind="query")]
+        for hit, shade_uri in zip(hits, overlay.hits):
+            figures.append(_figure(hit.path, f"{hit.similarity:.3f}", shade_uri, hit.attributes, overlay.attribute))
         sections.append("<section>\n" + "\n".join(figures) + "\n</section>")
     return PAGE.format(sections="\n".join(sections))
 
 
 def _figure(
     path: str,
-    words: str,
-    over: str | None = None,
+    caption_text: str,
+    shade_uri: str | None = None,
     attributes: dict[str, float] | None = None,
     shown: str = "",
     kind: str = "hit",
@@ -265,11 +267,11 @@ def _figure(
         picture = open_rgb(path)
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
         image = f'<img alt="{name}" src="{data_uri(picture, "JPEG", quality=85)}">'
-        if over:  # in a box of the picture's shape, as the shade is stretched over all of it
+        if shade_uri:  # in a box of the picture's shape, as the shade is stretched over all of it
             width, height = (100 * side / max(picture.size) for side in picture.size)
             image = (
                 f'<div class="lit"><span style="width:{width:.4g}%;height:{height:.4g}%">{image}'
-                f'<img class="shade" alt="" src="{over}"></span></div>'
+                f'<img class="shade" alt="" src="{shade_uri}"></span></div>'
             )
     except InputError:  # moved or deleted since it was indexed
         image = '<div class="none">not there any more</div>'
@@ -278,7 +280,7 @@ def _figure(
         f'<i style="width:{100 * max(cosine, 0):.1f}%"></i><span>{cosine:.2f}</span></li>'
         for attribute, cosine in (attributes or {}).items()
     )
-    caption = f"<figcaption>{html.escape(words)}<br>{name}</figcaption>" + (bars and f"<ul>{bars}</ul>")
+    caption = f"<figcaption>{html.escape(caption_text)}<br>{name}</figcaption>" + (bars and f"<ul>{bars}</ul>")
     return f'<figure class="{kind}">{image}{caption}</figure>'
 
 
@@ -332,11 +334,11 @@ def main(arguments: Sequence[str]) -> None:
         searcher.blocks.place(parsed.show, "--show")
     results = searcher.search(parsed.queries, parsed.k, explain=parsed.explain, weights=weights, only=parsed.only)
     if parsed.html:
-        looks = []
+        overlays = []
         if parsed.explain:
             show = parsed.show or parsed.only
-            looks = [searcher.look(query, hits, show, weights) for query, hits in zip(parsed.queries, results)]
-        sys.stdout.write(page(parsed.queries, results, looks))
+            overlays = [searcher.overlay(query, hits, show, weights) for query, hits in zip(parsed.queries, results)]
+        sys.stdout.write(page(parsed.queries, results, overlays))
     elif parsed.json:
         found = [{"query": q, "hits": [hit.fields() for hit in hits]} for q, hits in zip(parsed.queries, results)]
         print(json.dumps(found, indent=2))

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from saga_fast.data import Augmentation, Batch, ClassBalancedSampler, PixelLoader, augmented
 from saga_fast.encoder import Encoder, VisualFeatures
-from saga_fast.evaluate import embed_all, load_images, score, table
+from saga_fast.evaluate import embed_images, load_images, score, table
 from saga_fast.losses import metric_loss
 from saga_fast.losses.alignment import alignment_kl, attention_targets
 from saga_fast.losses.balance import Balance
@@ -49,19 +49,19 @@ from saga_fast.losses.policy import add_attribute_credit, token_coefficients
 from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
 from saga_fast.runtime import distributed
-from saga_fast.runtime.health import spread
+from saga_fast.runtime.health import embedding_spread
 from saga_fast.runtime.memory import GIB, Predictor, Step, free_bytes
-from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
-from saga_fast.runtime.run import SELECTS, Run, held
+from saga_fast.runtime.oom import GradientCachedForward, OomBackoff, gradients_all_or_none
+from saga_fast.runtime.run import SELECTION_METRIC, Run, run_lock
 from saga_fast.runtime.signals import Stopped
 from saga_fast.supervisor.draw import Draw, draw_contributing, draw_pairs
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
-from saga_fast.supervisor.replay import AnchorAttention, Group, Replay
+from saga_fast.supervisor.replay import AnchorAttention, Group, ReplayResult
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor, Written, anchor_of, ask
+from saga_fast.supervisor.supervisor import AttributePositions, Supervisor, anchor_layer_index, prompt_prefix
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower, tower_of
@@ -77,7 +77,7 @@ class Diverged(RuntimeError):
 class Training:
     """What stands for a whole run. autocast: makes a fresh context; it covers tower and pooler, never the supervisor.
 
-    supervisor: None where neither of its terms has a weight; frozen: the SHA-256 of its weights, which no step changes.
+    supervisor: None where neither of its terms has a weight; supervisor_sha256: the SHA-256 of its weights, which no step changes.
     batches: endless micro-batches of the training half.
     """
 
@@ -89,31 +89,31 @@ class Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: Callable[[], AbstractContextManager]
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
-    frozen: str | None = None
+    supervisor_sha256: str | None = None
     balance: Balance = field(default_factory=Balance)
-    oom: Fits = field(default_factory=Fits)
+    oom: OomBackoff = field(default_factory=OomBackoff)
 
     @property
     def device(self) -> torch.device:
         return self.encoder.device
 
     @property
-    def voice(self) -> float:
+    def supervisor_weight(self) -> float:
         """The share, in 0..1, of λ_lm and λ_kl that the supervisor has earned."""
-        return self.balance.voice if self.config.lambda_.adaptive else 1.0
+        return self.balance.supervisor_weight if self.config.lambda_.adaptive else 1.0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def encode(self, pixels: Tensor) -> list[Tensor]:
+    def visual_levels(self, pixels: Tensor) -> list[Tensor]:
         """Of uint8 pixels (B, 3, S, S) the levels that the language model reads: tokens (B, N, D), then DeepStack's."""
         with self.autocast():
             return list(self.encoder.tower(pixels).levels)
 
-    def embed(self, pixels: Tensor) -> list[Tensor]:
+    def embed_pixels(self, pixels: Tensor) -> list[Tensor]:
         """The embeddings (B, D_e) of `pixels`, then those levels."""
-        levels = self.encode(pixels)
+        levels = self.visual_levels(pixels)
         with self.autocast():
             return [self.encoder.pooler(levels[0]), *levels]
 
@@ -122,8 +122,8 @@ class Pair(NamedTuple):
     """A contributing pair, kept between roll-out and replay.
 
     images: (2,) int64, what tells an image of the step from all others. pixels: uint8 (2, 3, S, S). features: of both,
-    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `Judged`;
-    log_probs: see `Rollouts`.
+    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `JudgedPair`;
+    log_probs: see `PairRollouts`.
     """
 
     images: Tensor
@@ -160,8 +160,8 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         log = optimizer_step(t, step, run.contribution_rate, sample)
         log |= run.count(log)
         if config.log.evaluate_every and (step + 1) % config.log.evaluate_every == 0:
-            held_out = embed_all(t.encoder.eval(), validation_images)
-            log[SELECTS] = score(held_out, validation_images.labels)["recall_at_1"]
+            held_out = embed_images(t.encoder.eval(), validation_images)
+            log[SELECTION_METRIC] = score(held_out, validation_images.labels)["recall_at_1"]
             t.encoder.train()
         run.record(step, log)
         shown = {"dml": "loss_dml", "lm": "loss_lm", "kl": "loss_kl", "reward": "reward"}
@@ -175,12 +175,12 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
                 "lower the learning rates"
             )
 
-    if supervisor and supervisor.decoder.fingerprint() != t.frozen:
+    if supervisor and supervisor.decoder.fingerprint() != t.supervisor_sha256:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
-    run.take_best()
-    embeddings = embed_all(t.encoder.eval(), test_images)
+    run.load_best()
+    embeddings = embed_images(t.encoder.eval(), test_images)
     after = score(embeddings, test_images.labels)
-    return run.finish(after, t.frozen, test_images, embeddings)
+    return run.finish(after, t.supervisor_sha256, test_images, embeddings)
 
 
 def optimizer_step(
@@ -198,38 +198,38 @@ def optimizer_step(
     while True:
         # ── A. Embed a micro-batch; metric loss, with its gradient ──────────────────────────────────────────────────
         batch = next(t.batches)
-        embeddings, features, loss_dml = embed(t, batch)
+        embeddings, features, loss_dml = embed_batch(t, batch)
         losses_dml.append(loss_dml)
         if t.supervisor is None:
             break
 
         # ── B. Draw pairs and roll them out, without gradient, until K contribute ───────────────────────────────────
-        wanted = config.rollout.pairs - len(buffer)
-        rows, found = roll_out(t, batch, features, (step << 20) + len(draw.pairs), wanted, contribution_rate)
-        buffer += contributing(batch, len(losses_dml), features, rows, found)
-        draw.extend(found)
+        missing = config.rollout.pairs - len(buffer)
+        rows, drawn = rollout_batch(t, batch, features, (step << 20) + len(draw.pairs), missing, contribution_rate)
+        buffer += contributing_pairs(batch, len(losses_dml), features, rows, drawn)
+        draw.extend(drawn)
         if len(buffer) >= config.rollout.pairs or len(losses_dml) == config.rollout.max_batches:
             break
     # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
-    t.balance.hear(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
+    t.balance.update(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
     log = {
         "loss_dml": sum(losses_dml) / len(losses_dml),
         "micro_batches": len(losses_dml),
-        **spread(embeddings),
+        **embedding_spread(embeddings),
         **draw.summary(),
         "pairs_replayed": len(buffer),
         "seconds_embed_and_roll_out": (rolled_out := time.perf_counter()) - started,
     }
 
     # ── C. Replay with gradient: GRPO into the tower, L_KL into the pooler ──────────────────────────────────────────
-    if buffer and t.voice > 0:
-        log |= replay(t, buffer)
+    if buffer and t.supervisor_weight > 0:
+        log |= replay_buffer(t, buffer)
     gradient_supervisor = take_gradients(t.parameters)
     sample(buffer)
 
     # ── Add up, clip, update ────────────────────────────────────────────────────────────────────────────────────────
-    log |= combine(t, gradient_dml, gradient_supervisor)
+    log |= combine_gradients(t, gradient_dml, gradient_supervisor)
     norm = nn.utils.clip_grad_norm_(t.parameters, config.optim.clip).item()
     losses = [value for name, value in log.items() if name.startswith("loss_")]
     finite = all(map(math.isfinite, [norm, *losses]))
@@ -240,25 +240,25 @@ def optimizer_step(
     return log | {"seconds_replay_and_update": time.perf_counter() - rolled_out}
 
 
-def embed(t: Training, batch: Batch) -> tuple[Tensor, VisualFeatures, float]:
+def embed_batch(t: Training, batch: Batch) -> tuple[Tensor, VisualFeatures, float]:
     """Phase A: the embeddings (B, D_e) of a micro-batch and its features, both detached and whole on every rank, and
     L_DML, whose gradient, times λ_dml, is in the parameters."""
     weight, count = t.config.lambda_.dml, len(batch.pixels)
-    labels, mine = batch.labels.to(t.device), batch.pixels[distributed.rows(count)].to(t.device)
+    labels, shard = batch.labels.to(t.device), batch.pixels[distributed.shard_rows(count)].to(t.device)
     with torch.set_grad_enabled(weight > 0):  # without the metric loss there is no graph to keep through the roll-out
-        embedded = Encoded(t.oom, "embed", t.embed, mine, list(t.encoder.parameters()))
-        embeddings, *levels = embedded.outputs
+        cached_forward = GradientCachedForward(t.oom, "embed", t.embed_pixels, shard, list(t.encoder.parameters()))
+        embeddings, *levels = cached_forward.outputs
         # Every rank takes the loss of the whole batch, and a share of it: gradients of all ranks are added up.
-        embeddings = distributed.gather(embeddings, count)
+        embeddings = distributed.all_gather_rows(embeddings, count)
         loss = t.dml(embeddings, labels)
         if weight > 0:
-            (weight * loss / distributed.ranks()).backward()
-            embedded.backward()
-    features = VisualFeatures.of(levels).detach().map(partial(distributed.gather, count=count))
+            (weight * loss / distributed.world_size()).backward()
+            cached_forward.backward()
+    features = VisualFeatures.of(levels).detach().map(partial(distributed.all_gather_rows, count=count))
     return embeddings.detach(), features, loss.item()
 
 
-def roll_out(
+def rollout_batch(
     t: Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
 ) -> tuple[Tensor, Draw]:
     """Phase B: rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute. The rows
@@ -271,117 +271,135 @@ def roll_out(
     return pairs, draw_contributing(t.supervisor, features, pairs, same, first_id, wanted, rate, t.oom, credit)
 
 
-def contributing(batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw) -> list[Pair]:
+def contributing_pairs(
+    batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw
+) -> list[Pair]:
     """The pairs that are kept for the replay."""
-    numbers = torch.tensor(batch.indices) + (micro_batch << 32)  # an image is augmented anew in each micro-batch
+    image_ids = torch.tensor(batch.indices) + (micro_batch << 32)  # an image is augmented anew in each micro-batch
     return [
         Pair(
-            numbers[two],
-            batch.pixels[two],
-            features.select(two.to(features.tokens.device)),
+            image_ids[rows_of_pair],
+            batch.pixels[rows_of_pair],
+            features.select(rows_of_pair.to(features.tokens.device)),
             pair.completions,
             pair.rewards,
             pair.advantages,
             pair.credit,
             pair.log_probs,
         )
-        for two, pair in zip(rows, draw.pairs)
+        for rows_of_pair, pair in zip(rows, draw.pairs)
         if pair.contributes
     ]
 
 
-def replay(t: Training, buffer: list[Pair]) -> dict[str, float]:
+def replay_buffer(t: Training, buffer: list[Pair]) -> dict[str, float]:
     """Phase C: adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share
     of the buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
     tokens = [sum(map(len, pair.completions)) for pair in buffer]
     packed = [len(t.supervisor.prefix) + count for count in tokens]
-    shares = distributed.balance(packed, distributed.ranks())
-    mine = [buffer[i] for i in shares[distributed.rank()]]
-    written = (
-        [t.supervisor.written(pair.completions) for pair in mine] if t.config.reads_attributes else [[] for _ in mine]
+    shares = distributed.balance_loads(packed, distributed.world_size())
+    own_pairs = [buffer[i] for i in shares[distributed.rank()]]
+    attribute_positions = (
+        [t.supervisor.attribute_positions(pair.completions) for pair in own_pairs]
+        if t.config.reads_attributes
+        else [[] for _ in own_pairs]
     )
-    described = (
-        [rewarded_descriptions(pair, found) for pair, found in zip(mine, written)]
+    target_positions = (
+        [rewarded_positions(pair, found) for pair, found in zip(own_pairs, attribute_positions)]
         if t.config.lambda_.kl > 0
-        else [{} for _ in mine]
+        else [{} for _ in own_pairs]
     )
-    rewarded = sum(distributed.everyone(sum(map(len, described))))
+    rewarded = sum(distributed.all_gather_object(sum(map(len, target_positions))))
     loss_lm = loss_kl = 0.0
     drift: list[float] = []
-    if mine:
+    if own_pairs:
         # The features that the pairs were rolled out with: no weight has changed since.
-        leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in mine))])
-        groups = [make_group(t, pair, *found, sum(tokens)) for pair, *found in zip(mine, written, described)]
-        result = policy_gradient(t, mine, leaves, groups)
+        leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in own_pairs))])
+        groups = [
+            make_group(t, pair, *found, sum(tokens))
+            for pair, *found in zip(own_pairs, attribute_positions, target_positions)
+        ]
+        result = policy_gradient(t, own_pairs, leaves, groups)
         loss_lm = result.loss.item()
-        for pair, found in zip(mine, result.log_probs):
-            drift += [abs(found[g][place].item() - sampled) for (g, place), sampled in pair.log_probs.items()]
+        for pair, found in zip(own_pairs, result.log_probs):
+            drift += [abs(found[g][position].item() - sampled) for (g, position), sampled in pair.log_probs.items()]
         if result.attention:
-            loss_kl = align(t, leaves.tokens, result.attention, described, rewarded)
-    losses_lm, losses_kl, drifts = zip(*distributed.everyone((loss_lm, loss_kl, drift)))
+            loss_kl = align_attention(t, leaves.tokens, result.attention, target_positions, rewarded)
+    losses_lm, losses_kl, drifts = zip(*distributed.all_gather_object((loss_lm, loss_kl, drift)))
     loads = [sum(packed[i] for i in share) for share in shares]
     log = {"loss_lm": sum(losses_lm), "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
-    if drift := [value for each in drifts for value in each]:  # the ratio is taken for 1: here is how nearly it is
+    if drift := [value for values in drifts for value in values]:  # the ratio is taken for 1: here is how nearly it is
         log["log_prob_drift"] = sum(drift) / len(drift)
     return log | ({"loss_kl": sum(losses_kl)} if rewarded else {})
 
 
-def rewarded_descriptions(pair: Pair, written: Sequence[Written]) -> dict[int, Written]:
+def rewarded_positions(pair: Pair, attribute_positions: Sequence[AttributePositions]) -> dict[int, AttributePositions]:
     """The rollouts with reward 1 that describe both images, g → where: what L_KL learns from."""
     return {
-        g: items for g, items in enumerate(written) if pair.rewards[g] and all(any(item.values()) for item in items)
+        g: items
+        for g, items in enumerate(attribute_positions)
+        if pair.rewards[g] and all(any(item.values()) for item in items)
     }
 
 
 def make_group(
-    t: Training, pair: Pair, written: Sequence[Written], described: dict[int, Written], total_tokens: int
+    t: Training,
+    pair: Pair,
+    attribute_positions: Sequence[AttributePositions],
+    target_positions: dict[int, AttributePositions],
+    total_tokens: int,
 ) -> Group:
     """A pair as it is replayed: c of each token with L_GRPO = Σ c log π, and the tokens whose attention is wanted."""
     lengths = [len(completion) for completion in pair.completions]
     coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
     if pair.credit is not None:
         scale = t.config.rollout.credit_weight / total_tokens
-        add_attribute_credit(coefficients, pair.credit, written, t.supervisor.prompt.attributes, scale)
+        add_attribute_credit(coefficients, pair.credit, attribute_positions, t.supervisor.prompt.attributes, scale)
     spans = {
-        g: tuple([at for tokens in item.values() for at in tokens] for item in items) for g, items in described.items()
+        g: tuple([position for tokens in item.values() for position in tokens] for item in items)
+        for g, items in target_positions.items()
     }
     return Group(pair.completions, coefficients, spans)
 
 
-def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> Replay:
+def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> ReplayResult:
     """The gradient of λ_lm L_GRPO: through the frozen language model into the features, and on through the tower."""
-    weight = t.config.lambda_.lm * t.voice
+    weight = t.config.lambda_.lm * t.supervisor_weight
     for leaf in leaves.levels:
         leaf.requires_grad_(weight > 0)
 
-    def replay_within(token_budget: int) -> Replay:
+    def replay_within(token_budget: int) -> ReplayResult:
         for leaf in leaves.levels:
             leaf.grad = None
         return t.supervisor.replay(leaves, groups, token_budget)
 
     prefix = len(t.supervisor.prefix)
     packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
-    result = t.oom.run("replay", min(packed, t.supervisor.plan.token_budget), replay_within, least=prefix)
+    result = t.oom.run("replay", min(packed, t.supervisor.plan.token_budget), replay_within, minimum=prefix)
     if weight > 0:
         # An image may be in several pairs: it goes through the tower once, with the gradient of all.
-        numbers, image = torch.cat([pair.images for pair in buffer]).unique(return_inverse=True)
-        first = torch.stack([(image == i).nonzero()[0, 0] for i in range(len(numbers))])
+        image_ids, image = torch.cat([pair.images for pair in buffer]).unique(return_inverse=True)
+        first = torch.stack([(image == i).nonzero()[0, 0] for i in range(len(image_ids))])
         pixels = torch.cat([pair.pixels for pair in buffer])[first].to(t.device)
-        wanted = [
+        level_gradients = [
             leaf.new_zeros(len(pixels), *leaf.shape[1:]).index_add_(0, image.to(t.device), weight * leaf.grad)
             for leaf in leaves.levels
         ]
 
-        def back(rows: slice) -> None:
+        def backward_rows(rows: slice) -> None:
             with gradients_all_or_none(list(t.encoder.tower.parameters())):
-                torch.autograd.backward(t.encode(pixels[rows]), [level[rows] for level in wanted])
+                torch.autograd.backward(t.visual_levels(pixels[rows]), [level[rows] for level in level_gradients])
 
-        t.oom.pieces("encode", len(pixels), back)
+        t.oom.map_chunks("encode", len(pixels), backward_rows)
     return result
 
 
-def align(
-    t: Training, tokens: Tensor, attention: list[AnchorAttention], described: list[dict[int, Written]], rewarded: int
+def align_attention(
+    t: Training,
+    tokens: Tensor,
+    attention: list[AnchorAttention],
+    target_positions: list[dict[int, AttributePositions]],
+    rewarded: int,
 ) -> float:
     """The gradient of λ_kl L_KL into the pooler: each of its queries should look where the supervisor looked while it
     described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share."""
@@ -390,27 +408,27 @@ def align(
     queries, names = beta.shape[1], t.supervisor.prompt.attributes
     targets = []
     for entry in attention:
-        found = described[entry.group][entry.rollout][entry.image]
+        positions = target_positions[entry.group][entry.rollout][entry.image]
         # The paper's pooler has one query, which learns from all attributes.
-        query = [names.index(name) if queries > 1 else 0 for name, tokens in found.items() for _ in tokens]
+        query = [names.index(name) if queries > 1 else 0 for name, tokens in positions.items() for _ in tokens]
         targets.append(attention_targets(entry.weights, torch.tensor(query, device=beta.device), queries))
     beta = beta[[2 * entry.group + entry.image for entry in attention]]
     # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
     loss = alignment_kl(torch.stack(targets), beta).sum() / rewarded
-    (t.config.lambda_.kl * t.voice * loss).backward()
+    (t.config.lambda_.kl * t.supervisor_weight * loss).backward()
     return loss.item()
 
 
 def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[Tensor | None]:
     """The parameters' gradients, summed over the ranks and divided by `count`; the parameters are left with none."""
-    distributed.add_up_gradients(parameters)
+    distributed.all_reduce_gradients(parameters)
     taken = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     return [gradient if gradient is None or count == 1 else gradient.div_(count) for gradient in taken]
 
 
-def combine(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None]) -> dict[str, float]:
+def combine_gradients(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None]) -> dict[str, float]:
     """Puts the sum of both terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
     first. Returns norms, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
     log: dict[str, float] = {}
@@ -421,23 +439,23 @@ def combine(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | Non
         pairs = [(a, b) for p, a, b in zip(t.parameters, dml, supervisor) if id(p) in owned]
         if all(b is None for _, b in pairs):
             continue
-        norm_dml, norm_other, product = products(pairs)
+        norm_dml, norm_other, product = norms_and_dot(pairs)
         log[f"grad_{part}_dml"], log[f"grad_{part}_{other}"] = norm_dml, norm_other
         log[f"cosine_{part}_dml_{other}"] = product / (norm_dml * norm_other) if norm_dml * norm_other else 0.0
         if part == "tower" and t.config.lambda_.adaptive:
             # λ_lm and the voice are in the gradient already: they set the quotient that is left.
-            weight = t.config.lambda_.lm * t.voice
+            weight = t.config.lambda_.lm * t.supervisor_weight
             log["scale_lm"] = scale = weight * t.balance.scale(norm_dml, norm_other)
     for parameter, a, b in zip(t.parameters, dml, supervisor):
         if b is not None and id(parameter) in tower and scale != 1:
             b = b.mul_(scale)
         parameter.grad = b if a is None else a if b is None else a.add_(b)
     if t.config.lambda_.adaptive and t.balance.informedness is not None:
-        log |= {"informedness": t.balance.informedness, "voice": t.voice}
+        log |= {"informedness": t.balance.informedness, "voice": t.supervisor_weight}
     return log
 
 
-def products(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[float, float, float]:
+def norms_and_dot(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[float, float, float]:
     """|a|, |b| and a·b of two lists of gradients, fp64; None is zero. A parameter at a time: another copy of all would
     not fit everywhere."""
     zero = torch.zeros((), dtype=torch.float64)
@@ -478,7 +496,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     if config.encoder.tower is None:
         pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
         if config.uses_supervisor:
-            check_question(config, pretrained.mllm, prompt)
+            check_prompt(config, pretrained.mllm, prompt)
         dtype = torch.bfloat16 if bf16 else torch.float32
         mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
     encoder = make_encoder(config, mllm, prompt).to(device)
@@ -507,14 +525,14 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     )
 
     t = Training(config, encoder, supervisor, dml, optimizer, schedule, autocast)
-    t.frozen = supervisor and supervisor.decoder.fingerprint()
+    t.supervisor_sha256 = supervisor and supervisor.decoder.fingerprint()
     run = Run(out, config, encoder, dml, optimizer, schedule, sampler, t.balance, steps)
     if resume:
-        run.restore(t.frozen)
+        run.restore(t.supervisor_sha256)
     else:
-        embeddings = embed_all(encoder.eval(), test_images)
-        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt, t.frozen)
-    distributed.check_alike(encoder, dml)
+        embeddings = embed_images(encoder.eval(), test_images)
+        run.begin(score(embeddings, test_images.labels), neighbours(embeddings), prompt, t.supervisor_sha256)
+    distributed.assert_in_sync(encoder, dml)
     augmentation = Augmentation(**dataclasses.asdict(config.augment))
     t.batches = augmented(train_images.stream(sampler), augmentation, config.seed, run.batches)
     return t, run, (validation_images, test_images)
@@ -534,15 +552,15 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(rollout.group_size, rollout.temperature, rollout.top_p, rollout.max_new_tokens, config.seed)
 
 
-def check_question(config: Config, mllm: Mllm, prompt: Prompt) -> None:
+def check_prompt(config: Config, mllm: Mllm, prompt: Prompt) -> None:
     """Raises InputError, before any weight is read, for a question that the model could not be asked. mllm: on the meta
     device, see `Pretrained`."""
-    asked = prompt.as_generic() if config.supervisor.generic else prompt
+    used_prompt = prompt.as_generic() if config.supervisor.generic else prompt
     grid = tower_of(mllm.visual).grid(config.data.image_size, config.data.image_size)
-    prefix, _ = ask(mllm, asked, config.supervisor.order, grid, sampling_of(config))
-    anchor_of(config.supervisor.anchor_layer, mllm.decoder.depth)
+    prefix, _ = prompt_prefix(mllm, used_prompt, config.supervisor.order, grid, sampling_of(config))
+    anchor_layer_index(config.supervisor.anchor_layer, mllm.decoder.depth)
     if config.reads_attributes:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
-        tokens_by_attribute(prefix.input_ids, mllm.tokenizer, asked)
+        tokens_by_attribute(prefix.input_ids, mllm.tokenizer, used_prompt)
 
 
 def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
@@ -568,7 +586,7 @@ def plan_memory(
 ) -> Config:
     """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
     that a resumed run does the same where that fits. Raises InputError, with the numbers, where a step does not fit."""
-    ranks, rollout = distributed.ranks(), config.rollout
+    ranks, rollout = distributed.world_size(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
         encoder,
@@ -588,7 +606,7 @@ def plan_memory(
         footprint = predictor.fit(free)
     else:
         chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen, anew=resume)
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, *chosen, may_replan=resume)
         plan = dataclasses.asdict(supervisor.plan)
         config = dataclasses.replace(config, rollout=dataclasses.replace(rollout, slots=supervisor.slots, **plan))
     if distributed.rank() == 0:
@@ -600,31 +618,35 @@ def plan_memory(
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up over the first share of the steps, then a cosine to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def main() -> None:
     with exit_on_input_error(), distributed.process_group():
         config, out, resume = parse(sys.argv[1:])
-        speaks = distributed.rank() == 0
-        again = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
+        first_rank = distributed.rank() == 0
+        resume_command = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:
-            with held(out):
+            with run_lock(out):
                 final = train(config, out, resume)
         except Stopped as stopped:
-            if speaks:
-                print(f"\n{stopped}; go on with\n{again}")
+            if first_rank:
+                print(f"\n{stopped}; go on with\n{resume_command}")
             return
         except KeyboardInterrupt:
-            if speaks:
-                print(f"\ninterrupted; go on with\n{again}" if out.exists() else "\ninterrupted; nothing was saved yet")
+            if first_rank:
+                print(
+                    f"\ninterrupted; go on with\n{resume_command}"
+                    if out.exists()
+                    else "\ninterrupted; nothing was saved yet"
+                )
             sys.exit(130)
         except Diverged as error:
-            sys.exit(f"error: {error}" if speaks else 1)
-        if speaks:
+            sys.exit(f"error: {error}" if first_rank else 1)
+        if first_rank:
             rows = {when: final[when] for when in ("before", "after")}
             print(f"\nRetrieval on classes never seen in training, per cent\n{table(rows)}")
             print(f"\nrun: {out}   encoder: {out / 'encoder'}   report: {out / 'report.html'}")

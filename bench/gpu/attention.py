@@ -45,7 +45,7 @@ def _cases(groups: int) -> Iterator[Case]:
     right = group_attention_reference(*wide, *where, scale)
     onto = _described(layout)
     right_attention = torch.zeros_like(onto.attention)
-    chosen = onto.slots, onto.first_columns
+    chosen = onto.row_index, onto.first_columns
     right_gradients = group_attention_backward_reference(
         do.float(), *wide, *right, *where, scale, *chosen, right_attention
     )

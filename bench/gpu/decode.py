@@ -37,16 +37,16 @@ def cases() -> Iterator[Case]:
             prefix_v = draw(pairs, KV_HEADS, PREFIX, DIM)
             caches = (draw(rows, KV_HEADS, CAPACITY, DIM)[:, :, :end] for _ in range(2))
             inputs = *qkv.split((HEADS, KV_HEADS, KV_HEADS), 1), prefix_k, prefix_v, *caches
-            seat = torch.randperm(rows, device="cuda")
+            query_slot = torch.randperm(rows, device="cuda")
             cached = torch.full((rows,), own, device="cuda")
             work = cost(rows, pairs, PREFIX, own, HEADS, KV_HEADS, DIM)
             name = f"{rows} rows, {own} tokens each"
-            runs, reference = _runs(*inputs, seat, cached), widened(_reference(seat, cached))
+            runs, reference = _runs(*inputs, query_slot, cached), widened(_reference(query_slot, cached))
             yield Case(name, runs, reference, work, TOLERANCE, inputs, graph=True)
 
 
-def _reference(seat: Tensor, cached: Tensor) -> Callable[..., Tensor]:
-    return lambda *inputs: decode_attention_reference(*inputs, seat, cached, GROUP)
+def _reference(query_slot: Tensor, cached: Tensor) -> Callable[..., Tensor]:
+    return lambda *inputs: decode_attention_reference(*inputs, query_slot, cached, GROUP)
 
 
 def _runs(
@@ -57,15 +57,15 @@ def _runs(
     prefix_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
-    seat: Tensor,
+    query_slot: Tensor,
     cached: Tensor,
 ) -> dict[str, Callable[..., Tensor]]:
-    pair, row = seat // GROUP, torch.arange(len(seat), device=seat.device)
+    pair, row = query_slot // GROUP, torch.arange(len(query_slot), device=query_slot.device)
     spare = -(PREFIX + own_k.shape[2]) % 16  # masks should be of an even length
     keys = F.pad(torch.cat([prefix_k[pair].transpose(2, 3), own_k], 2), (0, 0, 0, spare))
     values = F.pad(torch.cat([prefix_v[pair], own_v], 2), (0, 0, 0, spare))
     place = PREFIX + cached
-    seen = (torch.arange(keys.shape[2], device=seat.device) <= place[:, None])[:, None, None]
+    seen = (torch.arange(keys.shape[2], device=query_slot.device) <= place[:, None])[:, None, None]
 
     def grouped(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         keys[row, :, place], values[row, :, place] = k, v
@@ -77,8 +77,8 @@ def _runs(
         return F.scaled_dot_product_attention(q.unflatten(1, (KV_HEADS, -1)), keys, values, mask).flatten(1, 2)
 
     return {
-        "ours": lambda *inputs: decode_attention(*inputs, seat, cached, GROUP),
-        "PyTorch": _reference(seat, cached),
+        "ours": lambda *inputs: decode_attention(*inputs, query_slot, cached, GROUP),
+        "PyTorch": _reference(query_slot, cached),
         "SDPA, enable_gqa": grouped,
         "SDPA, heads as queries": folded,
     }

@@ -85,13 +85,13 @@ def backward(
     segment_prefix: Tensor,
     query_offsets: Tensor,
     scale: float,
-    slots: Tensor | None = None,
+    row_index: Tensor | None = None,
     first_columns: Tensor | None = None,
     attention: Tensor | None = None,
     query_tile: Tile | None = None,
     key_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; fills `attention` (R, C) if given (`AttentionOnto` says how `slots` and `first_columns` choose)."""
+    """dq, dk, dv; fills `attention` (R, C) if given (`AttentionOnto` says how `row_index` and `first_columns` choose)."""
     do, q, k, v = _rows(do, q, k, v)
     o, lse = o.contiguous(), lse.contiguous()
     queries, heads, head_dim = q.shape
@@ -107,11 +107,11 @@ def backward(
     common = do, q, k, v, delta, lse2, *layout, *_strides(do, q, k, v), scale
 
     levels, by_head = 0, None
-    if attention is not None and slots is not None:
-        levels, by_head = len(slots), attention.new_empty((heads, *attention.shape))
+    if attention is not None and row_index is not None:
+        levels, by_head = len(row_index), attention.new_empty((heads, *attention.shape))
     tile = query_tile or tile_of("dq onto" if levels else "dq", arch, q.dtype, head_dim)
     _dq[_tiles(queries * rep, segments, tile.queries), kv_heads](
-        *common, dq, slots, first_columns, by_head, *((0, 0) if attention is None else attention.shape),
+        *common, dq, row_index, first_columns, by_head, *((0, 0) if attention is None else attention.shape),
         LEVELS=levels, **_constants(rep, head_dim, tile), **launch_options(tile.warps, tile.stages),
     )  # fmt: skip
     if attention is not None and by_head is not None:
@@ -157,15 +157,19 @@ def _store(base, rows, valid, x, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _query_tile(offsets, homes, q_offsets, segments, tile, BLOCK_M: tl.constexpr, REP: tl.constexpr):
+def _query_tile(offsets, prefixes, q_offsets, segments, tile, BLOCK_M: tl.constexpr, REP: tl.constexpr):
     """Segment start and stop, its first query and their end, first row of the tile among theirs, and the range of a
     prefix that is not its own (or empty).
     """
     segment, before = _segment(q_offsets, segments, tile, BLOCK_M, REP)
-    start, stop, home = tl.load(offsets + segment), tl.load(offsets + segment + 1), tl.load(homes + segment)
+    start, stop, prefix_segment = (
+        tl.load(offsets + segment),
+        tl.load(offsets + segment + 1),
+        tl.load(prefixes + segment),
+    )
     q_start, q_stop = tl.load(q_offsets + segment), tl.load(q_offsets + segment + 1)
-    prefix_start = tl.load(offsets + home)
-    prefix = tl.where(home == segment, 0, tl.load(offsets + home + 1) - prefix_start)
+    prefix_start = tl.load(offsets + prefix_segment)
+    prefix = tl.where(prefix_segment == segment, 0, tl.load(offsets + prefix_segment + 1) - prefix_start)
     return start, stop, q_start, q_stop, (tile - before) * BLOCK_M, prefix_start, prefix
 
 
@@ -188,7 +192,7 @@ def _first_column(j, of_prefix, prefix_start, own_start, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _forward(
-    q, k, v, o, lse, offsets, homes, q_offsets, segments, q_count,
+    q, k, v, o, lse, offsets, prefixes, q_offsets, segments, q_count,
     q_token, q_head, k_token, k_head, v_token, v_head, scale,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +200,7 @@ def _forward(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     start, stop, q_start, q_stop, row, prefix_start, prefix = _query_tile(
-        offsets, homes, q_offsets, segments, tile, BLOCK_M, REP
+        offsets, prefixes, q_offsets, segments, tile, BLOCK_M, REP
     )
     if row >= (q_stop - q_start) * REP:
         return
@@ -207,8 +211,8 @@ def _forward(
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
     queries = _load(q, query.to(tl.int64) * q_token + head * q_head, inside, HEAD_DIM, WIDTH, True)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     scale2 = scale * LOG2E
 
@@ -220,7 +224,7 @@ def _forward(
         keys = _load(k, column.to(tl.int64) * k_token, inside, HEAD_DIM, WIDTH, False)
         values = _load(v, column.to(tl.int64) * v_token, inside, HEAD_DIM, WIDTH, False)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        acc, top, total = _softmax_step(acc, top, total, scores, values, scale2)
+        acc, row_max, row_sum = _softmax_step(acc, row_max, row_sum, scores, values, scale2)
 
     edge_start, own_start = prefix_start + full_prefix * BLOCK_N, start + full_own * BLOCK_N
     for j in range(edge_prefix + edge_own):
@@ -229,24 +233,24 @@ def _forward(
         keys = _load(k, column.to(tl.int64) * k_token, valid, HEAD_DIM, WIDTH, True)
         values = _load(v, column.to(tl.int64) * v_token, valid, HEAD_DIM, WIDTH, True)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        seen = ((column - shift)[None, :] <= query[:, None]) & valid[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        acc, top, total = _softmax_step(acc, top, total, scores, values, scale2)
+        visible = ((column - shift)[None, :] <= query[:, None]) & valid[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+        acc, row_max, row_sum = _softmax_step(acc, row_max, row_sum, scores, values, scale2)
 
     out = query.to(tl.int64) * (tl.num_programs(1) * REP * HEAD_DIM) + head * HEAD_DIM
-    _store(o, out, inside, acc / total[:, None], HEAD_DIM, WIDTH)
-    tl.store(lse + head.to(tl.int64) * q_count + query, (top + tl.log2(total)) * LN2, inside)
+    _store(o, out, inside, acc / row_sum[:, None], HEAD_DIM, WIDTH)
+    tl.store(lse + head.to(tl.int64) * q_count + query, (row_max + tl.log2(row_sum)) * LN2, inside)
 
 
 @triton.jit
-def _softmax_step(acc, top, total, scores, values, scale2):
-    """Online softmax in base 2. The first block of every row holds a key it sees, so `top` is finite from there on."""
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
-    p = tl.exp2(scores * scale2 - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_top, total
+def _softmax_step(acc, row_max, row_sum, scores, values, scale2):
+    """Online softmax in base 2. The first block of every row holds a key it sees, so `row_max` is finite from there on."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale2)
+    p = tl.exp2(scores * scale2 - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
 
 
 @triton.jit
@@ -267,16 +271,16 @@ def _delta(
 
 @triton.jit
 def _dq(
-    do, q, k, v, delta, lse2, offsets, homes, q_offsets, segments, q_count,
+    do, q, k, v, delta, lse2, offsets, prefixes, q_offsets, segments, q_count,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale,
-    dq, slots, first_columns, by_head, chosen, columns,
+    dq, row_index, first_columns, by_head, chosen, columns,
     LEVELS: tl.constexpr,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the light ones last, as in the forward
     kv_head = tl.program_id(1)
     start, stop, q_start, q_stop, row, prefix_start, prefix = _query_tile(
-        offsets, homes, q_offsets, segments, tile, BLOCK_M, REP
+        offsets, prefixes, q_offsets, segments, tile, BLOCK_M, REP
     )
     if row >= (q_stop - q_start) * REP:
         return
@@ -295,7 +299,7 @@ def _dq(
     low, high = 0, 0
     if LEVELS > 0:
         by_head += (kv_head * REP).to(tl.int64) * chosen * columns
-        low, high = _wanted_columns(slots, first_columns, query, inside, q_count, columns, LEVELS)
+        low, high = _wanted_columns(row_index, first_columns, query, inside, q_count, columns, LEVELS)
 
     full_prefix, full_own, edge_prefix, edge_own = _key_blocks(
         row, q_stop - q_start, stop - start, prefix, BLOCK_M, BLOCK_N, REP
@@ -308,7 +312,7 @@ def _dq(
         p = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2 - row_lse2[:, None])
         if LEVELS > 0:
             _emit(
-                by_head, slots, first_columns, p, query, rows % REP, inside, first, first + BLOCK_N,
+                by_head, row_index, first_columns, p, query, rows % REP, inside, first, first + BLOCK_N,
                 low, high, q_count, chosen, columns, LEVELS, BLOCK_N,
             )  # fmt: skip
         d_scores = p * (tl.dot(d_out, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
@@ -326,7 +330,7 @@ def _dq(
         p = tl.where(((column - shift)[None, :] <= query[:, None]) & valid[None, :], p, 0.0)
         if LEVELS > 0:
             _emit(
-                by_head, slots, first_columns, p, query, rows % REP, inside, first, end,
+                by_head, row_index, first_columns, p, query, rows % REP, inside, first, end,
                 low, high, q_count, chosen, columns, LEVELS, BLOCK_N,
             )  # fmt: skip
         d_scores = p * (tl.dot(d_out, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
@@ -337,20 +341,20 @@ def _dq(
 
 
 @triton.jit
-def _wanted_columns(slots, first_columns, query, inside, q_count, columns, LEVELS: tl.constexpr):
+def _wanted_columns(row_index, first_columns, query, inside, q_count, columns, LEVELS: tl.constexpr):
     """The range of columns that any chosen row of the tile wants; empty where no row is chosen, as in most tiles."""
     low, high = 2147483647, 0
     for level in tl.static_range(LEVELS):
-        slot = tl.load(slots + level * q_count + query, inside, -1)
-        first = tl.load(first_columns + slot, slot >= 0, 0)
-        low = tl.minimum(low, tl.min(tl.where(slot >= 0, first, 2147483647)))
-        high = tl.maximum(high, tl.max(tl.where(slot >= 0, first + columns, 0)))
+        index = tl.load(row_index + level * q_count + query, inside, -1)
+        first = tl.load(first_columns + index, index >= 0, 0)
+        low = tl.minimum(low, tl.min(tl.where(index >= 0, first, 2147483647)))
+        high = tl.maximum(high, tl.max(tl.where(index >= 0, first + columns, 0)))
     return low, high
 
 
 @triton.jit
 def _emit(
-    by_head, slots, first_columns, p, query, head, inside, first, end, low, high, q_count, chosen, columns,
+    by_head, row_index, first_columns, p, query, head, inside, first, end, low, high, q_count, chosen, columns,
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The chosen rows of P, each into its own columns of by_head (heads, R, C). No place is written twice: the last
@@ -359,16 +363,16 @@ def _emit(
     if (first < high) & (end > low):
         column = first + tl.arange(0, BLOCK_N)
         for level in tl.static_range(LEVELS):
-            slot = tl.load(slots + level * q_count + query, inside, -1)
-            at = column[None, :] - tl.load(first_columns + slot, slot >= 0, 0)[:, None]
-            to = (head * chosen + slot)[:, None] * columns + at
-            wanted = (slot >= 0)[:, None] & (at >= 0) & (at < columns) & (column < end)[None, :]
+            index = tl.load(row_index + level * q_count + query, inside, -1)
+            at = column[None, :] - tl.load(first_columns + index, index >= 0, 0)[:, None]
+            to = (head * chosen + index)[:, None] * columns + at
+            wanted = (index >= 0)[:, None] & (at >= 0) & (at < columns) & (column < end)[None, :]
             tl.store(by_head + to, p, wanted)
 
 
 @triton.jit
 def _dkv(
-    do, q, k, v, delta, lse2, offsets, homes, q_offsets, segments, q_count,
+    do, q, k, v, delta, lse2, offsets, prefixes, q_offsets, segments, q_count,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale,
     dk, dv,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -379,12 +383,12 @@ def _dkv(
     start += (tile - before) * BLOCK_N
     # A prefix's keys are seen by the whole group, ten times the work of a completion's: all of them come first, so that
     # the completions' fill the gaps they leave. Hence the grid twice, each half leaving the other's tiles alone.
-    is_prefix = tl.load(homes + segment) == segment
+    is_prefix = tl.load(prefixes + segment) == segment
     if (start >= stop) | (is_prefix != (tl.program_id(2) == 0)):
         return
     shift = stop - tl.load(q_offsets + segment + 1)
     first = tl.maximum(start - shift, tl.load(q_offsets + segment))
-    end = tl.load(q_offsets + segment + tl.where(is_prefix, _members(homes, segments, segment), 1))
+    end = tl.load(q_offsets + segment + tl.where(is_prefix, _members(prefixes, segments, segment), 1))
 
     column = start + tl.arange(0, BLOCK_N)
     valid = column < stop
@@ -419,12 +423,12 @@ def _dkv(
 
 
 @triton.jit
-def _members(homes, segments, prefix):
+def _members(prefixes, segments, prefix):
     """How many segments a group has: those whose prefix it is, itself among them."""
     found = 0
     for first in range(0, segments, SEARCH):
         s = first + tl.arange(0, SEARCH)
-        found += tl.sum((tl.load(homes + s, s < segments, -1) == prefix).to(tl.int32))
+        found += tl.sum((tl.load(prefixes + s, s < segments, -1) == prefix).to(tl.int32))
     return found
 
 
@@ -543,11 +547,11 @@ def _shipped(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Shipp
     if kernel == "dq onto":
         constants["LEVELS"] = 1
     if kernel == "dq":
-        constants |= {"LEVELS": 0, "slots": None, "first_columns": None, "by_head": None}
+        constants |= {"LEVELS": 0, "row_index": None, "first_columns": None, "by_head": None}
     kinds = (
         dict.fromkeys(("do", "q", "k", "v", "o", "dq", "dk", "dv"), element)
         | dict.fromkeys(("lse", "delta", "lse2", "by_head"), "*fp32")
-        | dict.fromkeys(("offsets", "homes", "q_offsets", "slots", "first_columns"), "*i32")
+        | dict.fromkeys(("offsets", "prefixes", "q_offsets", "row_index", "first_columns"), "*i32")
         | {"scale": "fp32"}
     )
     signature = {name: kinds.get(name, "i32") for name in function.arg_names if name not in constants}

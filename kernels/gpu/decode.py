@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Pieces(NamedTuple):
+class Splits(NamedTuple):
     """Into how many pieces keys of a prefix and own tokens are cut, and the tiles of a piece."""
 
     prefix: int
@@ -51,24 +51,24 @@ class Pieces(NamedTuple):
     own_tiles: int
 
 
-def cut(n: int, pairs: int, kv_heads: int, length: int, end: int, keys: int, multiprocessors: int) -> Pieces:
+def choose_splits(n: int, pairs: int, kv_heads: int, length: int, end: int, keys: int, multiprocessors: int) -> Splits:
     """Pieces of 256 keys where that makes work for all multiprocessors several times over, else shorter ones.
 
     What a piece leaves is 3% of what it reads at 256 keys of four query heads, so longer ones would gain little, and
     lose at the end of the launch, when the last ones run alone.
     """
 
-    def pieces(span: int) -> Pieces:
+    def splits(span: int) -> Splits:
         counts = [triton.cdiv(size, span) for size in (length, end)]
         tiles = [triton.cdiv(triton.cdiv(size, count), keys) for size, count in zip((length, end), counts)]
         counts = [triton.cdiv(size, keys * some) for size, some in zip((length, end), tiles)]
-        return Pieces(counts[0], tiles[0], counts[1], tiles[1])
+        return Splits(counts[0], tiles[0], counts[1], tiles[1])
 
     for span, enough in ((256, 4.0), (128, 1.5)):
-        chosen = pieces(span)
+        chosen = splits(span)
         if kv_heads * (pairs * chosen.prefix + n * chosen.own) >= enough * multiprocessors:
             return chosen
-    return pieces(64)
+    return splits(64)
 
 
 def accepts(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor) -> bool:
@@ -93,14 +93,14 @@ def forward(
     prefix_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
-    seat: Tensor,
+    query_slot: Tensor,
     cached: Tensor,
     group: int,
     tile: Tile | None = None,
-    pieces: Pieces | None = None,
+    splits: Splits | None = None,
 ) -> Tensor:
     """(n, heads, head_dim), contiguous, of arguments that `accepts` says yes to. A row nobody reads attends to its own
-    tokens alone. The shape chooses `tile` and `pieces`.
+    tokens alone. The shape chooses `tile` and `splits`.
     """
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     (n, heads, dim), (pairs, kv_heads, _, length), end = q.shape, prefix_k.shape, own_k.shape[2]
@@ -109,21 +109,21 @@ def forward(
         return out
     arch, multiprocessors = _device(q.device)
     tile = tile or tile_of(arch, q.dtype, dim)
-    pieces = pieces or cut(n, pairs, kv_heads, length, end, tile.keys, multiprocessors)
-    partial = q.new_empty((n, heads, pieces.prefix + pieces.own, dim), dtype=torch.float32)
+    splits = splits or choose_splits(n, pairs, kv_heads, length, end, tile.keys, multiprocessors)
+    partial = q.new_empty((n, heads, splits.prefix + splits.own, dim), dtype=torch.float32)
     lse = partial.new_empty(partial.shape[:3])
     vector, (queries, chunks) = _vector(prefix_k), _queries(group, rep)
-    _attend[pairs * chunks * pieces.prefix + n * pieces.own, kv_heads](
-        q, k, v, prefix_k, prefix_v, own_k, own_v, seat.contiguous(), cached.contiguous(), partial, lse,
+    _attend[pairs * chunks * splits.prefix + n * splits.own, kv_heads](
+        q, k, v, prefix_k, prefix_v, own_k, own_v, query_slot.contiguous(), cached.contiguous(), partial, lse,
         *(stride for x in (q, k, v) for stride in x.stride()[:2]),
         *(stride // vector for stride in prefix_k.stride()[:3]),
         *(stride for x in (prefix_v, own_k, own_v) for stride in x.stride()[:2]),
-        dim**-0.5, n, pairs, group, length, chunks, *pieces,
+        dim**-0.5, n, pairs, group, length, chunks, *splits,
         VECTOR=vector, **_constants(rep, dim, queries, tile), **launch_options(tile.warps, tile.stages),
     )  # fmt: skip
     _merge[heads, n](
-        partial, lse, seat.contiguous(), cached.contiguous(), out, pairs * group, pieces.prefix, pieces.own,
-        pieces.own_tiles * tile.keys,
+        partial, lse, query_slot.contiguous(), cached.contiguous(), out, pairs * group, splits.prefix, splits.own,
+        splits.own_tiles * tile.keys,
         HEAD_DIM=dim, WIDTH=_width(dim), CHUNK=CHUNK, **launch_options(MERGE_WARPS),
     )  # fmt: skip
     return out
@@ -132,14 +132,14 @@ def forward(
 @triton.jit(
     do_not_specialize=(
         *("pk_pair", "pk_head", "pk_dim", "n", "pairs", "group", "length", "chunks"),
-        *("prefix_pieces", "prefix_tiles", "own_pieces", "own_tiles"),
+        *("prefix_splits", "prefix_tiles", "own_splits", "own_tiles"),
     )
 )
 def _attend(
-    q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, partial, lse,
+    q, k, v, prefix_k, prefix_v, own_k, own_v, query_slot, cached, partial, lse,
     q_row, q_head, k_row, k_head, v_row, v_head, pk_pair, pk_head, pk_dim, pv_pair, pv_head,
     ok_row, ok_head, ov_row, ov_head, scale, n, pairs, group, length, chunks,
-    prefix_pieces, prefix_tiles, own_pieces, own_tiles,
+    prefix_splits, prefix_tiles, own_splits, own_tiles,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, OWN_QUERIES: tl.constexpr,
     KEYS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -147,16 +147,16 @@ def _attend(
     counted in VECTOR, which tells the compiler that they are multiples of it.
     """
     work, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    before = pairs * chunks * prefix_pieces
-    pieces = prefix_pieces + own_pieces
+    before = pairs * chunks * prefix_splits
+    splits = prefix_splits + own_splits
     if work < before:
-        at = work // prefix_pieces
+        at = work // prefix_splits
         pair = (at // chunks).to(tl.int64)
         _onto_prefix(
             q, prefix_k + (pair * pk_pair + kv_head * pk_head) * VECTOR, pk_dim * VECTOR,
-            prefix_v + pair * pv_pair + kv_head * pv_head, seat, partial, lse, q_row, q_head,
+            prefix_v + pair * pv_pair + kv_head * pv_head, query_slot, partial, lse, q_row, q_head,
             scale * LOG2E, n, pair * group, group * REP, length, at % chunks * QUERIES,
-            work % prefix_pieces, prefix_tiles, pieces,
+            work % prefix_splits, prefix_tiles, splits,
             REP, HEAD_DIM, WIDTH, QUERIES, KEYS, VECTOR,
         )  # fmt: skip
     else:
@@ -165,31 +165,31 @@ def _attend(
             q + row * q_row, k + row * k_row + kv_head * k_head, v + row * v_row + kv_head * v_head,
             own_k + row * ok_row + kv_head * ok_head, own_v + row * ov_row + kv_head * ov_head,
             partial, lse, q_head, scale * LOG2E, row, tl.load(cached + row).to(tl.int32),
-            (work - before) // n, own_tiles, prefix_pieces, pieces,
+            (work - before) // n, own_tiles, prefix_splits, splits,
             REP, HEAD_DIM, WIDTH, OWN_QUERIES, KEYS,
         )  # fmt: skip
 
 
 @triton.jit
 def _onto_prefix(
-    q, prefix_k, k_dim, prefix_v, seat, partial, lse, q_row, q_head, scale2,
-    n, first_seat, seated, length, first_query, piece, tiles, pieces,
+    q, prefix_k, k_dim, prefix_v, query_slot, partial, lse, q_row, q_head, scale2,
+    n, first_query_slot, query_count, length, first_query, split, tiles, splits,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Queries of a pair's rows, REP of each seat, onto a piece of its prefix."""
     query = first_query + tl.arange(0, QUERIES)
-    row = _rows_at(seat, first_seat + query // REP, query < seated, n, QUERIES)
-    there, head = row >= 0, tl.program_id(1) * REP + query % REP
+    row = _rows_at(query_slot, first_query_slot + query // REP, query < query_count, n, QUERIES)
+    valid, head = row >= 0, tl.program_id(1) * REP + query % REP
     if tl.max(row, 0) >= 0:  # a pair may have no row left
-        queries = _load(q, row.to(tl.int64) * q_row + head * q_head, there, HEAD_DIM, WIDTH)
+        queries = _load(q, row.to(tl.int64) * q_row + head * q_head, valid, HEAD_DIM, WIDTH)
         dims = tl.arange(0, WIDTH)
         keys_at = prefix_k + dims[:, None] * k_dim
         readable = (length + VECTOR - 1) // VECTOR * VECTOR
-        top = tl.full((QUERIES,), float("-inf"), tl.float32)
-        total = tl.zeros((QUERIES,), tl.float32)
+        row_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((QUERIES,), tl.float32)
         acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-        first = piece * tiles * KEYS
+        first = split * tiles * KEYS
         for start in range(first, tl.minimum(first + tiles * KEYS, length), KEYS):
             column = start + tl.arange(0, KEYS)
             mask = (column < readable)[None, :]
@@ -197,50 +197,54 @@ def _onto_prefix(
                 mask &= (dims < HEAD_DIM)[:, None]
             keys = tl.load(keys_at + column[None, :], mask, 0.0)
             values = _load(prefix_v, column * HEAD_DIM, column < length, HEAD_DIM, WIDTH)
-            acc, top, total = _step(acc, top, total, queries, keys, values, column < length, scale2)
-        _leave(partial, lse, row.to(tl.int64), head, there, piece, pieces, acc, top, total, REP, HEAD_DIM, WIDTH)
+            acc, row_max, row_sum = _step(acc, row_max, row_sum, queries, keys, values, column < length, scale2)
+        _store_partial(
+            partial, lse, row.to(tl.int64), head, valid, split, splits, acc, row_max, row_sum, REP, HEAD_DIM, WIDTH
+        )
 
 
 @triton.jit
 def _onto_own(
-    q, k, v, own_k, own_v, partial, lse, q_head, scale2, row, count, piece, tiles, prefix_pieces, pieces,
+    q, k, v, own_k, own_v, partial, lse, q_head, scale2, row, count, split, tiles, prefix_splits, splits,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A row's REP queries onto a piece of its own tokens, the first of which starts from the new token."""
-    first = piece * tiles * KEYS
-    if (piece == 0) | (first < count):
+    first = split * tiles * KEYS
+    if (split == 0) | (first < count):
         query = tl.arange(0, QUERIES)
-        there, head = query < REP, tl.program_id(1) * REP + query
-        queries = _load(q, head * q_head, there, HEAD_DIM, WIDTH)
-        top = tl.full((QUERIES,), float("-inf"), tl.float32)
-        total = tl.zeros((QUERIES,), tl.float32)
+        valid, head = query < REP, tl.program_id(1) * REP + query
+        queries = _load(q, head * q_head, valid, HEAD_DIM, WIDTH)
+        row_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((QUERIES,), tl.float32)
         acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-        if piece == 0:
+        if split == 0:
             dims = tl.arange(0, WIDTH)
             key, value = tl.load(k + dims, dims < HEAD_DIM, 0.0), tl.load(v + dims, dims < HEAD_DIM, 0.0)
             tl.store(own_k + count * HEAD_DIM + dims, key, dims < HEAD_DIM)
             tl.store(own_v + count * HEAD_DIM + dims, value, dims < HEAD_DIM)
-            top = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale2
-            total += 1.0
+            row_max = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale2
+            row_sum += 1.0
             acc += value.to(tl.float32)[None, :]
         for start in range(first, tl.minimum(first + tiles * KEYS, count), KEYS):
             column = start + tl.arange(0, KEYS)
             keys = _load(own_k, column * HEAD_DIM, column < count, HEAD_DIM, WIDTH)
             values = _load(own_v, column * HEAD_DIM, column < count, HEAD_DIM, WIDTH)
-            acc, top, total = _step(acc, top, total, queries, tl.trans(keys), values, column < count, scale2)
-        piece += prefix_pieces
-        _leave(partial, lse, row, head, there, piece, pieces, acc, top, total, REP, HEAD_DIM, WIDTH)
+            acc, row_max, row_sum = _step(
+                acc, row_max, row_sum, queries, tl.trans(keys), values, column < count, scale2
+            )
+        split += prefix_splits
+        _store_partial(partial, lse, row, head, valid, split, splits, acc, row_max, row_sum, REP, HEAD_DIM, WIDTH)
 
 
 @triton.jit
-def _rows_at(seat, seats, wanted, n, QUERIES: tl.constexpr):
-    """(QUERIES,) the row that sits at each of `seats`, -1 where nobody does or it is not `wanted`."""
+def _rows_at(query_slot, query_slots, wanted, n, QUERIES: tl.constexpr):
+    """(QUERIES,) the row that sits at each of `query_slots`, -1 where nobody does or it is not `wanted`."""
     found = tl.full((QUERIES,), -1, tl.int32)
     for first in range(0, n, SEARCH):
         row = first + tl.arange(0, SEARCH)
-        taken = tl.load(seat + row, row < n, -1)
-        here = (taken[None, :] == seats[:, None]) & wanted[:, None]
-        found = tl.maximum(found, tl.max(tl.where(here, row[None, :], -1), 1))
+        slots = tl.load(query_slot + row, row < n, -1)
+        matches = (slots[None, :] == query_slots[:, None]) & wanted[:, None]
+        found = tl.maximum(found, tl.max(tl.where(matches, row[None, :], -1), 1))
     return found
 
 
@@ -255,61 +259,61 @@ def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _step(acc, top, total, queries, keys, values, seen, scale2):
+def _step(acc, row_max, row_sum, queries, keys, values, visible, scale2):
     """Online softmax in base 2 over keys (WIDTH, KEYS) and values (KEYS, WIDTH), one or more of them seen. A score that
     is nan is passed over by the maximum, not by the sums.
     """
     scores = tl.dot(queries, keys, input_precision=PRECISION)
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
-    p = tl.exp2(scores * scale2 - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_top, total
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale2)
+    p = tl.exp2(scores * scale2 - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
 
 
 @triton.jit
-def _leave(
-    partial, lse, row, head, there, piece, pieces, acc, top, total,
+def _store_partial(
+    partial, lse, row, head, valid, split, splits, acc, row_max, row_sum,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """What a piece found, to (n, heads, pieces): values (…, HEAD_DIM), and the logarithm in base 2 of their weight."""
     dims = tl.arange(0, WIDTH)
-    at = (row * (tl.num_programs(1) * REP) + head) * pieces + piece
-    mask = there[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(partial + at[:, None] * HEAD_DIM + dims[None, :], acc / total[:, None], mask)
-    tl.store(lse + at, top + tl.log2(total), there)
+    at = (row * (tl.num_programs(1) * REP) + head) * splits + split
+    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(partial + at[:, None] * HEAD_DIM + dims[None, :], acc / row_sum[:, None], mask)
+    tl.store(lse + at, row_max + tl.log2(row_sum), valid)
 
 
-@triton.jit(do_not_specialize=("seats", "prefix_pieces", "own_pieces", "span"))
+@triton.jit(do_not_specialize=("query_slots", "prefix_splits", "own_splits", "span"))
 def _merge(
-    partial, lse, seat, cached, out, seats, prefix_pieces, own_pieces, span,
+    partial, lse, query_slot, cached, out, query_slots, prefix_splits, own_splits, span,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A head of a row from its pieces, of its prefix if it has one, and of own tokens as far as there are any."""
     head, row = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, WIDTH)
-    start = tl.where(tl.load(seat + row) < seats, 0, prefix_pieces)
+    start = tl.where(tl.load(query_slot + row) < query_slots, 0, prefix_splits)
     count = tl.load(cached + row).to(tl.int32)
-    stop = prefix_pieces + tl.maximum(tl.cdiv(count, span), 1)
+    stop = prefix_splits + tl.maximum(tl.cdiv(count, span), 1)
     line = row.to(tl.int64) * tl.num_programs(0) + head
-    at = line * (prefix_pieces + own_pieces)
-    top = float("-inf")
-    total = 0.0
+    at = line * (prefix_splits + own_splits)
+    row_max = float("-inf")
+    row_sum = 0.0
     acc = tl.zeros((WIDTH,), tl.float32)
     for first in range(start, stop, CHUNK):
-        piece = first + tl.arange(0, CHUNK)
-        weight = tl.load(lse + at + piece, piece < stop, float("-inf"))
-        mask = (piece < stop)[:, None] & (dims < HEAD_DIM)[None, :]
-        part = tl.load(partial + (at + piece)[:, None] * HEAD_DIM + dims[None, :], mask, 0.0)
-        new_top = tl.maximum(top, tl.max(weight, 0))
-        weight = tl.exp2(weight - new_top)
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weight, 0)
-        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
-        top = new_top
-    tl.store(out + line * HEAD_DIM + dims, acc / total, dims < HEAD_DIM)
+        split = first + tl.arange(0, CHUNK)
+        weight = tl.load(lse + at + split, split < stop, float("-inf"))
+        mask = (split < stop)[:, None] & (dims < HEAD_DIM)[None, :]
+        part = tl.load(partial + (at + split)[:, None] * HEAD_DIM + dims[None, :], mask, 0.0)
+        new_max = tl.maximum(row_max, tl.max(weight, 0))
+        weight = tl.exp2(weight - new_max)
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weight, 0)
+        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+        row_max = new_max
+    tl.store(out + line * HEAD_DIM + dims, acc / row_sum, dims < HEAD_DIM)
 
 
 def tile_of(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
@@ -384,7 +388,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
         tile, (queries, _) = tile_of(arch, dtype, dim), _queries(8, 4)
         constants = {**_constants(4, dim, queries, tile), "VECTOR": vector}
         kinds = dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v", "own_k", "own_v", "out"), f"*{element}")
-        kinds |= {"partial": "*fp32", "lse": "*fp32", "seat": "*i64", "cached": "*i64", "scale": "fp32"}
+        kinds |= {"partial": "*fp32", "lse": "*fp32", "query_slot": "*i64", "cached": "*i64", "scale": "fp32"}
         signature = {name: kinds.get(name, "i32") for name in _attend.arg_names if name not in constants}
         aligned = tuple(
             name for name in signature if name.endswith(("_row", "_head", "_pair")) and not name.startswith("pk_")

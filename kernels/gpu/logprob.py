@@ -92,15 +92,15 @@ def _softmax_gradient(
 
     # Online softmax lane by lane: nothing is reduced across threads until the end. The start is finite, for -inf - -inf
     # is nan.
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    running_max = tl.full([BLOCK], LOWEST, tl.float32)
+    running_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(0, vocabulary, BLOCK):
         x = tl.load(logits + first + lane, first + lane < vocabulary, float("-inf")) * inverse_temperature
-        new = tl.maximum(top, x)
-        total = total * tl.exp(top - new) + tl.exp(x - new)
-        top = new
-    peak = tl.max(top, 0)
-    lse = peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
+        new = tl.maximum(running_max, x)
+        running_sum = running_sum * tl.exp(running_max - new) + tl.exp(x - new)
+        running_max = new
+    peak = tl.max(running_max, 0)
+    lse = peak + tl.log(tl.sum(running_sum * tl.exp(running_max - peak), 0))
 
     target = tl.load(targets + row)
     valid = (target >= 0) & (target < vocabulary)

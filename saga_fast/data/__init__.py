@@ -27,7 +27,7 @@ from saga_fast.data.dataset import (
 from saga_fast.data.folder import ImageFolder, class_folders, load_folder
 from saga_fast.data.loader import Batch, PixelLoader, cores
 from saga_fast.data.sampler import ClassBalancedSampler
-from saga_fast.utils.errors import InputError, tell
+from saga_fast.utils.errors import InputError, warn_rank_zero
 from saga_fast.utils.images import passed_over
 
 __all__ = [
@@ -92,9 +92,9 @@ def load_dataset(
         raise InputError(f"--data.root: missing; {name!r} needs the folder that holds its images")
     train, test = DATASETS[name](root, **settings)
     if name in PUBLISHED and (differences := PUBLISHED[name].differences(train, test)):
-        tell(f"{name}: {differences[0]}; what is wrong: python -m saga_fast.data check {name} --root {root}")
+        warn_rank_zero(f"{name}: {differences[0]}; what is wrong: python -m saga_fast.data check {name} --root {root}")
     for line in notes(train, test):
-        tell(f"{name}: {line}")
+        warn_rank_zero(f"{name}: {line}")
     return train, test
 
 
@@ -103,10 +103,10 @@ def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
     skipped: Counter[str] = Counter()
     for half in (train, test):
         skipped.update(getattr(half, "skipped", {}))
-    if told := passed_over(skipped):
-        yield f"passed over: {told}"
-    if seen := set(train.classes) & set(test.classes):
+    if skipped_summary := passed_over(skipped):
+        yield f"passed over: {skipped_summary}"
+    if shared := set(train.classes) & set(test.classes):
         yield (
-            f"{len(seen):,} of {len(test.classes):,} test classes are in the training half too, so the figures are not "
+            f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are not "
             "of classes never seen"
         )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from saga_fast.data import DATASETS, PUBLISHED, cores, notes
 from saga_fast.data.dataset import ImageFiles, Subset, check_classes
-from saga_fast.data.loader import ahead
+from saga_fast.data.loader import prefetch
 from saga_fast.utils.errors import InputError, exit_on_input_error
 from saga_fast.utils.files import is_litter
 from saga_fast.utils.images import is_image, open_rgb
@@ -41,7 +41,7 @@ class _Faults(Dataset):
 
 def broken(data: ImageFiles, workers: int, name: str) -> dict[int, str]:
     """What is wrong, by index, with each image that cannot be read whole; a progress bar on stderr meanwhile."""
-    opened = ahead(_Faults(data.paths), range(len(data)), workers)
+    opened = prefetch(_Faults(data.paths), range(len(data)), workers)
     bar = tqdm(opened, f"opening {name}", len(data), unit="image", leave=False)
     return {index: fault for index, fault in bar if fault is not None}
 

@@ -13,20 +13,20 @@ import os
 from pathlib import Path
 
 from saga_fast.data.dataset import ImageFiles, Published
-from saga_fast.data.lists import Listed, find_home, read_list, split_list
+from saga_fast.data.lists import ListedImage, find_root, read_list, split_list
 
 PUBLISHED = Published(classes=100, train_images=5_000, test_images=5_000)
 
 
 def load_aircraft(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
     """(train, test). Raises InputError, naming file and line, for lists that are missing or malformed."""
-    root = find_home(Path(root), "data/images_variant_train.txt", "images_variant_train.txt")
+    root = find_root(Path(root), "data/images_variant_train.txt", "images_variant_train.txt")
     data = "" if (root / "images_variant_train.txt").exists() else "data/"
     lists = [read_list(root / f"{data}images_variant_{part}.txt", "IMAGE VARIANT") for part in ("train", "val", "test")]
     classes = sorted({entry.value for entries in lists for entry in entries.values()})
     labels = {name: label for label, name in enumerate(classes)}
     listed = [
-        Listed(f"{data}images/{image}.jpg", labels[variant], place)
+        ListedImage(f"{data}images/{image}.jpg", labels[variant], place)
         for entries in lists
         for image, (variant, place) in entries.items()
     ]

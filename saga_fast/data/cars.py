@@ -30,7 +30,7 @@ from scipy.io import loadmat
 
 from saga_fast.data.dataset import ImageFiles, Published
 from saga_fast.data.folder import class_folders, images_in
-from saga_fast.data.lists import MAX_BYTES, Listed, find_home, split_list
+from saga_fast.data.lists import MAX_BYTES, ListedImage, find_root, split_list
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import read_regular
 
@@ -39,7 +39,7 @@ PUBLISHED = Published(classes=196, train_images=8_054, test_images=8_131)
 
 def load_cars(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
     """(train, test) of whichever release ROOT holds. Raises InputError, naming file and entry, for broken lists."""
-    root = find_home(Path(root), "car_ims", "cars_train", "car_data", "train")
+    root = find_root(Path(root), "car_ims", "cars_train", "car_data", "train")
     if (root / "car_ims").is_dir():
         names = root / "cars_annos.mat"
         folders = ["car_ims"]
@@ -67,9 +67,11 @@ def load_cars(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
 
 def _find(root: Path, name: str) -> Path:
     """ROOT/devkit/NAME, or where else it may be; a browser adds ` (1)` to what it has downloaded before."""
-    homes = [root / "devkit", root / "car_devkit" / "devkit", root / "car_devkit", root]
+    folders = [root / "devkit", root / "car_devkit" / "devkit", root / "car_devkit", root]
     names = [name, name.replace(".mat", " (1).mat")]
-    return next((path for home in homes for name in names if (path := home / name).exists()), root / "devkit" / name)
+    return next(
+        (path for folder in folders for name in names if (path := folder / name).exists()), root / "devkit" / name
+    )
 
 
 def _innermost(root: Path, name: str) -> str:
@@ -84,7 +86,7 @@ def _by_folder(root: Path) -> tuple[ImageFiles, ImageFiles]:
     labels = {name: label for label, name in enumerate(sorted({name for _, name in folders}))}
     skipped: Counter[str] = Counter()
     listed = [
-        Listed(f"{part}/{name}/{path.name}", labels[name], repr(str(path)))
+        ListedImage(f"{part}/{name}/{path.name}", labels[name], repr(str(path)))
         for part, name in folders
         for path in images_in(root / part / name, skipped)
     ]
@@ -111,7 +113,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
         ) from error
 
 
-def _listed(path: Path, folder: str, field: str, classes: int) -> list[Listed]:
+def _listed(path: Path, folder: str, field: str, classes: int) -> list[ListedImage]:
     annotations = _variable(path, "annotations")
     for name in (field, "class"):
         if name not in (annotations.dtype.names or ()):
@@ -125,5 +127,5 @@ def _listed(path: Path, folder: str, field: str, classes: int) -> list[Listed]:
             )
         if np.ndim(label) or label not in range(1, classes + 1):
             raise InputError(f"{place}: class {label!r}, accepted are 1 to {classes}; take it from the release again")
-        listed.append(Listed(folder + image, int(label) - 1, place))
+        listed.append(ListedImage(folder + image, int(label) - 1, place))
     return listed

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from saga_fast.data.dataset import ImageFiles, Published
-from saga_fast.data.lists import Listed, find_home, read_list, split_list
+from saga_fast.data.lists import ListedImage, find_root, read_list, split_list
 from saga_fast.utils.errors import InputError
 
 PUBLISHED = Published(classes=200, train_images=5_864, test_images=5_924)
@@ -22,7 +22,7 @@ PUBLISHED = Published(classes=200, train_images=5_864, test_images=5_924)
 
 def load_cub(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
     """(train, test). Raises InputError, naming file and line, for lists that are missing, malformed or disagree."""
-    root = find_home(Path(root), "images.txt")
+    root = find_root(Path(root), "images.txt")
     names = read_list(root / "classes.txt", "NUMBER NAME")
     images = read_list(root / "images.txt", "NUMBER FOLDER/FILE")
     labels = read_list(root / "image_class_labels.txt", "NUMBER CLASS-NUMBER")
@@ -39,5 +39,7 @@ def load_cub(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
             raise InputError(
                 f"{entry.place}: image {key!r} is not in image_class_labels.txt; take both from one release"
             )
-    listed = [Listed(f"images/{image}", int(labels[key].value) - 1, place) for key, (image, place) in images.items()]
+    listed = [
+        ListedImage(f"images/{image}", int(labels[key].value) - 1, place) for key, (image, place) in images.items()
+    ]
     return split_list(root, listed, [entry.value for entry in names.values()], ["images"])

@@ -114,8 +114,8 @@ def _unpacked(root: Path) -> Path:
 
 
 def _folders(root: Path) -> list[str]:
-    home = Path(os.path.realpath(root))
-    return sorted(p.name for p in _visible(root) if p.is_dir() and not home.is_relative_to(os.path.realpath(p)))
+    real_root = Path(os.path.realpath(root))
+    return sorted(p.name for p in _visible(root) if p.is_dir() and not real_root.is_relative_to(os.path.realpath(p)))
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from saga_fast.data.dataset import Published, split_classes
 from saga_fast.data.folder import ImageFolder, class_folders
-from saga_fast.data.lists import find_home
+from saga_fast.data.lists import find_root
 from saga_fast.utils.errors import InputError
 
 PUBLISHED = Published(classes=1_486, train_images=37_150, test_images=37_150, images_per_class=50)
@@ -21,10 +21,14 @@ PUBLISHED = Published(classes=1_486, train_images=37_150, test_images=37_150, im
 
 def load_inat_aves(root: str | os.PathLike[str]) -> tuple[ImageFolder, ImageFolder]:
     """(train, test). Raises InputError if there is no train_mini in `root`, or fewer than two Aves folders in that."""
-    home = find_home(Path(root), *_NAMES)
-    folder = next((home / name for name in _NAMES if (home / name).is_dir()), None)
+    root_folder = find_root(Path(root), *_NAMES)
+    folder = next((root_folder / name for name in _NAMES if (root_folder / name).is_dir()), None)
     if folder is None:
-        folder = home if home.is_dir() and any(_is_bird(path.name) for path in home.iterdir()) else home / _NAMES[0]
+        folder = (
+            root_folder
+            if root_folder.is_dir() and any(_is_bird(path.name) for path in root_folder.iterdir())
+            else root_folder / _NAMES[0]
+        )
     folder = next((folder / name for name in _NAMES if (folder / name).is_dir()), folder)
     train, test = split_classes(list(filter(_is_bird, class_folders(folder))))
     if not test:

@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     """File and line, as errors name them."""
 
 
-class Listed(NamedTuple):
+class ListedImage(NamedTuple):
     image: str
     """Path within the data set's folder."""
     label: int
@@ -71,7 +71,7 @@ def read_text(path: Path, limit: int, mend: str) -> str:
         raise InputError(f"{str(path)!r}: not a text file in UTF-8; {mend}") from error
 
 
-def find_home(root: Path, *marks: str) -> Path:
+def find_root(root: Path, *marks: str) -> Path:
     """The folder in which one of `marks` is: `root`, or one at most two deeper, as archives unpack; else `root`.
 
     Raises InputError if there are several.
@@ -101,7 +101,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def split_list(
-    root: Path, images: Iterable[Listed], classes: Sequence[str], folders: Sequence[str]
+    root: Path, images: Iterable[ListedImage], classes: Sequence[str], folders: Sequence[str]
 ) -> tuple[ImageFiles, ImageFiles]:
     """(train, test): the images of the first and of the second half of `classes`, each in the order listed.
 
@@ -111,25 +111,25 @@ def split_list(
     """
     if len(classes) < 2:
         raise InputError(f"{str(root)!r}: {len(classes)} classes in its lists; training and testing need one each")
-    home = os.path.realpath(root)
+    real_root = os.path.realpath(root)
     middle = (len(classes) + 1) // 2
     halves = tuple(
         ImageFiles([], [], list(names), [root / folder for folder in folders])
         for names in (classes[:middle], classes[middle:])
     )
-    seen: dict[str, str] = {}
+    place_of_file: dict[str, str] = {}
     for image, label, place in images:
         parts = Path(image)
         if "\0" in image or ".." in parts.parts or parts.is_absolute():
             raise InputError(f"{place}: {image!r} is no path within {str(root)!r}; correct or remove the line")
         real = os.path.realpath(root / image)
-        if not Path(real).is_relative_to(home):
+        if not Path(real).is_relative_to(real_root):
             raise InputError(
                 f"{place}: {image!r} leads by a link out of {str(root)!r}, to {real!r}; put the file itself there"
             )
-        if real in seen:
-            raise InputError(f"{place}: {image!r} again, first in {seen[real]}; take one of the two out")
-        seen[real] = place
+        if real in place_of_file:
+            raise InputError(f"{place}: {image!r} again, first in {place_of_file[real]}; take one of the two out")
+        place_of_file[real] = place
         half = halves[label >= middle]
         half.paths.append(root / image)
         half.labels.append(label - middle * (label >= middle))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from saga_fast.data.dataset import ImageDataset, Subset, check_classes, first_classes
-from saga_fast.utils.errors import InputError, tell
+from saga_fast.utils.errors import InputError, warn_rank_zero
 from saga_fast.utils.images import to_pixels
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept, of each half of a data set
@@ -51,8 +51,8 @@ class PixelLoader:
     ):
         self.size, self.workers = size, workers
         count = len(dataset)
-        keep = count * 3 * size * size <= memory_limit
-        kept = torch.empty(count if keep else 0, 3, size, size, dtype=torch.uint8)
+        fits_in_memory = count * 3 * size * size <= memory_limit
+        cached = torch.empty(count if fits_in_memory else 0, 3, size, size, dtype=torch.uint8)
         faults: dict[int, str] = {}
         self.dataset = dataset
         with tqdm(total=count, desc=f"reading {name}", unit="image", delay=2, leave=False) as progress:
@@ -60,18 +60,18 @@ class PixelLoader:
                 if broken and not skip_unreadable:
                     raise InputError(f"{next(iter(broken.values()))}, or skip such files with --data.skip-unreadable")
                 faults |= broken
-                if keep:
-                    kept[indices] = pixels
+                if fits_in_memory:
+                    cached[indices] = pixels
                 progress.update(len(indices))
         self.skipped = [faults[index] for index in sorted(faults)]
         if faults:
-            tell(f"{name}: {len(faults)} of {count} images skipped, the first {self.skipped[0]}")
+            warn_rank_zero(f"{name}: {len(faults)} of {count} images skipped, the first {self.skipped[0]}")
             readable = [index for index in range(count) if index not in faults]
             self.dataset = Subset(dataset, readable)
             check_classes(self.dataset, name)
-            kept = kept[readable] if keep else kept
+            cached = cached[readable] if fits_in_memory else cached
         self.labels = torch.tensor(self.dataset.labels)
-        self._kept = kept if keep else None
+        self._cached = cached if fits_in_memory else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,28 +87,28 @@ class PixelLoader:
         halves = copy.copy(self), copy.copy(self)
         for half, dataset in zip(halves, (rest, held_out)):
             half.dataset, half.labels = dataset, self.labels[dataset.indices]
-            half._kept = None if self._kept is None else self._kept[dataset.indices]
+            half._cached = None if self._cached is None else self._cached[dataset.indices]
         return halves
 
     def batch(self, indices: list[int]) -> Batch:
         """The images at `indices`, now."""
-        if self._kept is not None:
-            return Batch(indices, self._kept[indices], self.labels[indices])
-        return self._whole(*Decoder(self.dataset, self.size)[indices])
+        if self._cached is not None:
+            return Batch(indices, self._cached[indices], self.labels[indices])
+        return self._checked_batch(*Decoder(self.dataset, self.size)[indices])
 
     def stream(self, batches: Iterable[list[int]]) -> Iterator[Batch]:
         """The batches in order. Where pixels are not kept, workers decode ahead: `batches` is read before its time."""
-        if self._kept is not None:
+        if self._cached is not None:
             return map(self.batch, batches)
-        return (self._whole(*decoded) for decoded in self._decode(batches))
+        return (self._checked_batch(*decoded) for decoded in self._decode(batches))
 
-    def _whole(self, indices: list[int], pixels: Tensor, faults: dict[int, str]) -> Batch:
+    def _checked_batch(self, indices: list[int], pixels: Tensor, faults: dict[int, str]) -> Batch:
         if faults:
             raise InputError(next(iter(faults.values())))
         return Batch(indices, pixels, self.labels[indices])
 
     def _decode(self, batches: Iterable[list[int] | Tensor]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        return ahead(Decoder(self.dataset, self.size), batches, self.workers)
+        return prefetch(Decoder(self.dataset, self.size), batches, self.workers)
 
 
 class Decoder(Dataset):
@@ -129,13 +129,13 @@ class Decoder(Dataset):
         return indices, pixels, faults
 
 
-def ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
+def prefetch(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
     """dataset[item] of each item, in order, computed ahead by `workers` processes, or when asked for if 0.
 
     The processes end with the iterator, when it is spent or dropped, and with this process, however that ends. Raises
     InputError if one of them is killed.
     """
-    stream = _ahead(dataset, items, workers)
+    stream = _prefetched(dataset, items, workers)
     # A process that ends waits for its children, which it has asked to end by the very signal that ours leave to it.
     atexit.register(_close, weakref.ref(stream))
     return stream
@@ -146,11 +146,16 @@ def _close(stream: weakref.ref) -> None:
         living.close()
 
 
-def _ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
-    apart = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
+def _prefetched(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any]:
+    generator = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
     try:
         yield from DataLoader(
-            dataset, sampler=items, batch_size=None, num_workers=workers, generator=apart, worker_init_fn=_stay
+            dataset,
+            sampler=items,
+            batch_size=None,
+            num_workers=workers,
+            generator=generator,
+            worker_init_fn=_ignore_signals,
         )
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
@@ -161,14 +166,14 @@ def _ahead(dataset: Dataset, items: Iterable[Any], workers: int) -> Iterator[Any
         ) from error
 
 
-def _stay(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal: workers leave it, and SIGTERM, to the one they decode for."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow() -> None:
+def _exit_with_parent() -> None:
     """Ends this worker with its process. PyTorch's own watch misses one that is gone before the watch begins."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()

@@ -76,9 +76,9 @@ class _Deck:
         hand: list[int] = []
         while len(hand) < n:
             if not self.left:
-                held = set(hand)
+                in_hand = set(hand)
                 self.left = self.rng.sample(self.cards, len(self.cards))
-                self.left.sort(key=held.__contains__)
+                self.left.sort(key=in_hand.__contains__)
             missing = n - len(hand)
             hand += self.left[:missing]
             self.left = self.left[missing:]

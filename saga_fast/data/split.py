@@ -58,13 +58,13 @@ def load_list(path: Path) -> tuple[ImageFiles, ImageFiles]:
         )
     text = read_text(path, MAX_BYTES, "save it as UTF-8")
     images: dict[str, tuple[list[Path], list[str]]] = {}
-    seen: dict[str, str] = {}
+    place_of_file: dict[str, str] = {}
     for place, values in _table(path, text) if suffix in TABLES else _objects(path, text):
         name, label, half = _row(place, values)
         image = path.parent / name
-        if (real := os.path.realpath(image)) in seen:
-            raise InputError(f"{place}: {name!r} again, first in {seen[real]}; take one of the two out")
-        seen[real] = place
+        if (real := os.path.realpath(image)) in place_of_file:
+            raise InputError(f"{place}: {name!r} again, first in {place_of_file[real]}; take one of the two out")
+        place_of_file[real] = place
         paths, labels = images.setdefault(half, ([], []))
         paths.append(image)
         labels.append(label)

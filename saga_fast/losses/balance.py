@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 DECAY = 0.9  # of the running norms, a step
 RATIO = 3.0  # of the norm of the policy gradient to that of the metric loss; chosen on drawn birds of another seed
-KNOWN = 32  # pairs after which a supervisor's verdicts are judged, half of them of one class
-FORGET = 512  # pairs after which a verdict counts 1/e
-SILENT, FULL = 0.15, 0.3  # informedness at which the supervisor has no voice, and all of it
+MIN_PAIRS = 32  # pairs after which a supervisor's verdicts are judged, half of them of one class
+DECAY_PAIRS = 512  # pairs after which a verdict counts 1/e
+ZERO_UP_TO, FULL_FROM = 0.15, 0.3  # informedness at which the supervisor has no voice, and all of it
 
 
 class Balance:
@@ -34,28 +34,28 @@ class Balance:
         self.norm_lm = DECAY * self.norm_lm + (1 - DECAY) * norm_lm
         return RATIO * self.norm_dml / self.norm_lm
 
-    def hear(self, same: Sequence[bool], rewards: Sequence[float]) -> None:
+    def update(self, same: Sequence[bool], rewards: Sequence[float]) -> None:
         """Takes in a step's pairs: whether each is of one class, and the mean reward of its rollouts."""
         for alike, reward in zip(same, rewards):
             kind = 0 if alike else 1
-            kept = 1 - 1 / FORGET
-            self.rewards[kind] = kept * self.rewards[kind] + reward
-            self.pairs[kind] = kept * self.pairs[kind] + 1
+            decay = 1 - 1 / DECAY_PAIRS
+            self.rewards[kind] = decay * self.rewards[kind] + reward
+            self.pairs[kind] = decay * self.pairs[kind] + 1
 
     @property
     def informedness(self) -> float | None:
         """Youden's J of the verdicts: P(right | one class) + P(right | two) - 1. 0 if they do not depend on the truth,
         1 if all are right; None until enough pairs of both kinds are known."""
-        if min(self.pairs) < KNOWN / 2:
+        if min(self.pairs) < MIN_PAIRS / 2:
             return None
         return sum(reward / count for reward, count in zip(self.rewards, self.pairs)) - 1
 
     @property
-    def voice(self) -> float:
+    def supervisor_weight(self) -> float:
         """The weight, in 0..1, of what the supervisor says; 0 until enough is known."""
         if self.informedness is None:
             return 0.0
-        return min(1.0, max(0.0, (self.informedness - SILENT) / (FULL - SILENT)))
+        return min(1.0, max(0.0, (self.informedness - ZERO_UP_TO) / (FULL_FROM - ZERO_UP_TO)))
 
     def state_dict(self) -> dict:
         return {**vars(self), "pairs": list(self.pairs), "rewards": list(self.rewards)}

@@ -24,19 +24,19 @@ def token_coefficients(advantages: Tensor, completion_lengths: Sequence[int], to
 def add_attribute_credit(
     coefficients: Sequence[Tensor],
     credit: Tensor,
-    written: Sequence[tuple[dict[str, list[int]], dict[str, list[int]]]],
+    attribute_positions: Sequence[tuple[dict[str, list[int]], dict[str, list[int]]]],
     attributes: Sequence[str],
     scale: float,
 ) -> None:
     """Adds, in place, -`scale`·A to the coefficients of the tokens that write an attribute's value.
 
     coefficients: G tensors (T_g,), as `token_coefficients` gives them. credit: (2, M, G), the advantage of what each
-    completion says of each of the `attributes` of item 1 and item 2. written: G times, for item 1 and item 2, attribute
+    completion says of each of the `attributes` of item 1 and item 2. attribute_positions: G times, for item 1 and item 2, attribute
     → positions in the completion of its value's tokens. scale: the credit's weight over |T|.
     """
     credit = credit.tolist()
-    for g, items in enumerate(written):
-        for item, found in enumerate(items):
+    for g, items in enumerate(attribute_positions):
+        for item, positions in enumerate(items):
             for m, name in enumerate(attributes):
-                if credit[item][m][g] and name in found:
-                    coefficients[g][found[name]] -= scale * credit[item][m][g]
+                if credit[item][m][g] and name in positions:
+                    coefficients[g][positions[name]] -= scale * credit[item][m][g]

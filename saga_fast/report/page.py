@@ -72,7 +72,7 @@ SHADES = 5  # of a token's share in the gradient, each half of the next
 
 
 MAX_BYTES = 2**29  # of a file of the run
-STUMBLES = (
+MALFORMED = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError, UndefinedError,
 )  # fmt: skip
 
@@ -98,8 +98,8 @@ def write_report(run: Path) -> Path:
         raise InputError(f"{run}: holds no config.json; give the folder of a run")
     sprites: list[Sprite] = []
     with _reading(run / "config.json") as path:
-        described = _read(path)
-        config = json.dumps(described.get("config"), indent=2)
+        record = _read(path)
+        config = json.dumps(record.get("config"), indent=2)
     with _reading(run / "final.json") as path:
         final = _read(path)
         figures = _figures(final) if final else []
@@ -123,7 +123,7 @@ def write_report(run: Path) -> Path:
     script = folder.loader.get_source(folder, "page.js")[0]
     values = {
         "name": run.resolve().name,
-        "described": described,
+        "record": record,
         "config": config,
         "final": final,
         "figures": figures,
@@ -142,9 +142,9 @@ def write_report(run: Path) -> Path:
     }
     with _reading(run / "config.json"):  # whose fields are read there alone
         page = folder.get_template("page.html").render(values)
-    aside = run / ".report.html.partial"
-    aside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, run / "report.html")
+    staging = run / ".report.html.partial"
+    staging.write_text(page, encoding="utf-8", errors="backslashreplace")
+    os.replace(staging, run / "report.html")
     return run / "report.html"
 
 
@@ -155,7 +155,7 @@ def _reading(path: Path) -> Iterator[Path]:
         yield path
     except InputError:
         raise
-    except STUMBLES as error:
+    except MALFORMED as error:
         cause = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{path}: not what a run writes ({cause}); restore it, or remove it and try again") from error
 
@@ -216,15 +216,15 @@ def _figures(final: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
-    described = _read(folder / "gallery.json")
-    if described is None:
+    content = _read(folder / "gallery.json")
+    if content is None:
         return None
-    sprite = _sprite(folder / "gallery.jpg", described["columns"], sprites)
+    sprite = _sprite(folder / "gallery.jpg", content["columns"], sprites)
 
     def shown(cell: int, query: int | None = None) -> dict[str, Any]:
-        label = described["cells"][cell][1]
-        right = None if query is None else label == described["cells"][query][1]
-        return {"place": sprite.at(cell), "class": described["classes"][label], "right": right}
+        label = content["cells"][cell][1]
+        right = None if query is None else label == content["cells"][query][1]
+        return {"place": sprite.at(cell), "class": content["classes"][label], "right": right}
 
     rows = {
         KINDS[kind]: [
@@ -236,9 +236,9 @@ def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
             }
             for row in rows
         ]
-        for kind, rows in described["rows"].items()
+        for kind, rows in content["rows"].items()
     }
-    counts = described["counts"]
+    counts = content["counts"]
     titles = {KINDS[kind]: counts[kind] for kind in KINDS}
     return {"sprite": sprite, "rows": rows, "counts": titles, "kept": counts["kept"], "queries": sum(counts.values())}
 
@@ -276,7 +276,7 @@ def _phase_chart(metrics: list[dict[str, Any]]) -> Chart | None:
 
 def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What the run cost, as (name, figure with its unit)."""
-    told = {
+    readings = {
         "Peak memory of the process": ("memory_peak_rss_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
         "Processor time": ("seconds_cpu", lambda v: f"{sum(v):,.0f} s, {statistics.median(v):.1f} s a step"),
         "GPU memory at most": ("gpu_memory_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
@@ -284,25 +284,28 @@ def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
         "GPU load": ("gpu_utilisation", lambda v: f"{100 * statistics.mean(v):.0f} % on average"),
         "GPU energy": ("gpu_joules", lambda v: f"{sum(v) / 1e3:,.1f} kJ, {short(statistics.mean(v))} J a step"),
     }
-    read = [(name, [line[field] for line in telemetry if field in line], tell) for name, (field, tell) in told.items()]
-    return [(name, tell(values)) for name, values, tell in read if values]
+    read = [
+        (name, [line[field] for line in telemetry if field in line], describe)
+        for name, (field, describe) in readings.items()
+    ]
+    return [(name, describe(values)) for name, values, describe in read if values]
 
 
 def _sample(path: Path, sprites: list[Sprite]) -> dict[str, Any]:
-    described = _read(path)
+    sample = _read(path)
     sprite = _sprite(path.with_suffix(".jpg"), 2, sprites)
-    pairs = [_pair(described, pair, sprite, 2 * i) for i, pair in enumerate(described["pairs"])]
+    pairs = [_pair(sample, pair, sprite, 2 * i) for i, pair in enumerate(sample["pairs"])]
     return {
-        "step": described["step"],
+        "step": sample["step"],
         "sprite": sprite,
         "pairs": pairs,
         "shown": next((p for p in pairs if p["maps"]), None),
     }
 
 
-def _pair(described: dict[str, Any], pair: dict[str, Any], sprite: Sprite, cell: int) -> dict[str, Any]:
+def _pair(sample: dict[str, Any], pair: dict[str, Any], sprite: Sprite, cell: int) -> dict[str, Any]:
     rollouts = [_rollout(rollout) for rollout in pair["rollouts"]]
-    shares = dict.fromkeys(described["attributes"], 0.0)
+    shares = dict.fromkeys(sample["attributes"], 0.0)
     for rollout in pair["rollouts"]:
         for _, name, at in rollout["attributes"]:
             shares[name] += sum(rollout["gradient"][t] for t in at)
@@ -313,21 +316,21 @@ def _pair(described: dict[str, Any], pair: dict[str, Any], sprite: Sprite, cell:
     ]
     rest = 100 * (1 - sum(shares.values())) if bars else None
     places = [sprite.at(cell), sprite.at(cell + 1)]
-    maps = [_maps(described, pair, image, place) for image, place in enumerate(places)] if pair["attention"] else None
+    maps = [_maps(sample, pair, image, place) for image, place in enumerate(places)] if pair["attention"] else None
     return {"same": pair["same"], "places": places, "rollouts": rollouts, "bars": bars, "rest": rest, "maps": maps}
 
 
-def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Markup) -> dict[str, Any]:
+def _maps(sample: dict[str, Any], pair: dict[str, Any], image: int, place: Markup) -> dict[str, Any]:
     """Of one image: where the supervisor looked, attribute by attribute and on average, and where the pooler looks."""
-    attention, grid = pair["attention"]["images"][image], described["grid"]
+    attention, grid = pair["attention"]["images"][image], sample["grid"]
     rollout = pair["rollouts"][pair["attention"]["rollout"]]
-    said = {
+    values = {
         name: "".join(rollout["tokens"][t] for t in at) for item, name, at in rollout["attributes"] if item == image
     }
     beta = pair["beta"] and pair["beta"][image]
-    names = [name for name in described["attributes"] if name in attention or (isinstance(beta, dict) and name in beta)]
+    names = [name for name in sample["attributes"] if name in attention or (isinstance(beta, dict) and name in beta)]
     return {
-        "item": described["items"][image].replace("_", " "),
+        "item": sample["items"][image].replace("_", " "),
         "place": place,
         "mean": _shade(mean_attention(attention), grid) if attention else None,
         "beta": _shade(mean_attention(beta), grid) if beta else None,
@@ -335,7 +338,7 @@ def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Ma
         "attributes": [
             {
                 "name": name,
-                "said": said.get(name, ""),
+                "value": values.get(name, ""),
                 "shade": _shade(attention[name], grid) if name in attention else None,
                 "beta": _shade(beta[name], grid) if isinstance(beta, dict) and name in beta else None,
             }
@@ -344,9 +347,13 @@ def _maps(described: dict[str, Any], pair: dict[str, Any], image: int, place: Ma
     }
 
 
-def mean_attention(look: Mapping[str, list[float]] | list[float]) -> list[float]:
+def mean_attention(attention: Mapping[str, list[float]] | list[float]) -> list[float]:
     """N weights: the mean over attributes, or the one attention there is."""
-    return [sum(column) / len(look) for column in zip(*look.values())] if isinstance(look, Mapping) else look
+    return (
+        [sum(column) / len(attention) for column in zip(*attention.values())]
+        if isinstance(attention, Mapping)
+        else attention
+    )
 
 
 def _shade(weights: list[float], grid: tuple[int, int]) -> str:

@@ -45,19 +45,21 @@ def describe(supervisor: Supervisor, encoder: Encoder, pairs: Sequence[Any], aut
                   attributes (item, name, positions), verdict (yes, no or None), well_formed, reward, advantage,
                   log_prob (the mean of a token)
     """
-    prompt, described = supervisor.prompt, []
+    prompt, pairs_content = supervisor.prompt, []
     for pair in pairs[:PAIRS]:
         beta = None
         if encoder.pooler.kind in ("attributes", "attention"):
             with torch.no_grad(), autocast:
-                looks = encoder.pooler.attention(pair.features.tokens)  # (2, M, N)
-            beta = [dict(zip(encoder.attributes, _rounded(look))) or _rounded(look[0]) for look in looks]
-        described.append({"beta": beta, **_describe_pair(supervisor, pair.features, pair)})
+                attentions = encoder.pooler.attention(pair.features.tokens)  # (2, M, N)
+            beta = [
+                dict(zip(encoder.attributes, _rounded(attention))) or _rounded(attention[0]) for attention in attentions
+            ]
+        pairs_content.append({"beta": beta, **_describe_pair(supervisor, pair.features, pair)})
     return {
         "attributes": prompt.attributes,
         "items": prompt.item_keys,
         "grid": encoder.tower.grid(encoder.image_size, encoder.image_size),
-        "pairs": described,
+        "pairs": pairs_content,
     }
 
 
@@ -120,18 +122,18 @@ def sheet(pairs: Sequence[Any]) -> Tensor:
     return pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
 
-def overlays(described: dict[str, Any], sheet: Tensor) -> Image.Image | None:
+def overlays(content: dict[str, Any], sheet: Tensor) -> Image.Image | None:
     """Of the first pair with an attention target: a row an image, as it is, lit by the mean ᾱ, by the mean β."""
-    for i, pair in enumerate(described["pairs"]):
+    for i, pair in enumerate(content["pairs"]):
         if pair["attention"] and pair["beta"]:
             side = sheet.shape[1] // 2
             images = sheet[i * side : (i + 1) * side].unflatten(1, (2, side)).transpose(0, 1)  # (2, S, S, 3)
             pictures = [images]
-            for looks in (pair["attention"]["images"], pair["beta"]):
-                weights = [mean_attention(look) for look in looks]
-                light = torch.tensor(weights).unflatten(1, described["grid"])[:, None]
-                light = light / light.amax((2, 3), keepdim=True).clamp_min(4 / light[0].numel())
-                light = F.interpolate(light, (side, side), mode="bilinear").permute(0, 2, 3, 1)
-                pictures.append(((0.33 + 0.67 * light) * images).byte())
+            for attentions in (pair["attention"]["images"], pair["beta"]):
+                weights = [mean_attention(attention) for attention in attentions]
+                brightness = torch.tensor(weights).unflatten(1, content["grid"])[:, None]
+                brightness = brightness / brightness.amax((2, 3), keepdim=True).clamp_min(4 / brightness[0].numel())
+                brightness = F.interpolate(brightness, (side, side), mode="bilinear").permute(0, 2, 3, 1)
+                pictures.append(((0.33 + 0.67 * brightness) * images).byte())
             return Image.fromarray(torch.cat([picture.flatten(0, 1) for picture in pictures], 1).numpy())
     return None

@@ -35,8 +35,13 @@ def compare(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:
     """
     _, classes, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
     findable = sizes[classes] > 1
-    was, became = (labels[first[:, 0].long()] == labels for first in (before, after))
-    kinds = {"kept": was & became, "fixed": ~was & became, "still_wrong": ~was & ~became, "spoilt": was & ~became}
+    was_right, is_right = (labels[first[:, 0].long()] == labels for first in (before, after))
+    kinds = {
+        "kept": was_right & is_right,
+        "fixed": ~was_right & is_right,
+        "still_wrong": ~was_right & ~is_right,
+        "spoilt": was_right & ~is_right,
+    }
     return {kind: (rows & findable).nonzero().flatten() for kind, rows in kinds.items()}
 
 
@@ -77,20 +82,20 @@ def gallery(
         whole = Image.fromarray(images.batch([index]).pixels[0].permute(1, 2, 0).contiguous().numpy())
         thumbnail = whole.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         picture.paste(thumbnail, (cell % COLUMNS * THUMBNAIL, cell // COLUMNS * THUMBNAIL))
-    described = {
+    content = {
         "counts": {kind: len(queries) for kind, queries in kinds.items()},
         "classes": images.dataset.classes,
         "cells": [(index, int(images.labels[index])) for index in cells],
         "columns": COLUMNS,
         "rows": rows,
     }
-    return described, picture
+    return content, picture
 
 
-def as_rows(described: dict[str, Any], thumbnails: Image.Image) -> Image.Image:
+def as_rows(content: dict[str, Any], thumbnails: Image.Image) -> Image.Image:
     """`gallery`'s rows as one picture: query, neighbours before, neighbours after; right ones green, wrong ones red."""
-    rows = [row for kind in described["rows"].values() for row in kind]
-    cells, edge, side = described["cells"], 3, THUMBNAIL + 6
+    rows = [row for kind in content["rows"].values() for row in kind]
+    cells, edge, side = content["cells"], 3, THUMBNAIL + 6
     picture = Image.new("RGB", ((2 * NEIGHBOURS + 2) * side, max(1, len(rows)) * side), "white")
     for y, row in enumerate(rows):
         for x, cell in enumerate([row["query"], *row["before"], None, *row["after"]]):

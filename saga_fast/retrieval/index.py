@@ -27,11 +27,11 @@ from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import hidden, recover, replace, sha256
 
 FORMAT = 1
-ABOUT, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
+INFO_FILE, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
 EXACT_BELOW = 100_000  # vectors: so few are searched whole
 BLOCK = 2**16  # vectors handed to faiss at once
 FIRST_EFFORT = 4  # times as much as for a query like the vectors is searched at first for one that is not
-WANTED_RECALL = 0.97  # recall@10 of exact search, on a sample of the vectors
+TARGET_RECALL = 0.97  # recall@10 of exact search, on a sample of the vectors
 
 
 class File(NamedTuple):
@@ -42,7 +42,7 @@ class File(NamedTuple):
     mtime: int
 
 
-class About(NamedTuple):
+class IndexInfo(NamedTuple):
     """What index.json says.
 
     kind: faiss's factory string; asked: the same if somebody asked for it; blocks: attribute -> numbers of a vector, in
@@ -57,40 +57,40 @@ class About(NamedTuple):
     blocks: dict[str, int] | None = None
 
 
-def about(folder: Path) -> About | None:
+def read_info(folder: Path) -> IndexInfo | None:
     """What the index in `folder` says of itself, None if there is none. Raises InputError for what is no index."""
     recover(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    path = folder / ABOUT
+    path = folder / INFO_FILE
     if not path.is_file():
-        raise InputError(f"--index: {str(folder)!r} is there and holds no {ABOUT}, so it is no index; name another")
+        raise InputError(f"--index: {str(folder)!r} is there and holds no {INFO_FILE}, so it is no index; name another")
     try:
-        said = json.loads(path.read_bytes())
-        version = said.pop("format")
+        content = json.loads(path.read_bytes())
+        version = content.pop("format")
         if version != FORMAT:
             raise InputError(
                 f"{str(path)!r}: format {version!r}, this version reads {FORMAT}; embed into another folder"
             )
-        found = About(**said)
-        if not set(found.sha256) == {FAISS, VECTORS, FILES}:
+        info = IndexInfo(**content)
+        if not set(info.sha256) == {FAISS, VECTORS, FILES}:
             raise KeyError
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{str(path)!r}: damaged, or no index's; delete the folder and embed again") from error
-    return found
+    return info
 
 
-def read_files(folder: Path, known: About) -> list[File]:
+def read_files(folder: Path, info: IndexInfo) -> list[File]:
     """The indexed files; row i of the vectors is file i. Raises InputError, naming the file, if it is damaged."""
-    path = _whole(folder, FILES, known)
+    path = _verified(folder, FILES, info)
     return [File(*file) for file in json.loads(path.read_bytes())["files"]]
 
 
-def read_vectors(folder: Path, known: About) -> np.ndarray:
+def read_vectors(folder: Path, info: IndexInfo) -> np.ndarray:
     """float32 (n, D_e), mapped into memory. Raises InputError, naming the file, if it is damaged."""
-    return np.load(_whole(folder, VECTORS, known), mmap_mode="r")
+    return np.load(_verified(folder, VECTORS, info), mmap_mode="r")
 
 
 def exact_vectors(index: faiss.Index) -> np.ndarray | None:
@@ -124,9 +124,9 @@ def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int
             candidates = candidates[candidates >= 0]
             exact = vectors[candidates] @ queries[query]
             best = np.argsort(-exact, kind="stable")[: 2 * k]
-            earlier = set(rows[query].tolist())
+            previous = set(rows[query].tolist())
             rows[query, : len(best)], products[query, : len(best)] = candidates[best], exact[best]
-            if earlier == set(rows[query].tolist()):
+            if previous == set(rows[query].tolist()):
                 unsettled = unsettled[unsettled != query]
         effort *= 2
     products, rows = products[:, :k], rows[:, :k]
@@ -158,9 +158,9 @@ def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchPara
     return None
 
 
-def read_faiss(folder: Path, known: About) -> faiss.Index:
+def read_faiss(folder: Path, info: IndexInfo) -> faiss.Index:
     """The faiss index. Raises InputError, naming the file, if it is damaged."""
-    return faiss.read_index(str(_whole(folder, FAISS, known)))
+    return faiss.read_index(str(_verified(folder, FAISS, info)))
 
 
 def write(
@@ -175,32 +175,32 @@ def write(
     """Write the index of `files`, in place of the one in `folder` if there is one; returns a line about its kind.
 
     encoder: its folder or hub id, and SHA-256; parts: (rows (m,), vectors (m, D_e)) that together fill rows 0 to n-1;
-    factory: faiss's own description of the kind of index, by default chosen by n; blocks: see `About`. Raises
+    factory: faiss's own description of the kind of index, by default chosen by n; blocks: see `IndexInfo`. Raises
     InputError for a bad factory, and OSError where the disk is full; the index is then as it was.
     """
-    aside = hidden(folder, "partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    staging = hidden(folder, "partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
         shape = (len(files), dimension)
-        vectors = np.lib.format.open_memmap(aside / VECTORS, mode="w+", dtype=np.float32, shape=shape)
-        with open(aside / VECTORS, "r+b") as file:  # a disk that fills up under a memory map kills the process
+        vectors = np.lib.format.open_memmap(staging / VECTORS, mode="w+", dtype=np.float32, shape=shape)
+        with open(staging / VECTORS, "r+b") as file:  # a disk that fills up under a memory map kills the process
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         for rows, values in parts:
             vectors[rows] = values
         vectors.flush()
         kind, line, index = build(vectors, factory)
         try:
-            faiss.write_index(index, str(aside / FAISS))
+            faiss.write_index(index, str(staging / FAISS))
         except RuntimeError as error:
             raise OSError(f"faiss: {_cause(error)}") from error
-        (aside / FILES).write_text(json.dumps({"files": files}))
-        hashes = {name: sha256(aside / name) for name in (FAISS, VECTORS, FILES)}
-        said = About(*encoder, kind, factory, hashes, blocks)._asdict()
-        (aside / ABOUT).write_text(json.dumps({"format": FORMAT, **said}, indent=2) + "\n")
-        replace(aside, folder)
+        (staging / FILES).write_text(json.dumps({"files": files}))
+        hashes = {name: sha256(staging / name) for name in (FAISS, VECTORS, FILES)}
+        info = IndexInfo(*encoder, kind, factory, hashes, blocks)._asdict()
+        (staging / INFO_FILE).write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n")
+        replace(staging, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return line
 
 
@@ -256,7 +256,7 @@ def _cause(error: RuntimeError) -> str:
 
 
 def _tune(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, sample: int = 256, k: int = 10) -> float:
-    """Sets `nprobe` to the least power of two that reaches `WANTED_RECALL`, or to all cells; the recall then.
+    """Sets `nprobe` to the least power of two that reaches `TARGET_RECALL`, or to all cells; the recall then.
 
     Measured on a sample of the vectors, each searched for without itself.
     """
@@ -269,7 +269,7 @@ def _tune(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, sample: 
         _, found = index.search(queries, k + 1)
         hits = [len(near & set(row)) for near, row in zip(exact, found)]
         recall = sum(hits) / sum(map(len, exact))
-        if recall >= WANTED_RECALL or ivf.nprobe >= ivf.nlist:
+        if recall >= TARGET_RECALL or ivf.nprobe >= ivf.nlist:
             return recall
         ivf.nprobe = min(2 * ivf.nprobe, ivf.nlist)
 
@@ -284,10 +284,10 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(vectors[start : start + BLOCK])
 
 
-def _whole(folder: Path, name: str, known: About) -> Path:
+def _verified(folder: Path, name: str, info: IndexInfo) -> Path:
     path = folder / name
     if not path.is_file():
         raise InputError(f"{str(path)!r}: missing; delete the index and embed again")
-    if sha256(path) != known.sha256[name]:
-        raise InputError(f"{str(path)!r}: its SHA-256 is not the one in {ABOUT}; delete the index and embed again")
+    if sha256(path) != info.sha256[name]:
+        raise InputError(f"{str(path)!r}: its SHA-256 is not the one in {INFO_FILE}; delete the index and embed again")
     return path

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 KS = (1, 2, 4, 8)
-KEPT = 2**30  # bytes of neighbours found so far
+NEIGHBOUR_BYTES = 2**30  # bytes of neighbours found so far
 
 
 class Scores(NamedTuple):
@@ -54,8 +54,8 @@ def retrieve(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = KS, chunk: 
     rank = torch.arange(1, depth + 1, device=embeddings.device)
     parts = []
     for rows, found in neighbours(embeddings, depth, chunk):
-        asked = matches[rows] > 0
-        rows, found, wanted = rows[asked], found[asked], matches[rows][asked]
+        is_query = matches[rows] > 0
+        rows, found, wanted = rows[is_query], found[is_query], matches[rows][is_query]
         right = labels[found] == labels[rows, None]
         within = right & (rank <= wanted[:, None])
         parts.append(
@@ -90,10 +90,10 @@ def neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Iterator[tuple[
     """(rows (c,), found (c, k)), both int64: for each row the k others of largest inner product, best first.
 
     Chunk by chunk, in order. Exact; of equal products the lower index comes first, at the k-th place too. Each product
-    of two rows is computed once and serves both, as long as what was found for all rows so far fits in `KEPT` bytes.
+    of two rows is computed once and serves both, as long as what was found for all rows so far fits in `NEIGHBOUR_BYTES` bytes.
     """
     n, device = len(embeddings), embeddings.device
-    once = 12 * n * k <= KEPT
+    once = 12 * n * k <= NEIGHBOUR_BYTES
     best = embeddings.new_full((n if once else 0, k), -torch.inf)
     found = torch.zeros(best.shape, dtype=torch.int64, device=device)
     for rows in torch.arange(n, device=device).split(chunk):

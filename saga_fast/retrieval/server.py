@@ -23,7 +23,7 @@ from saga_fast.utils.images import read_rgb
 
 LOOPBACK = "127.0.0.1"
 MAX_BYTES = 32 * 2**20  # of an upload
-AT_ONCE = 8  # uploads in memory
+MAX_UPLOADS = 8  # uploads in memory
 TIMEOUT = 30  # seconds, of a client that says nothing
 USAGE = 'POST a picture\'s file to /?k=10, k files are wanted: {"hits": [{"path": …, "similarity": …}, …]}'
 
@@ -42,7 +42,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, searcher: Searcher, address: tuple[str, int]) -> None:
-        self.searcher, self.places = searcher, threading.BoundedSemaphore(AT_ONCE)
+        self.searcher, self.upload_slots = searcher, threading.BoundedSemaphore(MAX_UPLOADS)
         super().__init__(address, Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -59,12 +59,12 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, {"usage": USAGE})
 
     def do_POST(self) -> None:
-        if not self.server.places.acquire(blocking=False):
-            return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{AT_ONCE} pictures at once; ask again"})
+        if not self.server.upload_slots.acquire(blocking=False):
+            return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{MAX_UPLOADS} pictures at once; ask again"})
         try:
             self._answer(*self._search())
         finally:
-            self.server.places.release()
+            self.server.upload_slots.release()
 
     def _search(self) -> tuple[HTTPStatus, dict]:
         where = urlsplit(self.path)
@@ -80,17 +80,17 @@ class Handler(BaseHTTPRequestHandler):
         if len(length) > 12 or int(length) > MAX_BYTES:
             error = f"Content-Length: {length[:20]}; accepted are {MAX_BYTES} bytes at most"
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": error}
-        asked = parse_qs(where.query, keep_blank_values=True).get("k", ["10"])[-1]
-        if not (asked.isascii() and asked.isdigit() and len(asked) < 10) or COUNT.fault(int(asked)):
-            return HTTPStatus.BAD_REQUEST, {"error": f"k: {asked[:20]!r}; give 1 or more"}
+        k = parse_qs(where.query, keep_blank_values=True).get("k", ["10"])[-1]
+        if not (k.isascii() and k.isdigit() and len(k) < 10) or COUNT.fault(int(k)):
+            return HTTPStatus.BAD_REQUEST, {"error": f"k: {k[:20]!r}; give 1 or more"}
         try:
-            hits = self.server.searcher.search(read_rgb(self.rfile.read(int(length)), "picture"), int(asked))[0]
+            hits = self.server.searcher.search(read_rgb(self.rfile.read(int(length)), "picture"), int(k))[0]
         except InputError as error:
             return HTTPStatus.BAD_REQUEST, {"error": str(error)}
         return HTTPStatus.OK, {"hits": [hit.fields() for hit in hits]}
 
-    def _answer(self, status: HTTPStatus, said: dict) -> None:
-        body = json.dumps(said).encode() + b"\n"
+    def _answer(self, status: HTTPStatus, content: dict) -> None:
+        body = json.dumps(content).encode() + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

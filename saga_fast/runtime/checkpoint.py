@@ -47,31 +47,31 @@ def save(
     """
     folder = Path(folder)
     final = folder / f"step-{step:06d}"
-    aside, old = folder / f".{final.name}.partial", folder / f".{final.name}.old"
+    staging, old = folder / f".{final.name}.partial", folder / f".{final.name}.old"
     folder.mkdir(parents=True, exist_ok=True)
-    for remains in folder.glob(".step-*"):
-        shutil.rmtree(remains)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
     try:
-        aside.mkdir()
+        staging.mkdir()
         for part, tensors in parts.items():
-            _write(tensors, aside / f"{part}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state))
-        hashes = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "run": run, "sha256": hashes}, indent=1))
-        for path in (*aside.iterdir(), aside):
+            _write(tensors, staging / f"{part}.safetensors")
+        (staging / "state.json").write_text(json.dumps(state))
+        hashes = {path.name: sha256(path) for path in sorted(staging.iterdir())}
+        (staging / "manifest.json").write_text(json.dumps({"format": FORMAT, "run": run, "sha256": hashes}, indent=1))
+        for path in (*staging.iterdir(), staging):
             flush(path)
         if final.exists():  # a damaged one that was stepped over, or this very step saved again
             os.rename(final, old)
-        os.rename(aside, final)
+        os.rename(staging, final)
         flush(folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         if old.exists() and not final.exists():
             os.rename(old, final)
         raise
     others = [path for path in _steps(folder) if path != final]
-    earlier = [path for path in others if _step(path) < step]
-    for path in (old, *others[: len(others) - len(earlier)], *earlier[keep - 1 :]):
+    older = [path for path in others if _step(path) < step]
+    for path in (old, *others[: len(others) - len(older)], *older[keep - 1 :]):
         shutil.rmtree(path, ignore_errors=True)
     return final
 
@@ -205,14 +205,14 @@ def _fault(path: Path, run: str) -> str | None:
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file(_alone(tensors), path)
+        save_file(_without_shared_storage(tensors), path)
     except SafetensorError as error:  # what its own writer makes of a full disk
         raise OSError(f"{path}: {error}") from error
 
 
-def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_shared_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no storage, as safetensors wants them (optimizers share lookup tables)."""
-    alone: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -220,5 +220,5 @@ def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
-        alone[name] = tensor
-    return alone
+        separate[name] = tensor
+    return separate

@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 TIMEOUT = timedelta(minutes=30)
 
 
-class Drifted(RuntimeError):
+class OutOfSync(RuntimeError):
     """Ranks that should hold the same weights do not."""
 
 
@@ -60,11 +60,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_ranks() -> int:
+def local_world_size() -> int:
     """How many of the ranks are on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
@@ -84,87 +84,87 @@ def launcher() -> list[str]:
     return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed[typed.index("-m") :]]
 
 
-def everyone(value: Item) -> list[Item]:
+def all_gather_object(value: Item) -> list[Item]:
     """The `value` (picklable, small) of every rank, in order of rank."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * ranks()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def rows(count: int) -> Tensor:
+def shard_rows(count: int) -> Tensor:
     """Which of `count` rows are this rank's: int64 (⌈count / ranks⌉,), from the first again where they run out."""
-    each = -(-count // ranks())
-    return (rank() * each + torch.arange(each)) % count
+    per_rank = -(-count // world_size())
+    return (rank() * per_rank + torch.arange(per_rank)) % count
 
 
-def gather(mine: Tensor, count: int) -> Tensor:
-    """All `count` rows, of which `mine` holds those of `rows(count)`. Backward adds up what the ranks ask of a row."""
-    return mine if ranks() == 1 else _Gather.apply(mine)[:count]
+def all_gather_rows(shard: Tensor, count: int) -> Tensor:
+    """All `count` rows, of which `shard` holds those of `shard_rows(count)`. Backward adds up what the ranks ask of a row."""
+    return shard if world_size() == 1 else _AllGather.apply(shard)[:count]
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """As `torch.distributed.nn.functional.all_gather`, which PyTorch 2.13 warns of and 2.11 has no successor to."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor) -> Tensor:
-        parts = [torch.empty_like(mine) for _ in range(ranks())]
-        dist.all_gather(parts, mine.contiguous())
+    def forward(ctx: Any, shard: Tensor) -> Tensor:
+        parts = [torch.empty_like(shard) for _ in range(world_size())]
+        dist.all_gather(parts, shard.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
-        return gradient.chunk(ranks())[rank()]
+        return gradient.chunk(world_size())[rank()]
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Puts in place of each tensor (all of a dtype) its sum over the ranks, the same bits on all of them. In one piece:
     a copy of all gradients, made when no activations are left, for the latency of a single collective."""
-    if ranks() > 1 and tensors:
+    if world_size() > 1 and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor))
 
 
-def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sums `.grad` over the ranks. One that only some ranks have is zero on the others; one that none has stays None,
     as the optimizer passes such a parameter over."""
-    if ranks() > 1:
-        present = everyone([parameter.grad is not None for parameter in parameters])
-        owners = [parameter for parameter, *found in zip(parameters, *present) if any(found)]
+    if world_size() > 1:
+        present = all_gather_object([parameter.grad is not None for parameter in parameters])
+        owners = [parameter for parameter, *has_gradient in zip(parameters, *present) if any(has_gradient)]
         for parameter in owners:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        add_up([parameter.grad for parameter in owners])
+        all_reduce_sum([parameter.grad for parameter in owners])
 
 
-def balance(sizes: Sequence[int], shares: int) -> list[list[int]]:
+def balance_loads(sizes: Sequence[int], shares: int) -> list[list[int]]:
     """Numbers of the items of `sizes`, in order, in `shares` lists of nearly equal total: longest first, each to the
     lightest (Graham 1969: the heaviest is at most 4/3 of the best possible)."""
-    dealt: list[list[int]] = [[] for _ in range(shares)]
+    assigned: list[list[int]] = [[] for _ in range(shares)]
     loads = [(0, share) for share in range(shares)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         load, lightest = loads[0]
-        dealt[lightest].append(i)
+        assigned[lightest].append(i)
         heapq.heapreplace(loads, (load + sizes[i], lightest))
-    return [sorted(items) for items in dealt]
+    return [sorted(items) for items in assigned]
 
 
-def check_alike(*modules: nn.Module) -> None:
+def assert_in_sync(*modules: nn.Module) -> None:
     """Raises Drifted, on every rank, if their parameters differ between ranks; compares a checksum of the bits."""
-    if ranks() == 1:
+    if world_size() == 1:
         return
     names = [name for module in modules for name, _ in module.named_parameters()]
     sums = [p.detach().contiguous().view(torch.uint8).sum() for module in modules for p in module.parameters()]
-    found = everyone(torch.stack(sums).tolist())
-    for other, theirs in enumerate(found):
-        if theirs != found[0]:
-            name = next(name for name, ours, its in zip(names, found[0], theirs) if ours != its)
-            raise Drifted(
+    checksums = all_gather_object(torch.stack(sums).tolist())
+    for other, theirs in enumerate(checksums):
+        if theirs != checksums[0]:
+            name = next(name for name, ours, its in zip(names, checksums[0], theirs) if ours != its)
+            raise OutOfSync(
                 f"rank {other}: its {name} is no longer rank 0's, so the ranks train different encoders; the last "
                 "checkpoint stands: resume from it, and have that rank's device checked"
             )

@@ -7,11 +7,13 @@ import warnings
 
 from torch import Tensor
 
-DRIFTED = 0.2  # nats, mean |Δ log π| between what was sampled and what is replayed: a ratio of 1.2 where 1 is assumed
-COLLAPSED = 0.99  # mean cosine between a batch's embeddings: beyond it all images look alike
+DRIFT_LIMIT = (
+    0.2  # nats, mean |Δ log π| between what was sampled and what is replayed: a ratio of 1.2 where 1 is assumed
+)
+COLLAPSE_LIMIT = 0.99  # mean cosine between a batch's embeddings: beyond it all images look alike
 
 
-def spread(embeddings: Tensor) -> dict[str, float]:
+def embedding_spread(embeddings: Tensor) -> dict[str, float]:
     """How far apart a batch's unit vectors (B, D_e) are: standard deviation of a coordinate, mean cosine of a pair."""
     count = len(embeddings)
     together = embeddings.sum(0).square().sum().item()  # Σ over all ordered pairs, each with itself included
@@ -26,31 +28,31 @@ class Health:
 
     def __init__(self, pass_batches: int) -> None:
         self.pass_batches = pass_batches
-        self.told: set[str] = set()
-        self.barren: list[dict[str, float]] = []  # the steps since a pair last contributed
+        self.warned: set[str] = set()
+        self.steps_without_contribution: list[dict[str, float]] = []  # the steps since a pair last contributed
 
-    def look(self, step: int, log: dict[str, float]) -> None:
+    def check(self, step: int, log: dict[str, float]) -> None:
         """log: as metrics.jsonl holds it."""
         if log.get("skipped_now"):
             broken = [f"{name} {value}" for name, value in log.items() if not math.isfinite(value)]
-            self._tell("skipped", step, f"not applied: {', '.join(broken)}; {log['skipped_now']:.0f} in a row")
+            self._warn_once("skipped", step, f"not applied: {', '.join(broken)}; {log['skipped_now']:.0f} in a row")
         if log.get("pairs_broken"):
-            self._tell(
+            self._warn_once(
                 "broken",
                 step,
                 f"{log['pairs_broken']:.0f} of {log['pairs_drawn']:.0f} pairs dropped, as a rollout met logits "
                 "that are not finite; if that goes on, try --optim.precision fp32 or a lower --optim.encoder-lr",
             )
-        if log.get("pairwise_cosine", 0) > COLLAPSED:
-            self._tell(
+        if log.get("pairwise_cosine", 0) > COLLAPSE_LIMIT:
+            self._warn_once(
                 "collapsed",
                 step,
                 f"the encoder collapses: mean cosine between embeddings {log['pairwise_cosine']:.4f}, standard "
                 f"deviation of a coordinate {log['embedding_std']:.2g}; lower the learning rates, or take another "
                 "--dml.loss",
             )
-        if log.get("log_prob_drift", 0) > DRIFTED:
-            self._tell(
+        if log.get("log_prob_drift", 0) > DRIFT_LIMIT:
+            self._warn_once(
                 "drifted",
                 step,
                 f"log π of replayed tokens is {log['log_prob_drift']:.2f} nats from what it was when they were "
@@ -58,7 +60,7 @@ class Health:
                 "--supervisor.no-quantize",
             )
         if log.get("voice", 1) < 1:
-            self._tell(
+            self._warn_once(
                 "voice",
                 step,
                 f"the supervisor's verdicts depend little on the truth (informedness {log['informedness']:.2f}; 0 is "
@@ -66,16 +68,18 @@ class Health:
                 "now on; look at --supervisor.model and --supervisor.prompt",
             )
         if log.get("pairs_drawn"):
-            self.barren = [] if log["pairs_contributing"] else [*self.barren, log]
-            if sum(entry["micro_batches"] for entry in self.barren) >= self.pass_batches:
-                self._barren(step)
-                self.barren = []
+            self.steps_without_contribution = (
+                [] if log["pairs_contributing"] else [*self.steps_without_contribution, log]
+            )
+            if sum(entry["micro_batches"] for entry in self.steps_without_contribution) >= self.pass_batches:
+                self._warn_no_contribution(step)
+                self.steps_without_contribution = []
 
-    def _barren(self, step: int) -> None:
-        pairs = sum(entry["pairs_drawn"] for entry in self.barren)
+    def _warn_no_contribution(self, step: int) -> None:
+        pairs = sum(entry["pairs_drawn"] for entry in self.steps_without_contribution)
 
         def mean(name: str) -> float:  # a step may have drawn pairs of one kind alone
-            known = [entry[name] for entry in self.barren if name in entry]
+            known = [entry[name] for entry in self.steps_without_contribution if name in entry]
             return sum(known) / max(1, len(known))
 
         same, different, well_formed = map(mean, ("reward_same", "reward_different", "well_formed"))
@@ -87,15 +91,15 @@ class Health:
             why = (
                 "it gives one verdict whatever it sees: raise --rollout.temperature, or take another --supervisor.model"
             )
-        self._tell(
-            "barren",
+        self._warn_once(
+            "no_contribution",
             step,
             f"none of the {pairs:.0f} pairs drawn in a pass over the training images contributed; mean reward "
             f"{same:.2f} on same-class pairs, {different:.2f} on others. The metric loss goes on alone. "
             f"The supervisor: {why} (--lambda.lm 0 --lambda.kl 0)",
         )
 
-    def _tell(self, what: str, step: int, message: str) -> None:
-        if what not in self.told:
-            self.told.add(what)
+    def _warn_once(self, kind: str, step: int, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
             warnings.warn(f"step {step}: {message}", stacklevel=4)

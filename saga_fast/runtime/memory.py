@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import distributed
+from saga_fast.supervisor.bidirectional_images import add_bidirectional
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
 from saga_fast.supervisor.frozen_pass import Recompute
-from saga_fast.supervisor.pair import PairPrefix, Question
-from saga_fast.supervisor.replay import Group, Plan, replay
-from saga_fast.supervisor.rollout import PREFILL_TOKENS, Engine, Sampling
-from saga_fast.supervisor.whole_images import add_later
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
+from saga_fast.supervisor.rollout import PREFILL_TOKENS, RolloutEngine, Sampling
 from saga_fast.towers import VisionTower
 from saga_fast.utils.errors import InputError
 from saga_kernels import GroupLayout, NF4Weight, group_attention
@@ -139,8 +139,8 @@ class Predictor:
     def __init__(self, step: Step) -> None:
         self.step = step
         encoder, tower = step.encoder, step.encoder.tower
-        learns = list(encoder.parameters()) + (list(step.trained.parameters()) if step.trained else [])
-        weights = sum(p.numel() for p in learns) * 4
+        trainable = list(encoder.parameters()) + (list(step.trained.parameters()) if step.trained else [])
+        weights = sum(p.numel() for p in trainable) * 4
         self.resident = {
             "tower, pooler, proxies: weights": weights,
             "their gradients": weights,
@@ -153,11 +153,11 @@ class Predictor:
         self.block = 0
         if step.checkpointing:  # what stands before each block, and what the largest block makes again
             tower.checkpoint_blocks()
-            self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
-            self.block = made_again(tower, encoder.image_size, step.autocast)
+            self.fixed, self.per_image = tower_activation_bytes(tower, encoder.image_size, step.autocast)
+            self.block = recomputed_block_bytes(tower, encoder.image_size, step.autocast)
             tower.checkpoint_blocks(False)
         else:
-            self.fixed, self.per_image = kept_by_tower(tower, encoder.image_size, step.autocast)
+            self.fixed, self.per_image = tower_activation_bytes(tower, encoder.image_size, step.autocast)
         rows, columns = tower.grid(encoder.image_size, encoder.image_size)
         self.levels = len(getattr(getattr(tower.model, "config", None), "deepstack_visual_indexes", ()))
         self.image_features = rows * columns * tower.width * (1 + self.levels) * (2 if step.autocast else 4)
@@ -170,34 +170,36 @@ class Predictor:
         step = self.step
         # A backward's own gradients, until they are whole and join those that stand: they grow as activations go.
         added = self.resident["their gradients"]
-        embed = max(self._tower(step.batch), added) if step.embeds else 2 * step.batch * self.image_features
-        phases = {"A. embed": embed, "update": self.update}
+        embed_peak = max(self._tower(step.batch), added) if step.embeds else 2 * step.batch * self.image_features
+        phases = {"A. embed": embed_peak, "update": self.update}
         resident = dict(self.resident)
         if step.decoder is not None:
-            cache = slots * Engine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
+            cache = slots * RolloutEngine.slot_bytes(step.decoder, len(step.prefix), step.sampling)
             resident["keys and values of rollouts"] = cache
-            phases["B. roll out"] = self.rollout(slots)
+            phases["B. roll out"] = self.rollout_peak(slots)
             images = 2 * step.pairs  # whose features are kept, then side by side
-            phases["C. replay"] = 2 * images * self.image_features + max(self.replay(plan), self._tower(images), added)
+            phases["C. replay"] = 2 * images * self.image_features + max(
+                self.replay_peak(plan), self._tower(images), added
+            )
         return Footprint(resident, dict(sorted(phases.items())))
 
     def _tower(self, images: int) -> int:
         return self.fixed + images * (self.per_image + self.block + 2 * self.image_features)
 
-    def rollout(self, slots: int) -> int:
+    def rollout_peak(self, slots: int) -> int:
         """Features of the micro-batch, and the larger of a prefill and a draw. The slots' own memory stays."""
         step = self.step
         if self._prefill is None:
             self._prefill = prefill_bytes(step.decoder, step.prefix)
         rows, vocabulary = slots * step.sampling.group_size, step.decoder.head.shape[0]
-        draw = rows * vocabulary * (step.decoder.dtype.itemsize + 8)
-        return step.batch * self.image_features + max(self._prefill, draw)
+        sampling_bytes = rows * vocabulary * (step.decoder.dtype.itemsize + 8)
+        return step.batch * self.image_features + max(self._prefill, sampling_bytes)
 
-    def replay(self, plan: Plan) -> int:
+    def replay_peak(self, plan: Plan) -> int:
         """Of a replay of K groups whose completions are all as long as they may be."""
         step = self.step
         length, members = step.sampling.max_new_tokens, step.sampling.group_size
-        rest = len(step.prefix) - step.prefix.preamble
+        rest = len(step.prefix) - step.prefix.static_length
         groups = max(1, min(step.pairs, plan.token_budget // (rest + members * length)))
         if rest + members * length > plan.token_budget:  # slices are alike: one says it all
             members = max(1, min(members, plan.token_budget // length))
@@ -215,16 +217,18 @@ class Predictor:
         """
         step, layer, depth = self.step, self.step.decoder.layers[0], self.step.decoder.depth
         parts = [out * width for out, width in (p.shape for p in (layer.qkv, layer.o, layer.gate_up, layer.down))]
-        again = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
-        prefix, length = len(step.prefix) - step.prefix.preamble, step.sampling.max_new_tokens
+        recomputed_share = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
+        prefix, length = len(step.prefix) - step.prefix.static_length, step.sampling.max_new_tokens
         members = step.sampling.group_size
         size = prefix + members * length
         if size <= plan.token_budget:
             visits = -(-step.pairs // (plan.token_budget // size))
-            passes = step.pairs * size * (2 + again[plan.recompute])
+            passes = step.pairs * size * (2 + recomputed_share[plan.recompute])
         else:
             visits = step.pairs * (1 + -(-members // max(1, plan.token_budget // length)))
-            passes = prefix * (2 + again[plan.prefix_recompute]) + members * length * (2 + again[plan.recompute])
+            passes = prefix * (2 + recomputed_share[plan.prefix_recompute]) + members * length * (
+                2 + recomputed_share[plan.recompute]
+            )
             passes *= step.pairs
         weights = depth * sum(parts)
         dense = 2 * weights * isinstance(layer.down.weights[0], NF4Weight)  # bytes that dequantisation writes
@@ -239,16 +243,16 @@ class Predictor:
         prefix_recompute: Recompute | None = None,
     ) -> list[Plan]:
         """Replay plans, the fastest first; what the user fixed stays."""
-        step, again = self.step, get_args(Recompute)
+        step, policies = self.step, get_args(Recompute)
         length = step.sampling.max_new_tokens
-        size = len(step.prefix) - step.prefix.preamble + step.sampling.group_size * length
+        size = len(step.prefix) - step.prefix.static_length + step.sampling.group_size * length
         whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
         slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
         found = {
             Plan(budget, policy, policy if budget >= size and not prefix_recompute else before)
             for budget in ([token_budget] if token_budget else whole | slices)
-            for policy in ([recompute] if recompute else again)
-            for before in ([prefix_recompute] if prefix_recompute else again)
+            for policy in ([recompute] if recompute else policies)
+            for before in ([prefix_recompute] if prefix_recompute else policies)
         }
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), -plan.token_budget, str(plan)))
 
@@ -266,35 +270,37 @@ class Predictor:
         recompute: Recompute | None = None,
         prefix_recompute: Recompute | None = None,
         slots: int | None = None,
-        anew: bool = False,
+        may_replan: bool = False,
     ) -> tuple[Plan, int, Footprint]:
         """The fastest plan and number of slots, up to twice K, that fit into `free` bytes.
 
-        anew: what is fixed may be given up where it does not fit: a resumed run may be on another machine. Raises
+        may_replan: what is fixed may be given up where it does not fit: a resumed run may be on another machine. Raises
         InputError, with the numbers, where none fits.
         """
         step, room = self.step, int(free * (1 - MARGIN))
         counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
-        ways = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
-        ways = sorted(ways, key=lambda way: self.seconds(*way))
-        for plan, count in ways:
+        candidates = itertools.product(self.plans(token_budget, recompute, prefix_recompute), counts)
+        candidates = sorted(candidates, key=lambda candidate: self.seconds(*candidate))
+        for plan, count in candidates:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
                 return plan, count, footprint
-        if anew and (token_budget or recompute or prefix_recompute or slots):
+        if may_replan and (token_budget or recompute or prefix_recompute or slots):
             return self.choose(free)
-        raise self._refusal(min((self.footprint(*way) for way in ways), key=lambda footprint: footprint.peak), free)
+        raise self._refusal(
+            min((self.footprint(*candidate) for candidate in candidates), key=lambda footprint: footprint.peak), free
+        )
 
     def _refusal(self, least: Footprint, free: int) -> InputError:
         step = self.step
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*least.resident.items(), *least.phases.items()))
-        mends = [] if step.checkpointing else ["--encoder.checkpointing"]
-        mends += ["--optim.states 8bit"] if step.states_bits == 32 else []
-        mends += ["fewer --rollout.max-new-tokens"] if step.decoder else []
-        mends += [f"{'or ' if mends else ''}fewer images with --data.classes-per-batch"]
+        remedies = [] if step.checkpointing else ["--encoder.checkpointing"]
+        remedies += ["--optim.states 8bit"] if step.states_bits == 32 else []
+        remedies += ["fewer --rollout.max-new-tokens"] if step.decoder else []
+        remedies += [f"{'or ' if remedies else ''}fewer images with --data.classes-per-batch"]
         return InputError(
             f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
-            f"which {MARGIN:.0%} is left alone: pass {', '.join(mends)}"
+            f"which {MARGIN:.0%} is left alone: pass {', '.join(remedies)}"
         )
 
 
@@ -303,14 +309,14 @@ def free_bytes(device: torch.device) -> int:
     what is free there, and of what this process's control groups (a container's limit) leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return min(psutil.virtual_memory().available, cgroup_bytes()) // distributed.local_ranks()
+    return min(psutil.virtual_memory().available, cgroup_bytes()) // distributed.local_world_size()
 
 
-def cgroup_bytes(mine: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+def cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
     """What the control groups of the process (versions 1 and 2), and those around them, let it take besides; infinite
     where nothing limits it. Page cache counts as free, as it does for the host."""
     free = math.inf
-    for line in mine.read_text().splitlines() if mine.exists() else ():
+    for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -327,7 +333,7 @@ def cgroup_bytes(mine: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/
     return free
 
 
-def made_again(tower: VisionTower, image_size: int, autocast: bool) -> int:
+def recomputed_block_bytes(tower: VisionTower, image_size: int, autocast: bool) -> int:
     """Bytes that the backward of a tower whose blocks are checkpointed takes for an image at most: what the largest
     block keeps when it runs again, and the gradients in it. Seen on one image and on two."""
     first = next(parameter for parameter in tower.parameters() if parameter.requires_grad)
@@ -337,22 +343,22 @@ def made_again(tower: VisionTower, image_size: int, autocast: bool) -> int:
         pixels = torch.zeros(images, 3, image_size, image_size, dtype=torch.uint8, device=device)
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False):
             levels = tower(pixels).levels
-        asked = [torch.ones_like(level) for level in levels]
+        gradients = [torch.ones_like(level) for level in levels]
         with LiveBytes(device) as live:
             # The gradient of what comes first goes through every block, and makes none of their weights'.
-            torch.autograd.grad(levels, first, asked)
+            torch.autograd.grad(levels, first, gradients)
             return live.peak
 
     return max(0, peak(2) - peak(1))
 
 
-def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:
+def tower_activation_bytes(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:
     """Bytes that autograd keeps of the forward of a tower, as its blocks are, checkpointed or not: of any batch, and
     besides of each image."""
     device = next(tower.parameters()).device
     weights = {x.untyped_storage().data_ptr() for x in (*tower.parameters(), *tower.buffers())}
 
-    def kept(images: int) -> int:
+    def saved_bytes(images: int) -> int:
         storages: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -370,7 +376,7 @@ def kept_by_tower(tower: VisionTower, image_size: int, autocast: bool) -> tuple[
         del out
         return sum(storages.values())
 
-    one, two = kept(1), kept(2)
+    one, two = saved_bytes(1), saved_bytes(2)
     return max(0, 2 * one - two), two - one
 
 
@@ -417,7 +423,7 @@ def as_nf4(weight: Tensor, nested: bool = True) -> NF4Weight:
 def replay_bytes(
     decoder: FrozenDecoder, prefix: PairPrefix, plan: Plan, lengths: Sequence[Sequence[int]], levels: int
 ) -> int:
-    """Peak of what `replay` makes, gradients at the features included, for groups of these completion `lengths`."""
+    """Peak of what `replay_groups` makes, gradients at the features included, for groups of these completion `lengths`."""
     on_cpu = prefix.input_ids.device.type == "cpu"
 
     def logits(h: Tensor, head: Tensor, *_) -> int:  # in float32
@@ -425,7 +431,7 @@ def replay_bytes(
         return min(len(h), chunk) * len(head) * 4
 
     with LiveBytes("meta", {torch.ops.saga_kernels.token_logprob.default: logits}) as live:
-        question = Question(decoder := on_meta(decoder), on_meta(prefix))
+        prefix_cache = PrefixCache(decoder := on_meta(decoder), on_meta(prefix))
         images, tokens = 2 * len(lengths), prefix.images.shape[1]
         width = decoder.embedding.shape[1]
         features = [
@@ -436,13 +442,13 @@ def replay_bytes(
             Group([[0] * n for n in group], [torch.empty(n, device="meta") for n in group], {}) for group in lengths
         ]
         live.peak = before = live.bytes
-        replay(question, VisualFeatures(features[0], tuple(features[1:])), groups, 1.0, -1, plan)
+        replay_groups(prefix_cache, VisualFeatures(features[0], tuple(features[1:])), groups, 1.0, -1, plan)
         return live.peak - before
 
 
 def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
     """Peak of reading as many prefixes as the engine reads at once, without the cache they are read into."""
-    rest = len(prefix) - prefix.preamble
+    rest = len(prefix) - prefix.static_length
     pairs = max(1, PREFILL_TOKENS // len(prefix))
     with LiveBytes("meta") as live, torch.no_grad():
         decoder = on_meta(decoder)
@@ -450,12 +456,12 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         h = torch.empty(layout.tokens, decoder.embedding.shape[1], dtype=decoder.dtype, device="meta")
         positions = torch.zeros(3, layout.tokens, dtype=torch.int64, device="meta")
         live.peak = before = live.bytes
-        images = on_meta(prefix).images_of(pairs, prefix.preamble)
+        images = on_meta(prefix).images_of(pairs, prefix.static_length)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             o, lse = group_attention(q, k, v, layout)
             if images is not None:
-                add_later(q, k, v, o, lse, images)
+                add_bidirectional(q, k, v, o, lse, images)
             return o
 
         decoder.forward(h, positions, attend)

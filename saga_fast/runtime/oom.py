@@ -18,23 +18,23 @@ from torch import Tensor, nn
 Result = TypeVar("Result")
 
 
-class Fits:
+class OomBackoff:
     """`limits`: for each phase that ran out of memory, how much of its batch goes through at once from then on."""
 
     def __init__(self) -> None:
         self.limits: dict[str, int] = {}
 
-    def run(self, phase: str, size: int, work: Callable[[int], Result], least: int = 1) -> Result:
+    def run(self, phase: str, size: int, work: Callable[[int], Result], minimum: int = 1) -> Result:
         """`work(limit)`, again with half the limit for as long as it raises OutOfMemoryError; `size` is the first.
 
-        Raises OutOfMemoryError if `least` does not fit either. `work` must be fit to be begun again.
+        Raises OutOfMemoryError if `minimum` does not fit either. `work` must be fit to be begun again.
         """
         while True:
             limit = min(size, self.limits.get(phase, size))
             try:
                 return work(limit)
             except torch.OutOfMemoryError:
-                if limit <= least:
+                if limit <= minimum:
                     raise
             # Out of the handler the traceback is gone, and with it what the failed attempt held.
             torch.cuda.empty_cache()
@@ -44,16 +44,16 @@ class Fits:
                 stacklevel=2,
             )
 
-    def pieces(self, phase: str, count: int, work: Callable[[slice], Result]) -> list[Result]:
+    def map_chunks(self, phase: str, count: int, work: Callable[[slice], Result]) -> list[Result]:
         """`work` of consecutive slices of `count` items, each as long as fits."""
         results: list[Result] = []
         first = 0
         while first < count:
 
-            def next_piece(limit: int, first: int = first) -> tuple[int, Result]:
+            def next_chunk(limit: int, first: int = first) -> tuple[int, Result]:
                 return first + limit, work(slice(first, first + limit))
 
-            first, result = self.run(phase, count - first, next_piece)
+            first, result = self.run(phase, count - first, next_chunk)
             results.append(result)
         return results
 
@@ -61,7 +61,7 @@ class Fits:
         return {f"limit_{phase.replace(' ', '_')}": limit for phase, limit in self.limits.items()}
 
 
-class Encoded:
+class GradientCachedForward:
     """`outputs`: what `model` makes of all rows of `inputs`, as leaves: a loss's backward ends there, ours goes on.
 
     model: rows → tensors of as many rows. parameters: those that its gradients fall on. The graph is kept only where
@@ -71,36 +71,38 @@ class Encoded:
 
     def __init__(
         self,
-        fits: Fits,
+        backoff: OomBackoff,
         phase: str,
         model: Callable[[Tensor], Sequence[Tensor]],
         inputs: Tensor,
         parameters: Sequence[nn.Parameter],
     ) -> None:
-        self.fits, self.phase, self.model, self.inputs, self.parameters = fits, phase, model, inputs, parameters
-        wanted = torch.is_grad_enabled()
+        self.backoff, self.phase, self.model, self.inputs, self.parameters = backoff, phase, model, inputs, parameters
+        needs_gradient = torch.is_grad_enabled()
 
         def forward(rows: slice) -> Sequence[Tensor]:
-            with torch.set_grad_enabled(wanted and rows.stop - rows.start == len(inputs)):
+            with torch.set_grad_enabled(needs_gradient and rows.stop - rows.start == len(inputs)):
                 return model(inputs[rows])
 
-        pieces = fits.pieces(phase, len(inputs), forward)
-        self.graph = pieces[0] if len(pieces) == 1 else None
-        whole = self.graph or [torch.cat(parts) for parts in zip(*pieces)]
-        self.outputs = [output.detach().requires_grad_(wanted) for output in whole]
+        chunks = backoff.map_chunks(phase, len(inputs), forward)
+        self.graph = chunks[0] if len(chunks) == 1 else None
+        joined = self.graph or [torch.cat(parts) for parts in zip(*chunks)]
+        self.outputs = [output.detach().requires_grad_(needs_gradient) for output in joined]
 
     def backward(self) -> None:
         """Adds to the parameters' gradients what follows from the outputs'. Once only."""
 
-        def back(rows: slice) -> None:
+        def backward_rows(rows: slice) -> None:
             with gradients_all_or_none(self.parameters):
                 graph, self.graph = self.graph, None
                 if graph is None:
                     graph = self.model(self.inputs[rows])
-                asked = [(out, leaf.grad[rows]) for out, leaf in zip(graph, self.outputs) if leaf.grad is not None]
-                torch.autograd.backward([out for out, _ in asked], [gradient for _, gradient in asked])
+                with_gradient = [
+                    (out, leaf.grad[rows]) for out, leaf in zip(graph, self.outputs) if leaf.grad is not None
+                ]
+                torch.autograd.backward([out for out, _ in with_gradient], [gradient for _, gradient in with_gradient])
 
-        self.fits.pieces(self.phase, len(self.inputs), back)
+        self.backoff.map_chunks(self.phase, len(self.inputs), backward_rows)
 
 
 @contextmanager

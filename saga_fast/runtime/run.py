@@ -39,16 +39,16 @@ from saga_fast.runtime import checkpoint, distributed
 from saga_fast.runtime.health import Health
 from saga_fast.runtime.signals import Stopped, StopSignals
 from saga_fast.runtime.telemetry import Telemetry
-from saga_fast.runtime.trackers import Board, Guest
+from saga_fast.runtime.trackers import OptionalTracker, Tracker
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import flush, hidden, locked, replace
 
-LINES = "metrics.jsonl", "telemetry.jsonl"
-SELECTS = "validation_recall_at_1"  # the logged figure that best/ is chosen by
+LOG_FILES = "metrics.jsonl", "telemetry.jsonl"
+SELECTION_METRIC = "validation_recall_at_1"  # the logged figure that best/ is chosen by
 
 
-def held(out: Path) -> AbstractContextManager[None]:
+def run_lock(out: Path) -> AbstractContextManager[None]:
     """Holds the folder of a run for this process, the first rank's for all. Raises InputError if another has it."""
     return locked(out, "--out") if distributed.rank() == 0 else nullcontext()
 
@@ -85,8 +85,8 @@ class Run:
         # At the held-out classes: the best figure so far, and how many looks there were since.
         self.recall, self.stale = -1.0, 0
         self.health = Health(sampler.batches_per_epoch)
-        self._troubles: set[str] = set()
-        self._unwritten = dict.fromkeys(LINES, "")
+        self._failing: set[str] = set()
+        self._unwritten = dict.fromkeys(LOG_FILES, "")
 
     @property
     def contribution_rate(self) -> float:
@@ -109,7 +109,7 @@ class Run:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        said = {
+        record = {
             "run": self.id,
             "config": self.config.to_dict(),
             "prompt": prompt and dataclasses.asdict(prompt),
@@ -117,20 +117,20 @@ class Run:
             "versions": versions,
             "commit": git_commit(),
         }
-        guest = Guest(self.config.tracker, self.out.name, said)
+        external = OptionalTracker(self.config.tracker, self.out.name, record)
         # Made aside and renamed, as checkpoints are: a folder that is there can be resumed.
-        aside = hidden(self.out, "partial")
+        staging = hidden(self.out, "partial")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / "config.json").write_text(json.dumps(said, indent=2) + "\n")
-            (aside / "gallery").mkdir()
-            np.save(aside / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
-            self._checkpoint(aside)
-            aside.rename(self.out)
-            self.board = Board(self.out, guest)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            (staging / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+            (staging / "gallery").mkdir()
+            np.save(staging / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
+            self._checkpoint(staging)
+            staging.rename(self.out)
+            self.tracker = Tracker(self.out, external)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or name another") from error
 
     def restore(self, supervisor: str | None = None) -> None:
@@ -139,9 +139,9 @@ class Run:
         Raises InputError if there is none, if it is of another configuration or supervisor, or if the folder cannot be
         written.
         """
-        said = record_of(self.out)
-        self.id = said.get("run", "")
-        if supervisor and said.get("supervisor_sha256", supervisor) != supervisor:
+        record = record_of(self.out)
+        self.id = record.get("run", "")
+        if supervisor and record.get("supervisor_sha256", supervisor) != supervisor:
             raise InputError(
                 f"supervisor.model: {self.config.supervisor.model!r} is another model, or another version of it, than "
                 f"{self.out} began with; give that one's folder"
@@ -162,17 +162,17 @@ class Run:
             return
         try:
             # Steps after the checkpoint are run again, so their lines go, whole or not.
-            for name in LINES:
+            for name in LOG_FILES:
                 with open(self.out / name, "a+b") as file:
                     file.seek(0)
                     file.truncate(sum(map(len, file.readlines()[: self.step])))
-            if said["config"] != self.config.to_dict():
-                said["config"] = self.config.to_dict()
-                aside = hidden(self.out / "config.json", "partial")
-                aside.write_text(json.dumps(said, indent=2) + "\n")
-                flush(aside)
-                os.replace(aside, self.out / "config.json")
-            self.board = Board(self.out, Guest(self.config.tracker, self.out.name, said), self.step)
+            if record["config"] != self.config.to_dict():
+                record["config"] = self.config.to_dict()
+                staging = hidden(self.out / "config.json", "partial")
+                staging.write_text(json.dumps(record, indent=2) + "\n")
+                flush(staging)
+                os.replace(staging, self.out / "config.json")
+            self.tracker = Tracker(self.out, OptionalTracker(self.config.tracker, self.out.name, record), self.step)
         except OSError as error:
             raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
 
@@ -201,22 +201,22 @@ class Run:
                 if self.stale == self.config.log.patience:
                     break
                 yield step
-                asked = any(distributed.everyone(stop.requested))
-                due = asked or self.step % self.config.log.checkpoint_every == 0
+                stop_requested = any(distributed.all_gather_object(stop.requested))
+                due = stop_requested or self.step % self.config.log.checkpoint_every == 0
                 saved = due and self.save()
-                if asked and not saved:
+                if stop_requested and not saved:
                     raise InputError(f"{self.out}: stopped after step {self.step}, which could not be saved")
-                if asked:
+                if stop_requested:
                     raise Stopped(f"stopped, and saved, after step {self.step}")
         if not due:
             self.save()
 
     def save(self) -> bool:
         """A checkpoint in the run's folder; False if it could not be written, which is told. Raises Drifted."""
-        distributed.check_alike(self.encoder, self.dml)
+        distributed.assert_in_sync(self.encoder, self.dml)
         if distributed.rank() > 0:
             return True
-        with self._troubled("a checkpoint"):
+        with self._warn_on_error("a checkpoint"):
             self._checkpoint(self.out)
             return True
         return False
@@ -245,15 +245,17 @@ class Run:
         checkpoint.save(out / "checkpoint", self.step, parts, state, self.config.log.keep, self.id)
 
     @contextmanager
-    def _troubled(self, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError) -> Iterator[None]:
+    def _warn_on_error(
+        self, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError
+    ) -> Iterator[None]:
         """An error of these kinds in here is told, once until `what` can be written again."""
         try:
             yield
-            self._troubles.discard(what)
+            self._failing.discard(what)
         except kinds as error:
-            if what not in self._troubles:
+            if what not in self._failing:
                 warnings.warn(f"step {self.step}: {what} could not be written ({error}); the run goes on", stacklevel=3)
-            self._troubles.add(what)
+            self._failing.add(what)
 
     def count(self, log: dict[str, float]) -> dict[str, int]:
         """Takes in how many pairs a step drew and whether its update was applied; what is logged of that."""
@@ -268,49 +270,49 @@ class Run:
         """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
         best/, if it is the best."""
         self.step, self.batches = step + 1, self.batches + log["micro_batches"]
-        better = log.get(SELECTS, -1.0) > self.recall
-        if SELECTS in log:
-            self.recall = max(self.recall, log[SELECTS])
+        better = log.get(SELECTION_METRIC, -1.0) > self.recall
+        if SELECTION_METRIC in log:
+            self.recall = max(self.recall, log[SELECTION_METRIC])
             self.stale = 0 if better else self.stale + 1
         if distributed.rank() > 0:
             return
-        self.health.look(step, log)
+        self.health.check(step, log)
         cost = self.telemetry.read()
-        for name, line in zip(LINES, (log, cost)):
+        for name, line in zip(LOG_FILES, (log, cost)):
             self._unwritten[name] += json.dumps({"step": step, **line}) + "\n"
-            with self._troubled(name):
+            with self._warn_on_error(name):
                 append(self.out / name, self._unwritten[name].encode())
                 self._unwritten[name] = ""
-        with self._troubled("TensorBoard's events"):
-            self.board.scalars(step, log | cost)
+        with self._warn_on_error("TensorBoard's events"):
+            self.tracker.scalars(step, log | cost)
         if better:
-            with self._troubled("best/"):
+            with self._warn_on_error("best/"):
                 self._export("best")
-                self.best = {"step": self.step, SELECTS: log[SELECTS]}
+                self.best = {"step": self.step, SELECTION_METRIC: log[SELECTION_METRIC]}
 
-    def sample(self, step: int, described: dict[str, Any], sheet: Tensor) -> None:
+    def sample(self, step: int, content: dict[str, Any], sheet: Tensor) -> None:
         """A step's rollouts, see `samples.describe`, and the images they are about, uint8 (rows, columns, 3)."""
         folder, name = self.out / "samples", f"step-{step:06d}"
-        with self._troubled("samples/"):
+        with self._warn_on_error("samples/"):
             folder.mkdir(exist_ok=True)
             Image.fromarray(sheet.numpy()).save(folder / f"{name}.jpg", quality=90)
             # Renamed last: a JSON file that is there is whole, and so is its picture.
-            (folder / f".{name}.partial").write_text(json.dumps({"step": step, **described}))
+            (folder / f".{name}.partial").write_text(json.dumps({"step": step, **content}))
             os.replace(folder / f".{name}.partial", folder / f"{name}.json")
-            if picture := overlays(described, sheet):
-                self.board.image(step, "attention", picture)
+            if picture := overlays(content, sheet):
+                self.tracker.image(step, "attention", picture)
 
     def _export(self, name: str) -> None:
         """The encoder as `Encoder.from_pretrained` reads it, whole or as it was before."""
-        aside = hidden(self.out / name, "partial")
-        shutil.rmtree(aside, ignore_errors=True)
+        staging = hidden(self.out / name, "partial")
+        shutil.rmtree(staging, ignore_errors=True)
         try:
-            self.encoder.save_pretrained(aside)
+            self.encoder.save_pretrained(staging)
         except SafetensorError as error:  # what its own writer makes of a full disk
             raise OSError(str(error)) from error
-        replace(aside, self.out / name)
+        replace(staging, self.out / name)
 
-    def take_best(self) -> None:
+    def load_best(self) -> None:
         """Makes the encoder the one in best/, where patience asks for it and there was a look. Raises InputError where
         that cannot be read."""
         if self.config.log.patience is None or self.recall < 0:
@@ -343,7 +345,7 @@ class Run:
             (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"{self.out}: the encoder could not be written ({error}); --resume writes it") from error
-        with self._troubled("the report", (OSError, ValueError)):  # what it reads may have been damaged meanwhile
+        with self._warn_on_error("the report", (OSError, ValueError)):  # what it reads may have been damaged meanwhile
             before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
             encoder = self.encoder
 
@@ -351,14 +353,14 @@ class Run:
                 cosines = encoder.compare(*embeddings[[a, b], None].to(encoder.device))
                 return dict(zip(encoder.attributes, cosines[0].tolist()))
 
-            described, thumbnails = gallery(
+            content, thumbnails = gallery(
                 images, before_neighbours, neighbours(embeddings), agreement if encoder.attributes else None
             )
             thumbnails.save(self.out / "gallery" / "gallery.jpg", quality=85)
-            (self.out / "gallery" / "gallery.json").write_text(json.dumps(described))
-            with self._troubled("TensorBoard's events"):
-                self.board.image(self.step, "retrieval", as_rows(described, thumbnails))
-                self.board.close()
+            (self.out / "gallery" / "gallery.json").write_text(json.dumps(content))
+            with self._warn_on_error("TensorBoard's events"):
+                self.tracker.image(self.step, "retrieval", as_rows(content, thumbnails))
+                self.tracker.close()
             write_report(self.out)
         return final
 

@@ -18,7 +18,7 @@ from PIL import Image
 from saga_fast.utils.errors import first_line
 
 
-class Guest:
+class OptionalTracker:
     """A tracker, or nobody: what it raises is told, and then it is left alone. No run ends, or stays undone, by it.
 
     name: a module's; run: what the tracker shall call the run, which in it is a new one after a resume.
@@ -28,19 +28,19 @@ class Guest:
         self.name = name
         self._module: Any = None
         if name:
-            with self._spared():
+            with self._disabled_on_error():
                 module = importlib.import_module(name)
                 module.init(project="saga_fast", name=run, config=config)
                 self._module = module
 
-    def ask(self, what: Callable[[Any], object]) -> None:
-        """`what` of the tracker's module, if there still is one."""
+    def call(self, function: Callable[[Any], object]) -> None:
+        """`function` of the tracker's module, if there still is one."""
         if self._module:
-            with self._spared():
-                what(self._module)
+            with self._disabled_on_error():
+                function(self._module)
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
+    def _disabled_on_error(self) -> Iterator[None]:
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -52,23 +52,23 @@ class Guest:
             )
 
 
-class Board:
+class Tracker:
     """TensorBoard's events in `out`, and the guest. step: where a resumed run goes on."""
 
-    def __init__(self, out: Path, guest: Guest, step: int | None = None) -> None:
+    def __init__(self, out: Path, external: OptionalTracker, step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a while, and nobody else has need of it
 
-        self._writer, self._guest = SummaryWriter(out, purge_step=step), guest
+        self._writer, self._external = SummaryWriter(out, purge_step=step), external
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._guest.ask(lambda tracker: tracker.log(values, step=step))
+        self._external.call(lambda tracker: tracker.log(values, step=step))
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        self._guest.ask(lambda tracker: tracker.log({name: tracker.Image(picture)}, step=step))
+        self._external.call(lambda tracker: tracker.log({name: tracker.Image(picture)}, step=step))
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._guest.ask(lambda tracker: tracker.finish())
+        self._external.call(lambda tracker: tracker.finish())
         self._writer.close()

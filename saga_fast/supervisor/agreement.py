@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Described = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
+AttributeValues = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
 
 
 def agreement(a: str, b: str) -> float:
@@ -25,7 +25,7 @@ def agreement(a: str, b: str) -> float:
     return 2 * shared / max(1, a_words.total() + b_words.total())
 
 
-def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -> Tensor:
+def attribute_agreement(group: Sequence[AttributeValues], attributes: Sequence[str]) -> Tensor:
     """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute,
     the mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
 
@@ -34,14 +34,14 @@ def attribute_agreement(group: Sequence[Described], attributes: Sequence[str]) -
     """
     rewards = torch.zeros(2, len(attributes), len(group))
     for m, name in enumerate(attributes):
-        said = [[described[item].get(name) for described in group] for item in (0, 1)]
-        known = {(a, b): agreement(a, b) for a in set(said[0]) - {None} for b in set(said[1]) - {None}}
-        table = torch.tensor([[known.get((a, b), 0.0) for b in said[1]] for a in said[0]])
+        values = [[rollout[item].get(name) for rollout in group] for item in (0, 1)]
+        agreements = {(a, b): agreement(a, b) for a in set(values[0]) - {None} for b in set(values[1]) - {None}}
+        table = torch.tensor([[agreements.get((a, b), 0.0) for b in values[1]] for a in values[0]])
         rewards[0, m], rewards[1, m] = table.mean(1), table.mean(0)
     return rewards
 
 
-def value_entropy(groups: Sequence[Sequence[Described]], attributes: Sequence[str]) -> float:
+def value_entropy(groups: Sequence[Sequence[AttributeValues]], attributes: Sequence[str]) -> float:
     """Entropy, in nats, of the values that the rollouts of all pairs give an attribute, in the mean of the attributes.
     It falls to zero where tokens come to read alike everywhere."""
     total = 0.0

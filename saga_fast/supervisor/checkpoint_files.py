@@ -30,59 +30,59 @@ from saga_fast.utils.files import read_regular
 MAX_BYTES = 2**26
 BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
 
-MERGE = (
+UNMERGED_ADAPTER = (
     "an adapter that is not merged, without which the model would be its base: merge it first "
     "(peft's merge_and_unload, then save_pretrained of model and tokenizer), and name that folder"
 )
 
 
-def refused(name: str | Path, what: str) -> InputError:
+def model_error(name: str | Path, what: str) -> InputError:
     return InputError(f"supervisor.model: {name} {what}")
 
 
-def malformed(name: str | Path, file: str, what: str) -> InputError:
-    return refused(name, f"has a malformed {file} ({what}); restore the file")
+def malformed_file(name: str | Path, file: str, what: str) -> InputError:
+    return model_error(name, f"has a malformed {file} ({what}); restore the file")
 
 
 @contextmanager
-def telling(name: str | Path, what: str) -> Iterator[None]:
-    """Where another library computes with what a model's files say: whatever it raises is told as `what`, with its
-    cause. `what` holds {}, where the cause stands. InputError and a device's want of memory pass."""
+def reraising(name: str | Path, message: str) -> Iterator[None]:
+    """Where another library computes with what a model's files say: whatever it raises is told as `message`, with its
+    cause. `message` holds {}, where the cause stands. InputError and a device's want of memory pass."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind, as anything may be in those files
-        raise refused(name, what.format(f"{type(error).__name__}: {first_line(error)}")) from error
+        raise model_error(name, message.format(f"{type(error).__name__}: {first_line(error)}")) from error
 
 
-def find(name: str | Path, file: str) -> str | None:
+def find_file(name: str | Path, file: str) -> str | None:
     """Where `file` of the model `name`, a folder or a hub id, lies on this machine; None where the model has none."""
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise refused(name, f"gives no {file} ({first_line(error)})") from error
+        raise model_error(name, f"gives no {file} ({first_line(error)})") from error
 
 
 def read_json(name: str | Path, file: str) -> dict[str, Any] | None:
     """The JSON object in `file`, None where the model has none. Raises InputError for anything else."""
-    if (path := find(name, file)) is None:
+    if (path := find_file(name, file)) is None:
         return None
     try:
         values = json.loads(read_regular(path, MAX_BYTES))
     except OSError as error:
-        raise refused(name, f"has a {file} that cannot be read ({error.strerror})") from error
+        raise model_error(name, f"has a {file} that cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise malformed(name, file, first_line(error)) from error
+        raise malformed_file(name, file, first_line(error)) from error
     if not isinstance(values, dict):
-        raise malformed(name, file, f"it holds a {type(values).__name__}, not an object")
+        raise malformed_file(name, file, f"it holds a {type(values).__name__}, not an object")
     return values
 
 
 def expect_no_adapter(name: str | Path) -> None:
     """transformers takes an adapter for what it is only where peft is installed, and else runs its base alone."""
-    if find(name, ADAPTER_CONFIG_NAME):
-        raise refused(name, f"holds {MERGE} ({ADAPTER_CONFIG_NAME} is there)")
+    if find_file(name, ADAPTER_CONFIG_NAME):
+        raise model_error(name, f"holds {UNMERGED_ADAPTER} ({ADAPTER_CONFIG_NAME} is there)")
 
 
 def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
@@ -91,24 +91,24 @@ def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
     A processor that rescales otherwise than by 1/255, or that does not normalise, is told in the same terms.
     """
     file = PROCESSOR_NAME
-    said = (read_json(name, file) or {}).get("image_processor")
-    if said is None:
+    settings = (read_json(name, file) or {}).get("image_processor")
+    if settings is None:
         file = IMAGE_PROCESSOR_NAME
-        said = read_json(name, file) or {}
-    if not isinstance(said, dict):
-        raise malformed(name, file, f"image_processor is a {type(said).__name__}")
+        settings = read_json(name, file) or {}
+    if not isinstance(settings, dict):
+        raise malformed_file(name, file, f"image_processor is a {type(settings).__name__}")
 
     def numbers(key: str, least: float) -> list[float] | None:
-        if (value := said.get(key)) is None:
+        if (value := settings.get(key)) is None:
             return None
         values = value if isinstance(value, list) else [value] * 3
         if len(values) != 3 or not all(_number(x) and x > least for x in values):
-            raise malformed(name, file, f"{key} is {value!r}; accepted are three finite numbers above {least}")
+            raise malformed_file(name, file, f"{key} is {value!r}; accepted are three finite numbers above {least}")
         return [float(x) for x in values]
 
     def flag(key: str) -> bool:
-        if not isinstance(value := said.get(key), bool | None):
-            raise malformed(name, file, f"{key} is {value!r}; accepted are true and false")
+        if not isinstance(value := settings.get(key), bool | None):
+            raise malformed_file(name, file, f"{key} is {value!r}; accepted are true and false")
         return value is not False
 
     mean, std = numbers("image_mean", -math.inf), numbers("image_std", 0)
@@ -118,7 +118,7 @@ def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
         mean, std = [0.0] * 3, [1.0] * 3
     if abs(unit - 1) > 1e-3:
         if mean is None or std is None:
-            raise refused(
+            raise model_error(
                 name,
                 f"rescales channels by {unit / 255:g} in its {file}, which lacks image_mean or image_std: add them",
             )
@@ -133,26 +133,28 @@ def _number(value: object) -> bool:
 def chat_template(name: str | Path, tokenizer) -> str | None:
     """The processor's template, which writes images too, before the tokenizer's; of named ones `default`."""
     file = PROCESSOR_NAME
-    said = (read_json(name, file) or {}).get("chat_template")
-    if said is None and (legacy := read_json(name, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
+    template = (read_json(name, file) or {}).get("chat_template")
+    if template is None and (legacy := read_json(name, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
         file = LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
-        if (said := legacy.get("chat_template")) is None:
-            raise malformed(name, file, "it holds no chat_template")
-    if said is None:
-        file, said = "chat template", tokenizer.chat_template
-    if isinstance(said, list) and all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in said):
-        said = {str(one["name"]): one["template"] for one in said}
-    if isinstance(said, dict):
-        if "default" not in said:
-            raise refused(
+        if (template := legacy.get("chat_template")) is None:
+            raise malformed_file(name, file, "it holds no chat_template")
+    if template is None:
+        file, template = "chat template", tokenizer.chat_template
+    if isinstance(template, list) and all(
+        isinstance(one, dict) and {"name", "template"} <= one.keys() for one in template
+    ):
+        template = {str(one["name"]): one["template"] for one in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise model_error(
                 name,
-                f"has chat templates named {', '.join(sorted(map(str, said)))} and none named default: "
+                f"has chat templates named {', '.join(sorted(map(str, template)))} and none named default: "
                 "rename the one for images, or put it into chat_template.jinja",
             )
-        said = said["default"]
-    if not isinstance(said, str | None):
-        raise malformed(name, file, f"chat_template is a {type(said).__name__}, not text")
-    return said
+        template = template["default"]
+    if not isinstance(template, str | None):
+        raise malformed_file(name, file, f"chat_template is a {type(template).__name__}, not text")
+    return template
 
 
 def end_tokens(name: str | Path, config: PretrainedConfig, tokenizer) -> tuple[int, ...]:
@@ -162,14 +164,16 @@ def end_tokens(name: str | Path, config: PretrainedConfig, tokenizer) -> tuple[i
     """
     vocabulary, found = config.text_config.vocab_size, []
     file = GENERATION_CONFIG_NAME
-    said = (read_json(name, file) or {}).get("eos_token_id")
-    if said is None:  # what config.json itself says, not its class's default, which is another model's
+    eos = (read_json(name, file) or {}).get("eos_token_id")
+    if eos is None:  # what config.json itself says, not its class's default, which is another model's
         file, raw = "config.json", read_json(name, "config.json") or {}
-        said = raw.get("eos_token_id")
-        said = (raw.get("text_config") or {}).get("eos_token_id") if said is None else said
-    for token in said if isinstance(said, list) else [said] * (said is not None):
+        eos = raw.get("eos_token_id")
+        eos = (raw.get("text_config") or {}).get("eos_token_id") if eos is None else eos
+    for token in eos if isinstance(eos, list) else [eos] * (eos is not None):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
-            raise malformed(name, file, f"eos_token_id is {said!r}; accepted are token ids from 0 to {vocabulary - 1}")
+            raise malformed_file(
+                name, file, f"eos_token_id is {eos!r}; accepted are token ids from 0 to {vocabulary - 1}"
+            )
         found.append(token)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < vocabulary:
         found.append(tokenizer.eos_token_id)

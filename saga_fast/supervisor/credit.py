@@ -49,13 +49,13 @@ def gradient_by_attribute(
     """The gradient of L_GRPO on the pair alone. features: of its two images. Replays once more for each attribute."""
     lengths = [len(completion) for completion in completions]
     coefficients = token_coefficients(advantages, lengths, sum(lengths)).split(lengths)
-    where = [tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt) for completion in completions]
+    positions = [tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt) for completion in completions]
     log_probs = supervisor.replay(features.detach(), [Group(completions, coefficients, {})]).log_probs[0]
 
     credit = {}
     for name in supervisor.prompt.attributes:
         only, tokens, at_token = [torch.zeros_like(c) for c in coefficients], 0, 0.0
-        for g, items in enumerate(where):
+        for g, items in enumerate(positions):
             at = [t for item in items for t in item.get(name, [])]
             only[g][at] = coefficients[g][at]
             tokens += len(at)
@@ -73,14 +73,14 @@ def attention_by_attribute(
     supervisor: Supervisor, features: VisualFeatures, completions: Sequence[Sequence[int]], rollouts: Sequence[int]
 ) -> Iterator[AttributeAttention]:
     """Attention of those `rollouts` of one pair that describe both images. features: of its two images."""
-    described, names = {}, {}
+    attribute_token_positions, names = {}, {}
     for g in rollouts:
         items = tokens_by_attribute(completions[g], supervisor.tokenizer, supervisor.prompt)
         if all(any(item.values()) for item in items):
-            described[g] = tuple([t for tokens in item.values() for t in tokens] for item in items)
+            attribute_token_positions[g] = tuple([t for tokens in item.values() for t in tokens] for item in items)
             names[g] = [[(name, len(tokens)) for name, tokens in item.items()] for item in items]
     none = [torch.zeros(len(completion)) for completion in completions]
-    for entry in supervisor.replay(features.detach(), [Group(completions, none, described)]).attention:
+    for entry in supervisor.replay(features.detach(), [Group(completions, none, attribute_token_positions)]).attention:
         weights = entry.weights / entry.weights.sum(1, keepdim=True)
         counts = names[entry.rollout][entry.image]
         for (name, _), rows in zip(counts, weights.split([count for _, count in counts])):

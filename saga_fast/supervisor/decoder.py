@@ -22,7 +22,9 @@ from saga_fast.supervisor.gates import GATES
 from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_matmul, rms_norm, rope
 from saga_kernels.nf4 import BLOCK
 
-ONE_LESS = ("gemma3_text",)  # model types of language models whose norms multiply by one more than their weight
+UNIT_OFFSET_NORMS = (
+    "gemma3_text",
+)  # model types of language models whose norms multiply by one more than their weight
 
 # attend(layer, q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim)) -> o like q
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -48,7 +50,7 @@ class Projection:
             for linear, row in zip(linears, rows):  # the model keeps views: nothing is there twice
                 linear.weight.data = row
         elif len(weights) > 1 and all(isinstance(weight, NF4Weight) for weight in weights):
-            weights = _merged([linear.weight for linear in linears], weights)
+            weights = _concatenated([linear.weight for linear in linears], weights)
         biases = [linear.bias for linear in linears]
         return cls(weights, None if None in biases else torch.cat(biases).detach())
 
@@ -106,18 +108,18 @@ class DecoderLayer:
             if q_norm is None:
                 raise ValueError(f"scores are scaled by {attention.scaling}, and no q_norm can take that")
             q_norm = q_norm * (attention.scaling * attention.head_dim**0.5)
-        four = hasattr(layer, "pre_feedforward_layernorm")
+        sandwich_norms = hasattr(layer, "pre_feedforward_layernorm")
         return cls(
             norm(layer, "input_layernorm"),
             Projection.of(attention.q_proj, attention.k_proj, attention.v_proj),
             q_norm,
             k_norm,
             Projection.of(attention.o_proj),
-            norm(layer, "post_attention_layernorm") if four else None,
-            norm(layer, "pre_feedforward_layernorm" if four else "post_attention_layernorm"),
+            norm(layer, "post_attention_layernorm") if sandwich_norms else None,
+            norm(layer, "pre_feedforward_layernorm" if sandwich_norms else "post_attention_layernorm"),
             Projection.of(mlp.gate_proj, mlp.up_proj),
             Projection.of(mlp.down_proj),
-            norm(layer, "post_feedforward_layernorm") if four else None,
+            norm(layer, "post_feedforward_layernorm") if sandwich_norms else None,
         )
 
 
@@ -138,7 +140,7 @@ class FrozenDecoder:
         embedding = language_model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
         # Gemma's norms store their weight less one; in bf16 the sum is rounded here, and stays in float32 there.
-        offset = 1.0 if config.model_type in ONE_LESS else 0.0
+        offset = 1.0 if config.model_type in UNIT_OFFSET_NORMS else 0.0
         scale = getattr(language_model.embed_tokens, "scalar_embed_scale", 1.0)
         self.embedding_scale = torch.tensor(scale, dtype=self.dtype, device="cpu").item()
         tied = head.weight is embedding
@@ -160,10 +162,10 @@ class FrozenDecoder:
     def depth(self) -> int:
         return len(self.layers)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """(tokens,) int64 → (tokens, D). Visual positions hold pads here; the caller overwrites them."""
         dense = isinstance(self.embedding, Tensor)
-        rows = F.embedding(input_ids, self.embedding) if dense else _rows(self.embedding, input_ids)
+        rows = F.embedding(input_ids, self.embedding) if dense else _dequantize_rows(self.embedding, input_ids)
         return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def logits(self, h: Tensor) -> Tensor:
@@ -181,19 +183,19 @@ class FrozenDecoder:
         attend: Attend,
         deepstack: Sequence[Tensor] = (),
         visual: Tensor | None = None,
-        asking: Tensor | None = None,
+        output_rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states h (tokens, D) at rotary `positions` (3, tokens) → final normed hidden states (tokens, D).
 
         deepstack: per level a tensor (visual tokens, D), added after layers 0, 1, … at the rows `visual` (int64).
-        asking: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
+        output_rows: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
         with their q alone. All by default.
         """
         rotations = self.rotate(positions, h.dtype)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         x = rms_norm(h, self.layers[0].input_norm, self.eps)
         for i, (layer, norm) in enumerate(zip(self.layers, norms)):
-            rows = asking if i == self.depth - 1 else None
+            rows = output_rows if i == self.depth - 1 else None
             o = self.norm_branch(self._attention(i, layer, x, rotations[i], attend, rows), layer.o_norm)
             h, x = add_rms_norm(h if rows is None else h[rows], o, layer.mlp_norm, self.eps)
             out = self.norm_branch(layer.down(self.gate.forward(layer.gate_up(x))), layer.down_norm)
@@ -225,13 +227,13 @@ class FrozenDecoder:
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         attend: Attend,
-        asking: Tensor | None,
+        output_rows: Tensor | None,
     ) -> Tensor:
         qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), -2)
-        if asking is not None:
-            q = q[asking]
-        angles = rotation if asking is None else [angle[asking] for angle in rotation]
+        if output_rows is not None:
+            q = q[output_rows]
+        angles = rotation if output_rows is None else [angle[output_rows] for angle in rotation]
         q, k = rope(q, *angles, layer.q_norm, self.eps), rope(k, *rotation, layer.k_norm, self.eps)
         return layer.o(attend(i, q, k, v).flatten(-2))
 
@@ -276,7 +278,7 @@ def _frozen(weight: nn.Parameter) -> NF4Weight | Tensor:
     return NF4Weight.from_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.detach()
 
 
-def _merged(parameters: Sequence[Params4bit], weights: tuple[NF4Weight, ...]) -> tuple[NF4Weight, ...]:
+def _concatenated(parameters: Sequence[Params4bit], weights: tuple[NF4Weight, ...]) -> tuple[NF4Weight, ...]:
     """All in one, of which the `Params4bit` become views; the weights as they are where NF4 cannot hold them in one."""
     try:
         whole = NF4Weight.concatenate(weights)
@@ -307,7 +309,7 @@ def _quantized(weight: nn.Parameter) -> NF4Weight:
     return NF4Weight(packed.view(-1), state.absmax, None, None, None, tuple(weight.shape), weight.dtype)
 
 
-def _rows(weight: NF4Weight, rows: Tensor) -> Tensor:
+def _dequantize_rows(weight: NF4Weight, rows: Tensor) -> Tensor:
     """(n, D): the rows (n,) of what `_quantized` gave, the rest left packed."""
     packed, absmax = (values.view(weight.shape[0], -1)[rows].flatten() for values in (weight.packed, weight.absmax))
     return nf4_dequantize(NF4Weight(packed, absmax, None, None, None, (len(rows), weight.shape[1]), weight.dtype))

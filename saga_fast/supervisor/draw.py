@@ -18,26 +18,26 @@ from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.runtime import distributed
-from saga_fast.runtime.oom import Fits
-from saga_fast.supervisor.agreement import Described, attribute_agreement, value_entropy
-from saga_fast.supervisor.rollout import Rollouts
+from saga_fast.runtime.oom import OomBackoff
+from saga_fast.supervisor.agreement import AttributeValues, attribute_agreement, value_entropy
+from saga_fast.supervisor.rollout import PairRollouts
 from saga_fast.supervisor.supervisor import Supervisor
 from saga_kernels import group_advantage
 
 
-class Judged(NamedTuple):
+class JudgedPair(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    said: what each rollout says of the attributes of both images, and credit: its advantages (2, M, G); None without
+    attribute_values: what each rollout says of the attributes of both images, and credit: its advantages (2, M, G); None without
     attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
-    logits that are not finite, so it does not contribute, and earns nothing. log_probs: see `Rollouts`.
+    logits that are not finite, so it does not contribute, and earns nothing. log_probs: see `PairRollouts`.
     """
 
     completions: list[list[int]]
     rewards: Tensor
     well_formed: Tensor
     advantages: Tensor
-    said: list[Described] | None
+    attribute_values: list[AttributeValues] | None
     credit: Tensor | None
     contributes: bool
     broken: bool
@@ -55,7 +55,7 @@ class Draw:
     same: whether each is of one class. wasted: tokens of pairs that were begun and not needed.
     """
 
-    pairs: list[Judged] = field(default_factory=list)
+    pairs: list[JudgedPair] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)
     wasted: int = 0
 
@@ -74,9 +74,13 @@ class Draw:
         log = {"pairs_drawn": len(self.pairs), "pairs_contributing": self.contributing}
         if not self.pairs:
             return log
-        if self.pairs[0].said is not None:
-            names = list(dict.fromkeys(name for pair in self.pairs for said in pair.said for i in said for name in i))
-            log["value_entropy"] = value_entropy([pair.said for pair in self.pairs], names)
+        if self.pairs[0].attribute_values is not None:
+            names = list(
+                dict.fromkeys(
+                    name for pair in self.pairs for rollout in pair.attribute_values for i in rollout for name in i
+                )
+            )
+            log["value_entropy"] = value_entropy([pair.attribute_values for pair in self.pairs], names)
             # Rolled out for nothing, if verdicts alone counted.
             log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
@@ -115,7 +119,7 @@ def draw_contributing(
     first_id: int,
     wanted: int,
     contribution_rate: float,
-    fits: Fits,
+    backoff: OomBackoff,
     credit: bool = False,
 ) -> Draw:
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
@@ -125,65 +129,72 @@ def draw_contributing(
     has none begins one all the same, as it would idle. A rank that is out of memory goes on with half its slots, whose
     pairs begin again, to the same completions.
     """
-    rank, ranks = distributed.rank(), distributed.ranks()
-    slots = min(distributed.everyone(supervisor.slots))
-    judged: dict[int, Judged] = {}
-    going: set[int] = set()
-    begun = wasted = 0
+    rank, world_size = distributed.rank(), distributed.world_size()
+    slots = min(distributed.all_gather_object(supervisor.slots))
+    judged: dict[int, JudgedPair] = {}
+    in_flight: set[int] = set()
+    started = wasted = 0
 
-    def look(limit: int) -> list[Rollouts]:
+    def advance_engine(limit: int) -> list[PairRollouts]:
         supervisor.slots = limit
         engine = supervisor.engine
-        waiting = [i for i in sorted(going) if i % ranks == rank and first_id + i not in engine.pair_ids]
-        admitted = waiting[: engine.free]
+        queued = [i for i in sorted(in_flight) if i % world_size == rank and first_id + i not in engine.pair_ids]
+        admitted = queued[: engine.free_slots]
         engine.admit(features.select(pairs[admitted].flatten()), [first_id + i for i in admitted])
         return engine.advance()
 
     while True:
-        useful = sorted(i for i, pair in judged.items() if pair.contributes)
-        last = useful[wanted - 1] if len(useful) >= wanted else len(pairs) - 1
-        if late := {i for i in going if i > last}:
-            wasted += sum(pair.tokens for pair in supervisor.engine.drop({first_id + i for i in late}))
-            going -= late
-        if not going and begun > last:
+        contributing = sorted(i for i, pair in judged.items() if pair.contributes)
+        last = contributing[wanted - 1] if len(contributing) >= wanted else len(pairs) - 1
+        if surplus := {i for i in in_flight if i > last}:
+            wasted += sum(pair.tokens for pair in supervisor.engine.drop({first_id + i for i in surplus}))
+            in_flight -= surplus
+        if not in_flight and started > last:
             break
-        busy = Counter(i % ranks for i in going)
-        while begun <= last and busy[begun % ranks] < slots:
-            if busy[begun % ranks] and len(useful) + contribution_rate * (len(going) + 1) > wanted - 0.5:
+        in_flight_per_rank = Counter(i % world_size for i in in_flight)
+        while started <= last and in_flight_per_rank[started % world_size] < slots:
+            if (
+                in_flight_per_rank[started % world_size]
+                and len(contributing) + contribution_rate * (len(in_flight) + 1) > wanted - 0.5
+            ):
                 break
-            busy[begun % ranks] += 1
-            going.add(begun)
-            begun += 1
-        done = {pair.pair_id - first_id: pair for pair in fits.run("roll out", supervisor.slots, look)}
-        for found in distributed.everyone(_judge(supervisor, done, same, credit)):
-            judged |= found
-        going -= judged.keys()
-    wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % ranks == rank)
-    return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.everyone(wasted)))
+            in_flight_per_rank[started % world_size] += 1
+            in_flight.add(started)
+            started += 1
+        finished = {pair.pair_id - first_id: pair for pair in backoff.run("roll out", supervisor.slots, advance_engine)}
+        for gathered in distributed.all_gather_object(_judge(supervisor, finished, same, credit)):
+            judged |= gathered
+        in_flight -= judged.keys()
+    wasted += sum(pair.tokens for i, pair in judged.items() if i > last and i % world_size == rank)
+    return Draw([judged[i] for i in range(last + 1)], same[: last + 1], sum(distributed.all_gather_object(wasted)))
 
 
-def _judge(supervisor: Supervisor, done: dict[int, Rollouts], same: list[bool], credit: bool) -> dict[int, Judged]:
+def _judge(
+    supervisor: Supervisor, done: dict[int, PairRollouts], same: list[bool], credit: bool
+) -> dict[int, JudgedPair]:
     if not done:
         return {}
-    completions, alike = [pair.completions for pair in done.values()], [same[i] for i in done]
-    rewards, well_formed = supervisor.judge(completions, alike)
-    said = [supervisor.read(group) for group in completions] if credit else [None] * len(done)
-    stacked = rewards[:, None]
+    completions, same_class = [pair.completions for pair in done.values()], [same[i] for i in done]
+    rewards, well_formed = supervisor.judge(completions, same_class)
+    attribute_values = [supervisor.attribute_values(group) for group in completions] if credit else [None] * len(done)
+    all_rewards = rewards[:, None]
     if credit:
-        agreed = torch.stack([attribute_agreement(group, supervisor.prompt.attributes) for group in said])
+        agreement = torch.stack(
+            [attribute_agreement(group, supervisor.prompt.attributes) for group in attribute_values]
+        )
         # Images of two classes may differ in any attribute, and nobody knows in which.
-        agreed = agreed * torch.tensor(alike)[:, None, None, None]
-        stacked = torch.cat([stacked, agreed.flatten(1, 2)], 1)
-    stacked[[pair.broken for pair in done.values()]] = 0
-    advantages, differs, _ = group_advantage(stacked)
+        agreement = agreement * torch.tensor(same_class)[:, None, None, None]
+        all_rewards = torch.cat([all_rewards, agreement.flatten(1, 2)], 1)
+    all_rewards[[pair.broken for pair in done.values()]] = 0
+    advantages, differs, _ = group_advantage(all_rewards)
     contributes = differs.any(1)
     return {
-        i: Judged(
+        i: JudgedPair(
             pair.completions,
-            stacked[j, 0],
+            all_rewards[j, 0],
             well_formed[j],
             advantages[j, 0],
-            said[j],
+            attribute_values[j],
             advantages[j, 1:].unflatten(0, (2, -1)) if credit else None,
             bool(contributes[j]),
             pair.broken,

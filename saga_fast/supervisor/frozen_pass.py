@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saga_fast.supervisor.bidirectional_images import ImageRows, add_bidirectional, bidirectional_backward
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
-from saga_fast.supervisor.whole_images import Images, add_later, later_backward
 from saga_kernels import GroupLayout, group_attention, rms_norm, rope
 
 Recompute = Literal["none", "mlp", "full"]
@@ -29,11 +29,11 @@ MLP_ROWS = 8192  # rows whose gate and up stand at a time where they are not kep
 # observe(layer, layout, q, keys, lse): as `attention_onto` takes them
 Observe = Callable[[int, GroupLayout, Tensor, Tensor, Tensor], None]
 KeysValues = list[tuple[Tensor, Tensor]]
-Earlier = Callable[[int], tuple[Tensor, Tensor]]
+PastKV = Callable[[int], tuple[Tensor, Tensor]]
 ops = torch.ops.saga_kernels
 
 
-class Scratch:
+class WeightBuffers:
     """Buffers for one layer's dequantised weights, shared by all layers and runs of a replay."""
 
     def __init__(self, decoder: FrozenDecoder) -> None:
@@ -60,8 +60,8 @@ class Weights(NamedTuple):
     down: Tensor
 
 
-class Kept(NamedTuple):
-    """Of one layer, between forward and backward: its input h, and what the policy keeps. attended: what attention
+class SavedActivations(NamedTuple):
+    """Of one layer, between forward and backward: its input h, and what the policy keeps. attention_out: what attention
     gives, before its norm, where it has one."""
 
     h: Tensor
@@ -69,46 +69,46 @@ class Kept(NamedTuple):
     kv: Tensor | None = None  # (rows, 2 kv_heads, head_dim), k before them
     o: Tensor | None = None
     lse: Tensor | None = None
-    attended: Tensor | None = None
-    middle: Tensor | None = None
+    attention_out: Tensor | None = None
+    residual: Tensor | None = None
     gate_up: Tensor | None = None
 
 
 class FrozenPass:
     """A run of hidden states (rows, D) that stand at the queries of `layout` and at rotary `positions` (3, rows).
 
-    earlier: of a layer, keys and values (tokens - rows, kv_heads, head_dim) of the tokens that have no query, in packed
-    order. earlier_gradient: alike, and the backward adds to it; None where they are constants. asking: the rows (n,)
-    int64 of the last layer that are read, which are all queries of `last_layout`; None for all. hold: keep every
+    past_kv: of a layer, keys and values (tokens - rows, kv_heads, head_dim) of the tokens that have no query, in packed
+    order. past_kv_gradient: alike, and the backward adds to it; None where they are constants. output_rows: the rows (n,)
+    int64 of the last layer that are read, which are all queries of `last_layout`; None for all. save_kv: keep every
     layer's keys and values, in `held`, for later runs, whose gradient is to be put into `held_gradient` before the
-    backward. whole_images: N, of an image's visual tokens, which then see each other in both directions; they are not
-    among `asking`.
+    backward. bidirectional_images: N, of an image's visual tokens, which then see each other in both directions; they are not
+    among `output_rows`.
     """
 
     def __init__(
         self,
         decoder: FrozenDecoder,
-        scratch: Scratch,
+        weight_buffers: WeightBuffers,
         layout: GroupLayout,
         positions: Tensor,
         recompute: Recompute,
-        earlier: Earlier,
-        earlier_gradient: KeysValues | None = None,
-        asking: Tensor | None = None,
+        past_kv: PastKV,
+        past_kv_gradient: KeysValues | None = None,
+        output_rows: Tensor | None = None,
         last_layout: GroupLayout | None = None,
-        hold: bool = False,
-        whole_images: int | None = None,
+        save_kv: bool = False,
+        bidirectional_images: int | None = None,
     ) -> None:
-        self.decoder, self.scratch, self.layout, self.recompute = decoder, scratch, layout, recompute
-        self.earlier, self.earlier_gradient = earlier, earlier_gradient
-        self.asking, self.last_layout = asking, last_layout
+        self.decoder, self.weight_buffers, self.layout, self.recompute = decoder, weight_buffers, layout, recompute
+        self.past_kv, self.past_kv_gradient = past_kv, past_kv_gradient
+        self.output_rows, self.last_layout = output_rows, last_layout
         self.rotations = decoder.rotate(positions, decoder.dtype)
-        self.own, self.before = layout.key_rows()
-        self.hold, self.whole_images = hold, whole_images
-        self._images: Images | None = None
-        self.held: KeysValues = []
-        self.held_gradient: KeysValues = []
-        self._kept: list[Kept] = []
+        self.query_rows, self.cached_rows = layout.key_rows()
+        self.save_kv, self.bidirectional_images = save_kv, bidirectional_images
+        self._images: ImageRows | None = None
+        self.saved_kv: KeysValues = []
+        self.saved_kv_gradient: KeysValues = []
+        self._saved: list[SavedActivations] = []
 
     def forward(
         self,
@@ -116,151 +116,172 @@ class FrozenPass:
         deepstack: Sequence[Tensor] = (),
         visual: Tensor | None = None,
         observe: Observe | None = None,
-        keep: bool = True,
+        save_for_backward: bool = True,
     ) -> Tensor:
-        """Final normed hidden states of the rows that ask, as `FrozenDecoder.forward`. keep: a backward will follow."""
+        """Final normed hidden states of the rows that ask, as `FrozenDecoder.forward`. save_for_backward: a backward will follow."""
         decoder = self.decoder
         self._levels, self._visual = len(deepstack), visual
-        if self.whole_images and visual is not None:
-            rows = visual.view(-1, self.whole_images)
-            self._images = Images(rows, self.own[rows])
+        if self.bidirectional_images and visual is not None:
+            rows = visual.view(-1, self.bidirectional_images)
+            self._images = ImageRows(rows, self.query_rows[rows])
         for i, layer in enumerate(decoder.layers):
-            weights = self.scratch.weights(layer)
-            asking = self.asking if i == decoder.depth - 1 else None
-            kept, (_, *keys) = self._attend(i, layer, weights, h, asking, observe)
-            x = rms_norm(kept.middle, layer.mlp_norm, decoder.eps)
+            weights = self.weight_buffers.weights(layer)
+            output_rows = self.output_rows if i == decoder.depth - 1 else None
+            saved, (_, *keys) = self._attend(i, layer, weights, h, output_rows, observe)
+            x = rms_norm(saved.residual, layer.mlp_norm, decoder.eps)
             parts = []
             for rows in _chunks(len(x), self.recompute):
                 gate_up = F.linear(x[rows], weights.gate_up, layer.gate_up.bias)
                 out = F.linear(decoder.gate.forward(gate_up), weights.down, layer.down.bias)
                 parts.append(decoder.norm_branch(out, layer.down_norm))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if keep:
-                policy = {"none": kept._replace(gate_up=gate_up), "mlp": kept, "full": Kept(h)}
-                self._kept.append(policy[self.recompute])
-            if self.hold:
-                self.held.append(tuple(keys))
-            h = out.add_(kept.middle)
-            if i < len(deepstack) and asking is None:
+            if save_for_backward:
+                policy = {"none": saved._replace(gate_up=gate_up), "mlp": saved, "full": SavedActivations(h)}
+                self._saved.append(policy[self.recompute])
+            if self.save_kv:
+                self.saved_kv.append(tuple(keys))
+            h = out.add_(saved.residual)
+            if i < len(deepstack) and output_rows is None:
                 h.index_add_(0, visual, deepstack[i])
-        if keep:
+        if save_for_backward:
             self._last = h
         return rms_norm(h, decoder.norm, decoder.eps)
 
-    def backward(self, d: Tensor, wanted: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """From the gradient of what `forward` gave to that of h's rows `wanted`, and of each level of deepstack."""
+    def backward(self, d: Tensor, input_rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """From the gradient of what `forward` gave to that of h's rows `input_rows`, and of each level of deepstack."""
         decoder = self.decoder
         d = ops.rms_norm_backward(d, None, self._last, decoder.norm, decoder.eps)
         levels: list[Tensor] = []
         for i, layer in reversed(list(enumerate(decoder.layers))):
-            asking = self.asking if i == decoder.depth - 1 else None
-            if i < self._levels and asking is None:
+            output_rows = self.output_rows if i == decoder.depth - 1 else None
+            if i < self._levels and output_rows is None:
                 levels.insert(0, d[self._visual])
-            d = self._layer_backward(i, layer, self._kept.pop(), d, asking, wanted if i == 0 else None)
+            d = self._layer_backward(i, layer, self._saved.pop(), d, output_rows, input_rows if i == 0 else None)
         return d, levels
 
     def _attend(
-        self, i: int, layer: DecoderLayer, weights: Weights, h: Tensor, asking: Tensor | None, observe: Observe | None
-    ) -> tuple[Kept, tuple[Tensor, Tensor, Tensor]]:
-        """The first half of a layer: all of `Kept` but gate and up; and what met in attention, q, keys and values."""
+        self,
+        i: int,
+        layer: DecoderLayer,
+        weights: Weights,
+        h: Tensor,
+        output_rows: Tensor | None,
+        observe: Observe | None,
+    ) -> tuple[SavedActivations, tuple[Tensor, Tensor, Tensor]]:
+        """The first half of a layer: all of `SavedActivations` but gate and up; and what met in attention, q, keys and values."""
         decoder = self.decoder
         x = rms_norm(h, layer.input_norm, decoder.eps)
         split, bias = decoder.heads * decoder.head_dim, layer.qkv.bias
-        if asking is None:
+        if output_rows is None:
             q, kv = F.linear(x, weights.qkv, bias).tensor_split((split,), -1)
         else:
             q_bias, kv_bias = (None, None) if bias is None else (bias[:split], bias[split:])
-            q = F.linear(x[asking], weights.qkv[:split], q_bias)
+            q = F.linear(x[output_rows], weights.qkv[:split], q_bias)
             kv = F.linear(x, weights.qkv[split:], kv_bias)
         q, kv = (y.unflatten(-1, (-1, decoder.head_dim)) for y in (q, kv))
-        rotated, keys, values = self._rotate(i, layer, q, kv, asking)
-        o, lse = group_attention(rotated, keys, values, self._layout(asking))
-        if self._images is not None and asking is None:
-            add_later(rotated, keys, values, o, lse, self._images)
+        rotated, keys, values = self._rotate(i, layer, q, kv, output_rows)
+        o, lse = group_attention(rotated, keys, values, self._layout(output_rows))
+        if self._images is not None and output_rows is None:
+            add_bidirectional(rotated, keys, values, o, lse, self._images)
         if observe is not None:
-            observe(i, self._layout(asking), rotated, keys, lse)
-        attended, residual = F.linear(o.flatten(-2), weights.o, layer.o.bias), h if asking is None else h[asking]
+            observe(i, self._layout(output_rows), rotated, keys, lse)
+        attention_out, shortcut = (
+            F.linear(o.flatten(-2), weights.o, layer.o.bias),
+            h if output_rows is None else h[output_rows],
+        )
         if layer.o_norm is None:
-            return Kept(h, q, kv, o, lse, None, attended.add_(residual)), (rotated, keys, values)
-        middle = rms_norm(attended, layer.o_norm, decoder.eps).add_(residual)
-        return Kept(h, q, kv, o, lse, attended, middle), (rotated, keys, values)
+            return SavedActivations(h, q, kv, o, lse, None, attention_out.add_(shortcut)), (rotated, keys, values)
+        residual = rms_norm(attention_out, layer.o_norm, decoder.eps).add_(shortcut)
+        return SavedActivations(h, q, kv, o, lse, attention_out, residual), (rotated, keys, values)
 
     def _rotate(
-        self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, asking: Tensor | None
+        self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, output_rows: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q normed and rotated; keys and values of all tokens of the layout, the earlier ones among them."""
         decoder, (cos, sin) = self.decoder, self.rotations[i]
-        q = rope(q, *self._angles(i, asking), layer.q_norm, decoder.eps)
+        q = rope(q, *self._angles(i, output_rows), layer.q_norm, decoder.eps)
         k, v = kv.chunk(2, -2)
         k = rope(k, cos, sin, layer.k_norm, decoder.eps)
-        if len(self.before) == 0:
+        if len(self.cached_rows) == 0:
             return q, k, v
         both = []
-        for own, earlier in zip((k, v), self.earlier(i)):
-            every = own.new_empty(self.layout.tokens, *own.shape[1:])
-            both.append(every.index_copy_(0, self.own, own).index_copy_(0, self.before, earlier))
+        for new, past_kv in zip((k, v), self.past_kv(i)):
+            packed = new.new_empty(self.layout.tokens, *new.shape[1:])
+            both.append(packed.index_copy_(0, self.query_rows, new).index_copy_(0, self.cached_rows, past_kv))
         return q, *both
 
     def _layer_backward(
-        self, i: int, layer: DecoderLayer, kept: Kept, d: Tensor, asking: Tensor | None, wanted: Tensor | None
+        self,
+        i: int,
+        layer: DecoderLayer,
+        saved: SavedActivations,
+        d: Tensor,
+        output_rows: Tensor | None,
+        input_rows: Tensor | None,
     ) -> Tensor:
         """The gradient of a layer's input, of all rows or of those that are wanted."""
-        decoder, weights, (cos, sin) = self.decoder, self.scratch.weights(layer), self.rotations[i]
-        if kept.q is None:
-            kept, (q, keys, values) = self._attend(i, layer, weights, kept.h, asking, None)
+        decoder, weights, (cos, sin) = self.decoder, self.weight_buffers.weights(layer), self.rotations[i]
+        if saved.q is None:
+            saved, (q, keys, values) = self._attend(i, layer, weights, saved.h, output_rows, None)
         else:
-            q, keys, values = self._rotate(i, layer, kept.q, kept.kv, asking)
+            q, keys, values = self._rotate(i, layer, saved.q, saved.kv, output_rows)
 
         # The MLP, in runs of rows where gate and up are computed again.
-        d_middle = torch.empty_like(kept.middle)
+        d_residual = torch.empty_like(saved.residual)
         for rows in _chunks(len(d), self.recompute):
-            middle = kept.middle[rows]
-            if (gate_up := kept.gate_up) is None:
-                x = rms_norm(middle, layer.mlp_norm, decoder.eps)
+            residual = saved.residual[rows]
+            if (gate_up := saved.gate_up) is None:
+                x = rms_norm(residual, layer.mlp_norm, decoder.eps)
                 gate_up = F.linear(x, weights.gate_up, layer.gate_up.bias)
             d_out = d[rows]
             if layer.down_norm is not None:
                 out = F.linear(decoder.gate.forward(gate_up), weights.down, layer.down.bias)
                 d_out = ops.rms_norm_backward(d_out, None, out, layer.down_norm, decoder.eps)
             d_x = decoder.gate.backward(d_out @ weights.down, gate_up) @ weights.gate_up
-            d_middle[rows] = ops.rms_norm_backward(d_x, d[rows], middle, layer.mlp_norm, decoder.eps)
+            d_residual[rows] = ops.rms_norm_backward(d_x, d[rows], residual, layer.mlp_norm, decoder.eps)
 
         # Attention.
-        d_attended = d_middle
+        d_attention_out = d_residual
         if layer.o_norm is not None:
-            d_attended = ops.rms_norm_backward(d_middle, None, kept.attended, layer.o_norm, decoder.eps)
-        d_o = (d_attended @ weights.o).view_as(kept.o)
-        where, scale, onto = self._layout(asking).offsets, decoder.head_dim**-0.5, (None, None, None)
-        met = q, keys, values, kept.o, kept.lse
-        d_q, d_keys, d_values = ops.group_attention_backward(d_o, *met, *where, scale, *onto)
-        if self._images is not None and asking is None:
-            later_backward(d_o, *met, (d_q, d_keys, d_values), self._images)
-        if self.held_gradient:
-            later = self.held_gradient.pop()
-            d_keys, d_values = ((mine + its).to(mine.dtype) for mine, its in zip((d_keys, d_values), later))
-        if self.earlier_gradient is not None:
-            for total, own in zip(self.earlier_gradient[i], (d_keys, d_values)):
-                total += own[self.before]
-        d_k, d_v = (d_keys, d_values) if len(self.before) == 0 else (d_keys[self.own], d_values[self.own])
-        d_q = self._unrotate(d_q, kept.q, layer.q_norm, *self._angles(i, asking)).flatten(1)
-        d_k = self._unrotate(d_k, kept.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
+            d_attention_out = ops.rms_norm_backward(d_residual, None, saved.attention_out, layer.o_norm, decoder.eps)
+        d_o = (d_attention_out @ weights.o).view_as(saved.o)
+        offsets, scale, no_capture = self._layout(output_rows).offsets, decoder.head_dim**-0.5, (None, None, None)
+        inputs = q, keys, values, saved.o, saved.lse
+        d_q, d_keys, d_values = ops.group_attention_backward(d_o, *inputs, *offsets, scale, *no_capture)
+        if self._images is not None and output_rows is None:
+            bidirectional_backward(d_o, *inputs, (d_q, d_keys, d_values), self._images)
+        if self.saved_kv_gradient:
+            later_kv_gradient = self.saved_kv_gradient.pop()
+            d_keys, d_values = (
+                (own + extra).to(own.dtype) for own, extra in zip((d_keys, d_values), later_kv_gradient)
+            )
+        if self.past_kv_gradient is not None:
+            for total, own in zip(self.past_kv_gradient[i], (d_keys, d_values)):
+                total += own[self.cached_rows]
+        d_k, d_v = (
+            (d_keys, d_values) if len(self.cached_rows) == 0 else (d_keys[self.query_rows], d_values[self.query_rows])
+        )
+        d_q = self._unrotate(d_q, saved.q, layer.q_norm, *self._angles(i, output_rows)).flatten(1)
+        d_k = self._unrotate(d_k, saved.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
         d_v = d_v.flatten(1)
-        if asking is not None:  # zeros for the others: of their attention and MLP nothing was computed
-            d_q, d_middle = (x.new_zeros(len(kept.h), x.shape[1]).index_copy_(0, asking, x) for x in (d_q, d_middle))
-        d_qkv, h = torch.cat((d_q, d_k, d_v), 1), kept.h
-        if wanted is not None:
-            d_qkv, d_middle, h = d_qkv[wanted], d_middle[wanted], h[wanted]
-        return ops.rms_norm_backward(d_qkv @ weights.qkv, d_middle, h, layer.input_norm, decoder.eps)
+        if output_rows is not None:  # zeros for the others: of their attention and MLP nothing was computed
+            d_q, d_residual = (
+                x.new_zeros(len(saved.h), x.shape[1]).index_copy_(0, output_rows, x) for x in (d_q, d_residual)
+            )
+        d_qkv, h = torch.cat((d_q, d_k, d_v), 1), saved.h
+        if input_rows is not None:
+            d_qkv, d_residual, h = d_qkv[input_rows], d_residual[input_rows], h[input_rows]
+        return ops.rms_norm_backward(d_qkv @ weights.qkv, d_residual, h, layer.input_norm, decoder.eps)
 
     def _unrotate(self, d: Tensor, x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.rope_backward(d, None if norm is None else x, cos, sin, norm, self.decoder.eps)
 
-    def _angles(self, i: int, asking: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _angles(self, i: int, output_rows: Tensor | None) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotations[i]
-        return (cos, sin) if asking is None else (cos[asking], sin[asking])
+        return (cos, sin) if output_rows is None else (cos[output_rows], sin[output_rows])
 
-    def _layout(self, asking: Tensor | None) -> GroupLayout:
-        return self.layout if asking is None else self.last_layout
+    def _layout(self, output_rows: Tensor | None) -> GroupLayout:
+        return self.layout if output_rows is None else self.last_layout
 
 
 def _chunks(rows: int, recompute: Recompute) -> list[slice]:

@@ -11,14 +11,14 @@ VALUE = "short red"  # a brief description: two words that every vocabulary has,
 
 class Lengths(NamedTuple):
     """Tokens. prefix: the question with both images; of it `images` and `instruction`, the rest is the chat template's.
-    answer: one line of JSON whose values have two words, and its end token; least: the same with empty values. thinks:
+    answer: one line of JSON whose values have two words, and its end token; minimum: the same with empty values. thinks:
     the model writes thoughts first, of any length."""
 
     prefix: int
     images: int
     instruction: int
     answer: int
-    least: int
+    minimum: int
     thinks: bool = False
 
     def line(self, max_new_tokens: int) -> str:
@@ -30,15 +30,15 @@ class Lengths(NamedTuple):
     def shortage(self, max_new_tokens: int) -> str | None:
         """What to warn of where answers do not fit: they are cut off before the verdict, and earn nothing."""
         if self.answer <= max_new_tokens:
-            return self.thoughts(max_new_tokens) if self.thinks else None
-        even = "even of empty values" if self.least > max_new_tokens else "of two words a value"
-        needed = self.least if self.least > max_new_tokens else self.answer
+            return self.thinking_shortage(max_new_tokens) if self.thinks else None
+        even = "even of empty values" if self.minimum > max_new_tokens else "of two words a value"
+        needed = self.minimum if self.minimum > max_new_tokens else self.answer
         return (
             f"rollout.max-new-tokens: {max_new_tokens}; an answer {even} takes {needed} tokens and would be cut off "
             f"before its verdict: give {self.answer} or more, or ask for fewer attributes"
         )
 
-    def thoughts(self, max_new_tokens: int) -> str:
+    def thinking_shortage(self, max_new_tokens: int) -> str:
         return (
             f"supervisor.model: its chat template has it think first, and of rollout.max-new-tokens {max_new_tokens} "
             f"its thoughts may take {max_new_tokens - self.answer} before the answer is cut off and earns nothing: "
@@ -54,8 +54,8 @@ def measure(supervisor: Supervisor) -> Lengths:
         return len(supervisor.tokenizer.encode(text, add_special_tokens=False))
 
     def answer(value: str) -> int:
-        described = dict.fromkeys(prompt.attributes, value)
-        return count(prompt.answer(described, described, value, "medium", value, same=False)) + 1
+        values = dict.fromkeys(prompt.attributes, value)
+        return count(prompt.answer(values, values, value, "medium", value, same=False)) + 1
 
     prefix = supervisor.prefix
     return Lengths(

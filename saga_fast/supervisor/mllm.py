@@ -30,7 +30,14 @@ from saga_fast.supervisor.decoder import FrozenDecoder, activation
 from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageText
 from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
-from saga_fast.supervisor.weights import SAFELY, expect_keys, expect_safetensors, expect_shapes, expect_weights, quiet
+from saga_fast.supervisor.weights import (
+    SAFE_LOADING,
+    expect_keys,
+    expect_safetensors,
+    expect_shapes,
+    expect_weights,
+    quiet,
+)
 from saga_fast.towers import tower_class
 from saga_fast.utils.errors import InputError, first_line
 from saga_kernels import NF4Weight, nf4_dequantize
@@ -38,14 +45,14 @@ from saga_kernels.nf4 import BLOCK
 
 LAYERS = ("full_attention", "sliding_attention")
 DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
-# Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_positions`.
+# Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_max_positions`.
 ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 class Mllm(NamedTuple):
     """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
-    image_token: stands for one visual token in the prompt. image_text, newline, whole_images: see `Family`, of which
-    newline (D,) is the vector itself. positions: how many a run may use, None where any number."""
+    image_token: stands for one visual token in the prompt. image_text, newline, bidirectional_images: see `Family`, of which
+    newline (D,) is the vector itself. max_positions: how many a run may use, None where any number."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
@@ -54,8 +61,8 @@ class Mllm(NamedTuple):
     image_token: str
     image_text: ImageText = PLAIN
     newline: Tensor | None = None
-    whole_images: bool = False
-    positions: int | None = None
+    bidirectional_images: bool = False
+    max_positions: int | None = None
 
 
 class Pretrained(NamedTuple):
@@ -74,27 +81,37 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
     config = _configuration(name)
     files.expect_no_adapter(name)
     built = "has a config.json of which no model can be built ({})"
-    with files.telling(name, built):
+    with files.reraising(name, built):
         if reasons := list(_objections(config)):
-            raise files.refused(name, "; it ".join(reasons))
-        positions = _positions(config.text_config)
-        _settle(name, config)
+            raise files.model_error(name, "; it ".join(reasons))
+        max_positions = _max_positions(config.text_config)
+        _normalise_flags(name, config)
     expect_safetensors(name)
     family = KINDS[config.model_type]
     statistics = files.pixel_statistics(name)
-    with files.telling(name, "has a tokenizer that cannot be read ({}); restore its files"):
+    with files.reraising(name, "has a tokenizer that cannot be read ({}); restore its files"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.chat_template = files.chat_template(name, tokenizer)
     image_token = _image_token(name, config, tokenizer)
     image_text = family.image_text(*_marks(name, config.model_type, tokenizer))
-    ends = files.end_tokens(name, config, tokenizer)
+    end_token_ids = files.end_tokens(name, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
-        ends = tuple(dict.fromkeys((*ends, end)))
-    with files.telling(name, built):
+        end_token_ids = tuple(dict.fromkeys((*end_token_ids, end)))
+    with files.reraising(name, built):
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
-        visual, decoder, newline = _take_apart(skeleton, statistics)
-    mllm = Mllm(visual, decoder, tokenizer, ends, image_token, image_text, newline, family.whole_images, positions)
+        visual, decoder, newline = _split_model(skeleton, statistics)
+    mllm = Mllm(
+        visual,
+        decoder,
+        tokenizer,
+        end_token_ids,
+        image_token,
+        image_text,
+        newline,
+        family.bidirectional_images,
+        max_positions,
+    )
     return Pretrained(name, config, statistics, mllm)
 
 
@@ -111,8 +128,8 @@ def load_mllm(
     head stay in `dtype`. quantize_head: embedding and head in NF4 too. A checkpoint in NF4 stays as it is.
     Raises InputError as `read_pretrained` does, and for weights that are not those the configuration asks for.
     """
-    known = model if isinstance(model, Pretrained) else read_pretrained(model)
-    name, config = known.name, known.config
+    pretrained = model if isinstance(model, Pretrained) else read_pretrained(model)
+    name, config = pretrained.name, pretrained.config
     language_model = KINDS[config.model_type].language_model
     if quantize_head and config.text_config.hidden_size % BLOCK:
         raise InputError(
@@ -122,7 +139,7 @@ def load_mllm(
     _expect_device(device)
     expect_weights(name)
     skeleton = expect_keys(name, config, dtype)
-    settings: dict[str, Any] = {"dtype": dtype, "device_map": device, **SAFELY}
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": device, **SAFE_LOADING}
     if quantize and not hasattr(config, "quantization_config"):
         parts = [part for part, _ in skeleton.model.named_children()]
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -132,12 +149,12 @@ def load_mllm(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != language_model), "lm_head"],
         )
-    with files.telling(name, f"could not be loaded on {device} ({{}})"), quiet():
+    with files.reraising(name, f"could not be loaded on {device} ({{}})"), quiet():
         whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
     expect_shapes(name, whole, skeleton)
-    if known.mllm.positions is not None:
-        _hold(getattr(whole.model, language_model).rotary_emb)
-    return known.mllm._replace(**_take_apart(whole, known.statistics, quantize_head)._asdict())
+    if pretrained.mllm.max_positions is not None:
+        _fix_rotary(getattr(whole.model, language_model).rotary_emb)
+    return pretrained.mllm._replace(**_split_model(whole, pretrained.statistics, quantize_head)._asdict())
 
 
 def _expect_device(device: str) -> None:
@@ -160,19 +177,19 @@ def _configuration(name: str | Path) -> PretrainedConfig:
         if "config.json" in str(error):  # there is none, perhaps
             files.expect_no_adapter(name)
         if "gated" in str(error):
-            mend = "is gated; accept its terms on its page, then log in with `hf auth login`"
+            reason = "is gated; accept its terms on its page, then log in with `hf auth login`"
         elif "trust_remote_code" in str(error):
-            mend = _OWN_CODE
+            reason = _OWN_CODE
         elif isinstance(error, ImportError):
-            mend = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
+            reason = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-            mend = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
-        raise files.refused(name, mend) from error
+            reason = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
+        raise files.model_error(name, reason) from error
     # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
-    brought = (files.read_json(name, "tokenizer_config.json") or {}).get("auto_map") or {}
-    if getattr(config, "auto_map", None) or "AutoTokenizer" in brought:
-        raise files.refused(name, _OWN_CODE)
+    auto_map = (files.read_json(name, "tokenizer_config.json") or {}).get("auto_map") or {}
+    if getattr(config, "auto_map", None) or "AutoTokenizer" in auto_map:
+        raise files.model_error(name, _OWN_CODE)
     return config
 
 
@@ -203,11 +220,11 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
         return
     if text.model_type not in family.decoders:
         yield f"is a {kind!r} whose language model is a {text.model_type!r}; accepted are {', '.join(family.decoders)}"
-    for rotary in sorted({said.get("rope_type", "default") for said in _rotary(text)} - set(ROTARY)):
+    for rotary in sorted({section.get("rope_type", "default") for section in _rotary(text)} - set(ROTARY)):
         yield f"scales its rotary positions by {rotary!r}; accepted are {', '.join(ROTARY)}"
     for part in ("text_config", "vision_config"):
-        said = getattr(config, part, None)
-        if (layers := getattr(said, "num_hidden_layers", None) or getattr(said, "depth", None) or 0) > DEPTH:
+        section = getattr(config, part, None)
+        if (layers := getattr(section, "num_hidden_layers", None) or getattr(section, "depth", None) or 0) > DEPTH:
             yield f"has {layers} layers in the {part} of its config.json; accepted are up to {DEPTH}"
     if (gate := activation(text)) not in GATES:
         yield f"has {gate!r} for its activation; accepted are {', '.join(GATES)}"
@@ -225,35 +242,35 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
 
 def _rotary(text: PretrainedConfig) -> list[dict[str, Any]]:
     """How rotary positions are scaled: once, or for each kind of layer."""
-    said = getattr(text, "rope_parameters", None) or {}
-    return [value for value in said.values() if isinstance(value, dict)] or [said]
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
 
 
-def _positions(text: PretrainedConfig) -> int | None:
+def _max_positions(text: PretrainedConfig) -> int | None:
     """How many positions the rotary frequencies hold for; None where for all."""
     limits = []
-    for said in _rotary(text):
-        match said.get("rope_type"):
+    for parameters in _rotary(text):
+        match parameters.get("rope_type"):
             case "dynamic":
                 limits.append(text.max_position_embeddings)
             case "longrope":
-                limits.append(said["original_max_position_embeddings"])
+                limits.append(parameters["original_max_position_embeddings"])
     return min(limits, default=None)
 
 
-def _hold(rotary: nn.Module) -> None:
-    """Up to `_positions` the frequencies are what they are now: nothing looks and changes them."""
+def _fix_rotary(rotary: nn.Module) -> None:
+    """Up to `_max_positions` the frequencies are what they are now: nothing looks and changes them."""
     kinds = rotary.rope_type
     rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
-def _settle(name: str | Path, config: PretrainedConfig) -> None:
+def _normalise_flags(name: str | Path, config: PretrainedConfig) -> None:
     """Flags that moved between versions of transformers count in both places."""
     raw = files.read_json(name, "config.json") or {}
     inner = raw.get("text_config") or {}
-    said = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
-    if said:  # tied weights that are both in the files, and differ, stay two all the same
-        config.tie_word_embeddings = any(said)
+    flags = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
+    if flags:  # tied weights that are both in the files, and differ, stay two all the same
+        config.tie_word_embeddings = any(flags)
     if "image_token_index" in raw and "image_token_id" not in raw:
         config.image_token_id = raw["image_token_index"]
 
@@ -263,7 +280,7 @@ def _image_token(name: str | Path, config: PretrainedConfig, tokenizer) -> str:
     number, vocabulary = config.image_token_id, config.text_config.vocab_size
     token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
     if token is None or tokenizer.convert_tokens_to_ids(token) != number:
-        raise files.refused(
+        raise files.model_error(
             name,
             f"has image_token_id {number} in its config.json, which its embedding ({vocabulary} tokens) or its "
             "tokenizer does not know; restore config.json and the tokenizer's files",
@@ -277,7 +294,7 @@ def _marks(name: str | Path, kind: str, tokenizer) -> list[str]:
     marks = [getattr(tokenizer, attribute, None) or usual for attribute, usual in family.marks]
     for (attribute, _), mark in zip(family.marks, marks):
         if mark not in known:
-            raise files.refused(
+            raise files.model_error(
                 name,
                 f"has no {mark!r} in its tokenizer's vocabulary, which a {kind!r} puts around an image; "
                 f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json",
@@ -291,7 +308,7 @@ class _Parts(NamedTuple):
     newline: Tensor | None
 
 
-def _take_apart(model: PreTrainedModel, statistics: dict[str, list[float]], quantize_head: bool = False) -> _Parts:
+def _split_model(model: PreTrainedModel, statistics: dict[str, list[float]], quantize_head: bool = False) -> _Parts:
     """What of a model of one of `families` its weights make; the model is of no use afterwards. On the meta device
     too."""
     family = KINDS[model.config.model_type]

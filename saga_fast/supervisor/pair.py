@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saga_fast.supervisor.bidirectional_images import ImageRows
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.prompt import Prefix
-from saga_fast.supervisor.whole_images import Images
 from saga_kernels import GroupLayout, group_attention
 
 
@@ -17,9 +17,9 @@ from saga_kernels import GroupLayout, group_attention
 class PairPrefix:
     """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), rotary.
 
-    next_position: where every completion's positions begin, on all three axes. preamble: C, the tokens before the first
-    image; they are the same for every pair and nothing before them trains, see `Question`. newline: (D,), what stands
-    in the row behind each image's, where the model reads one there. whole_images: the tokens of an image see each other
+    next_position: where every completion's positions begin, on all three axes. static_length: C, the tokens before the first
+    image; they are the same for every pair and nothing before them trains, see `PrefixCache`. newline: (D,), what stands
+    in the row behind each image's, where the model reads one there. bidirectional_images: the tokens of an image see each other
     in both directions.
     """
 
@@ -27,9 +27,9 @@ class PairPrefix:
     images: Tensor
     positions: Tensor
     next_position: int
-    preamble: int
+    static_length: int
     newline: Tensor | None = None
-    whole_images: bool = False
+    bidirectional_images: bool = False
 
     @classmethod
     def of(
@@ -38,7 +38,7 @@ class PairPrefix:
         grid: tuple[int, int] | None,
         device: torch.device | str = "cpu",
         newline: Tensor | None = None,
-        whole_images: bool = False,
+        bidirectional_images: bool = False,
     ) -> PairPrefix:
         """`grid`: merged tokens per column and row of an image; their product is the length of each image span. None
         for a model without M-RoPE, where tokens of images and text are counted alike."""
@@ -50,7 +50,7 @@ class PairPrefix:
                 len(prefix.input_ids),
                 prefix.image_spans[0][0],
                 newline,
-                whole_images,
+                bidirectional_images,
             )
         text, images, start, position = [], [], 0, 0
         for span in prefix.image_spans:
@@ -73,7 +73,7 @@ class PairPrefix:
             position + after,
             prefix.image_spans[0][0],
             newline,
-            whole_images,
+            bidirectional_images,
         )
 
     def __len__(self) -> int:
@@ -82,26 +82,28 @@ class PairPrefix:
     def visual_rows(self, starts: Tensor) -> Tensor:
         """Packed rows (n·2·N,) of the visual tokens of pairs whose first image begins at `starts` (n,); image a, then
         b."""
-        return (starts[:, None, None] + self.images - self.preamble).flatten()
+        return (starts[:, None, None] + self.images - self.static_length).flatten()
 
-    def images_of(self, pairs: int, preamble: int) -> Images | None:
-        """Where the images of `pairs` packed prefixes stand, whose first `preamble` tokens have keys but no queries;
+    def images_of(self, pairs: int, static_length: int) -> ImageRows | None:
+        """Where the images of `pairs` packed prefixes stand, whose first `static_length` tokens have keys but no queries;
         None where images are read in one direction."""
-        if not self.whole_images:
+        if not self.bidirectional_images:
             return None
         starts = torch.arange(pairs, device=self.images.device)[:, None, None]
-        rows, columns = (self.images - skipped + starts * (len(self) - skipped) for skipped in (preamble, 0))
-        return Images(rows.flatten(0, 1), columns.flatten(0, 1))
+        rows, columns = (self.images - skipped + starts * (len(self) - skipped) for skipped in (static_length, 0))
+        return ImageRows(rows.flatten(0, 1), columns.flatten(0, 1))
 
-    def embed(self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor) -> Tensor:
+    def input_embeddings(
+        self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor
+    ) -> Tensor:
         """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows."""
-        h = decoder.embed(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
+        h = decoder.embed_tokens(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
         if self.newline is not None:
             h[visual_rows.view(len(tokens), -1)[:, -1] + 1] = self.newline
         return h
 
 
-class Question:
+class PrefixCache:
     """The prefix as one frozen decoder reads it: what comes before the first image is read once, here.
 
     keys, values: one (C, kv_heads, head_dim) a layer. With `instruction_first` they are of the whole instruction; with
@@ -113,7 +115,7 @@ class Question:
         self.decoder, self.prefix = decoder, prefix
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        count = prefix.preamble
+        count = prefix.static_length
         if count == 0:
             empty = torch.empty(0, decoder.kv_heads, decoder.head_dim, dtype=decoder.dtype, device=decoder.device)
             self.keys = self.values = [empty] * decoder.depth
@@ -125,9 +127,9 @@ class Question:
             self.values.append(v)
             return group_attention(q, k, v, layout)[0]
 
-        decoder.forward(decoder.embed(prefix.input_ids[:count]), prefix.positions[:, :count], attend)
+        decoder.forward(decoder.embed_tokens(prefix.input_ids[:count]), prefix.positions[:, :count], attend)
 
-    def with_preamble(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    def with_static_prefix(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim)."""
         return tuple(
             torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)

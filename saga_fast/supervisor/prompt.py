@@ -108,8 +108,8 @@ class Prompt:
         notes = {"differences": differences, "confidence": confidence, "reasoning": reasoning}
         values: dict[str, object] = {**notes, self.verdict_key: "yes" if same else "no"}
         if not self.generic:
-            for key, described in zip(self.item_keys, (attributes_a, attributes_b), strict=True):
-                values[key] = {name: described[name] for name in self.attributes}
+            for key, item_values in zip(self.item_keys, (attributes_a, attributes_b), strict=True):
+                values[key] = {name: item_values[name] for name in self.attributes}
         return json.dumps({key: values[key] for key in self.keys}, ensure_ascii=False)
 
 
@@ -207,32 +207,32 @@ def build_prefix(
         if token.special and token.content in instruction:
             raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
 
-    wrote = image_text.asked or image_token
+    placeholder = image_text.placeholder or image_token
     try:
-        asked = _render(tokenizer, [{"role": "user", "content": contents[order]}])
+        rendered = _render(tokenizer, [{"role": "user", "content": contents[order]}])
         # As the models' processors do: text first, then tokens, and a template that does not begin the text itself
         # leaves that to the tokenizer.
-        asked = asked.replace(wrote, f"{image_text.before}{image_token}{image_text.after}")
-        begun = tokenizer.bos_token is not None and asked.startswith(tokenizer.bos_token)
-        ids = tokenizer.encode(asked, add_special_tokens=not begun)
+        rendered = rendered.replace(placeholder, f"{image_text.before}{image_token}{image_text.after}")
+        has_bos = tokenizer.bos_token is not None and rendered.startswith(tokenizer.bos_token)
+        ids = tokenizer.encode(rendered, add_special_tokens=not has_bos)
     except Exception as error:  # of any kind: a template is a program that came with the model
         raise InputError(
             f"{name}: chat template cannot write two images and a question ({type(error).__name__}: "
             f"{first_line(error)}); use the vision-language model's own template, chat_template.jinja"
         ) from error
     pad = tokenizer.convert_tokens_to_ids(image_token)
-    found = [position for position, token in enumerate(ids) if token == pad]
-    if len(found) != 2:
+    pads = [position for position, token in enumerate(ids) if token == pad]
+    if len(pads) != 2:
         raise InputError(
-            f"{name}: chat template wrote {len(found)} {wrote} for two images; "
+            f"{name}: chat template wrote {len(pads)} {placeholder} for two images; "
             "use the vision-language model's own template"
         )
-    first, second = found
+    first, second = pads
     prefix, spans = ids[:first], []
     for rest in (ids[first + 1 : second], ids[second + 1 :]):
         spans.append((len(prefix), len(prefix) + tokens_per_image))
         prefix += [pad] * (tokens_per_image + newline) + rest
-    return Prefix(prefix, tuple(spans), asked.rfind(THINK) > asked.rfind(THOUGHT))
+    return Prefix(prefix, tuple(spans), rendered.rfind(THINK) > rendered.rfind(THOUGHT))
 
 
 def _render(tokenizer, messages: list[dict], **settings: bool) -> str:
@@ -244,14 +244,14 @@ def _render(tokenizer, messages: list[dict], **settings: bool) -> str:
 def end_of_turn(tokenizer) -> int | None:
     """The special token that the chat template writes after what the model said; None where it writes none, or cannot
     be asked: what `build_prefix` needs of it, that says."""
-    said = "Yes"
-    for content in ([{"type": "text", "text": said}], said):
+    reply = "Yes"
+    for content in ([{"type": "text", "text": reply}], reply):
         turns = [
             {"role": "user", "content": [{"type": "text", "text": "?"}]},
             {"role": "assistant", "content": content},
         ]
         try:
-            _, found, after = _render(tokenizer, turns, add_generation_prompt=False).rpartition(said)
+            _, found, after = _render(tokenizer, turns, add_generation_prompt=False).rpartition(reply)
             ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
         except Exception:  # of any kind, as in `build_prefix`
             continue

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.frozen_pass import Earlier, FrozenPass, Observe, Recompute, Scratch
-from saga_fast.supervisor.pair import Question
+from saga_fast.supervisor.frozen_pass import FrozenPass, Observe, PastKV, Recompute, WeightBuffers
+from saga_fast.supervisor.pair import PrefixCache
 from saga_kernels import GroupLayout, attention_onto, token_logprob
 
 
@@ -28,13 +28,13 @@ class Group:
     """One pair's buffered rollouts.
 
     completions: G lists of token ids. coefficients: G tensors (T_g,), the weight of each token's log π in the loss:
-    -A_g / |T| for L_GRPO. described: for rollouts whose attention is wanted, g → positions in the completion of the
+    -A_g / |T| for L_GRPO. attribute_token_positions: for rollouts whose attention is wanted, g → positions in the completion of the
     tokens that describe image a, and image b.
     """
 
     completions: Sequence[Sequence[int]]
     coefficients: Sequence[Tensor]
-    described: dict[int, tuple[Sequence[int], Sequence[int]]]
+    attribute_token_positions: dict[int, tuple[Sequence[int], Sequence[int]]]
 
 
 class AnchorAttention(NamedTuple):
@@ -46,7 +46,7 @@ class AnchorAttention(NamedTuple):
     weights: Tensor
 
 
-class Replay(NamedTuple):
+class ReplayResult(NamedTuple):
     """loss: () Σ coefficient · log π. log_probs [group][g]: (T_g,) fp32. attention: one entry a described image."""
 
     loss: Tensor
@@ -70,31 +70,34 @@ class Plan:
 WHOLE = Plan()
 
 
-def replay(
-    question: Question,
+def replay_groups(
+    prefix_cache: PrefixCache,
     features: VisualFeatures,
     groups: Sequence[Group],
     temperature: float,
     anchor_layer: int,
     plan: Plan = WHOLE,
-) -> Replay:
+) -> ReplayResult:
     """Teacher-forces `groups` and adds d loss / d features to the `.grad` of `features`, where they require it.
 
     features: of 2n images, a and b of group 0, of group 1, …; leaves.
     """
-    run = _Run(question, features, groups, temperature, anchor_layer, plan)
-    sizes = [len(question.prefix) - question.prefix.preamble + sum(map(len, group.completions)) for group in groups]
+    run = _ReplayPass(prefix_cache, features, groups, temperature, anchor_layer, plan)
+    sizes = [
+        len(prefix_cache.prefix) - prefix_cache.prefix.static_length + sum(map(len, group.completions))
+        for group in groups
+    ]
     for pack in _packs(sizes, plan.token_budget):
         if sum(sizes[i] for i in pack) <= plan.token_budget:
             run.whole(pack)
         else:
             run.sliced(pack[0])
     log_probs = [[run.log_probs[i, g] for g in range(len(group.completions))] for i, group in enumerate(groups)]
-    loss = torch.zeros((), device=question.decoder.device)
+    loss = torch.zeros((), device=prefix_cache.decoder.device)
     for group, found in zip(groups, log_probs):
         for coefficients, log_prob in zip(group.coefficients, found):
             loss = loss + coefficients.to(log_prob) @ log_prob
-    return Replay(loss, log_probs, sorted(run.attention, key=lambda entry: entry[:3]))
+    return ReplayResult(loss, log_probs, sorted(run.attention, key=lambda entry: entry[:3]))
 
 
 def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -109,27 +112,27 @@ def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         yield pack
 
 
-class _Run:
+class _ReplayPass:
     """One replay under way: what it was asked, and what it has found."""
 
     def __init__(
         self,
-        question: Question,
+        prefix_cache: PrefixCache,
         features: VisualFeatures,
         groups: Sequence[Group],
         temperature: float,
         anchor_layer: int,
         plan: Plan,
     ) -> None:
-        self.question, self.features, self.groups, self.plan = question, features, groups, plan
+        self.prefix_cache, self.features, self.groups, self.plan = prefix_cache, features, groups, plan
         self.temperature, self.anchor_layer = temperature, anchor_layer
-        self.decoder, self.prefix, self.device = question.decoder, question.prefix, question.decoder.device
-        self.scratch, self.head = Scratch(self.decoder), self.decoder.dense_head()
-        self.whole_images = self.prefix.images.shape[1] if self.prefix.whole_images else None
-        self.keep = features.tokens.requires_grad
+        self.decoder, self.prefix, self.device = prefix_cache.decoder, prefix_cache.prefix, prefix_cache.decoder.device
+        self.weight_buffers, self.head = WeightBuffers(self.decoder), self.decoder.dense_head()
+        self.bidirectional_images = self.prefix.images.shape[1] if self.prefix.bidirectional_images else None
+        self.needs_gradient = features.tokens.requires_grad
         self.log_probs: dict[tuple[int, int], Tensor] = {}
         self.attention: list[AnchorAttention] = []
-        if self.keep:
+        if self.needs_gradient:
             for leaf in features.levels:
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
@@ -138,35 +141,35 @@ class _Run:
         """Neighbouring groups in one packed sequence."""
         groups, prefix, count = [self.groups[i] for i in pack], self.prefix, len(pack)
         lengths, length = [[len(c) for c in group.completions] for group in groups], [len(prefix)] * count
-        rest = len(prefix) - prefix.preamble
+        rest = len(prefix) - prefix.static_length
         layout = GroupLayout(length, lengths, [rest] * count, self.device)
         last = GroupLayout(length, lengths, [1] * count, self.device)
         # Of the last layer a prefix's last row is read, and its completions behind it.
         ends = [layout.completion_queries(j, len(lengths[j]) - 1).stop for j in range(count)]
-        asking = torch.cat([torch.arange(layout.prefix_queries(j).stop - 1, end) for j, end in enumerate(ends)])
+        output_rows = torch.cat([torch.arange(layout.prefix_queries(j).stop - 1, end) for j, end in enumerate(ends)])
         ids, positions = [], []
         for group in groups:
-            ids += [prefix.input_ids[prefix.preamble :], *map(self._ids, group.completions)]
-            positions += [prefix.positions[:, prefix.preamble :], *map(self._positions, group.completions)]
+            ids += [prefix.input_ids[prefix.static_length :], *map(self._ids, group.completions)]
+            positions += [prefix.positions[:, prefix.static_length :], *map(self._positions, group.completions)]
         visual = prefix.visual_rows(
             torch.tensor([layout.prefix_queries(j).start for j in range(count)], device=self.device)
         )
         images = slice(2 * pack[0], 2 * pack[-1] + 2)
-        h = prefix.embed(self.decoder, torch.cat(ids), visual, self.features.tokens[images])
+        h = prefix.input_embeddings(self.decoder, torch.cat(ids), visual, self.features.tokens[images])
         run = FrozenPass(
-            self.decoder, self.scratch, layout, torch.cat(positions, 1), self.plan.recompute, self._preamble(count),
-            asking=asking.to(self.device), last_layout=last, whole_images=self.whole_images,
+            self.decoder, self.weight_buffers, layout, torch.cat(positions, 1), self.plan.recompute, self._static_prefix_kv(count),
+            output_rows=output_rows.to(self.device), last_layout=last, bidirectional_images=self.bidirectional_images,
         )  # fmt: skip
         members = [(i, g, j, g) for j, i in enumerate(pack) for g in range(len(lengths[j]))]
-        hidden = run.forward(h, self._levels(images), visual, self._observer(members), self.keep)
+        hidden = run.forward(h, self._levels(images), visual, self._observer(members), self.needs_gradient)
         rows, targets = [], []
         for i, g, j, _ in members:
             at = last.completion_queries(j, g)
             rows += [last.prefix_queries(j).start, *range(at.start, at.stop - 1)]
             targets.append(((i, g), slice(None)))
-        d = self._meet_head(hidden, rows, targets)
-        if self.keep:
-            self._give(images, *run.backward(d, visual))
+        d = self._log_probs_and_gradient(hidden, rows, targets)
+        if self.needs_gradient:
+            self._add_gradients(images, *run.backward(d, visual))
 
     @torch.no_grad()
     def sliced(self, i: int) -> None:
@@ -175,43 +178,49 @@ class _Run:
         Within a slice completions are few, but never split: what one of them keeps is what bounds the memory.
         """
         prefix, completions = self.prefix, self.groups[i].completions
-        rest = len(prefix) - prefix.preamble
+        rest = len(prefix) - prefix.static_length
         visual = prefix.visual_rows(torch.zeros(1, dtype=torch.int64, device=self.device))
         images = slice(2 * i, 2 * i + 2)
-        h = prefix.embed(self.decoder, prefix.input_ids[prefix.preamble :], visual, self.features.tokens[images])
-        before = FrozenPass(
-            self.decoder, self.scratch, GroupLayout([len(prefix)], [[]], [rest], self.device),
-            prefix.positions[:, prefix.preamble :], self.plan.prefix_recompute, self._preamble(1),
-            asking=torch.tensor([rest - 1], device=self.device),
-            last_layout=GroupLayout([len(prefix)], [[]], [1], self.device), hold=True,
-            whole_images=self.whole_images,
+        h = prefix.input_embeddings(
+            self.decoder, prefix.input_ids[prefix.static_length :], visual, self.features.tokens[images]
+        )
+        prefix_pass = FrozenPass(
+            self.decoder, self.weight_buffers, GroupLayout([len(prefix)], [[]], [rest], self.device),
+            prefix.positions[:, prefix.static_length :], self.plan.prefix_recompute, self._static_prefix_kv(1),
+            output_rows=torch.tensor([rest - 1], device=self.device),
+            last_layout=GroupLayout([len(prefix)], [[]], [1], self.device), save_kv=True,
+            bidirectional_images=self.bidirectional_images,
         )  # fmt: skip
-        hidden = before.forward(h, self._levels(images), visual, keep=self.keep)
+        hidden = prefix_pass.forward(h, self._levels(images), visual, save_for_backward=self.needs_gradient)
         members = range(len(completions))
-        d = self._meet_head(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
+        d = self._log_probs_and_gradient(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
         # In float32, whatever the decoder's dtype: as many sums as slices would round in bf16.
         wide = torch.promote_types(self.decoder.dtype, torch.float32)
-        gradient = [tuple(torch.zeros_like(x, dtype=wide) for x in kv) for kv in before.held] if self.keep else None
+        gradient = (
+            [tuple(torch.zeros_like(x, dtype=wide) for x in kv) for kv in prefix_pass.saved_kv]
+            if self.needs_gradient
+            else None
+        )
         for part in _packs([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
             run = FrozenPass(
-                self.decoder, self.scratch, layout, torch.cat([self._positions(c) for c in chosen], 1),
-                self.plan.recompute, before.held.__getitem__, gradient,
+                self.decoder, self.weight_buffers, layout, torch.cat([self._positions(c) for c in chosen], 1),
+                self.plan.recompute, prefix_pass.saved_kv.__getitem__, gradient,
             )  # fmt: skip
-            h = self.decoder.embed(torch.cat([self._ids(c) for c in chosen]))
+            h = self.decoder.embed_tokens(torch.cat([self._ids(c) for c in chosen]))
             observe = self._observer([(i, g, 0, k) for k, g in enumerate(part)])
-            hidden = run.forward(h, observe=observe, keep=self.keep)
+            hidden = run.forward(h, observe=observe, save_for_backward=self.needs_gradient)
             spans = [layout.completion_queries(0, k) for k in range(len(part))]
             rows = [row for span in spans for row in range(span.start, span.stop - 1)]
-            d_slice = self._meet_head(hidden, rows, [((i, g), slice(1, None)) for g in part])
-            if self.keep:
+            d_slice = self._log_probs_and_gradient(hidden, rows, [((i, g), slice(1, None)) for g in part])
+            if self.needs_gradient:
                 run.backward(d_slice, visual[:0])
-        if self.keep:
-            before.held_gradient = gradient
-            self._give(images, *before.backward(d, visual))
+        if self.needs_gradient:
+            prefix_pass.saved_kv_gradient = gradient
+            self._add_gradients(images, *prefix_pass.backward(d, visual))
 
-    def _meet_head(
+    def _log_probs_and_gradient(
         self, hidden: Tensor, rows: Sequence[int], tokens: Sequence[tuple[tuple[int, int], slice]]
     ) -> Tensor:
         """log π of the `tokens` ((group, g), which) that the `rows` of hidden predict; d loss / d hidden."""
@@ -232,7 +241,7 @@ class _Run:
             if layer != self.anchor_layer:
                 return
             for i, g, j, k in members:
-                for image, positions in enumerate(self.groups[i].described.get(g, ())):
+                for image, positions in enumerate(self.groups[i].attribute_token_positions.get(g, ())):
                     rows = torch.tensor(positions, dtype=torch.int64, device=self.device)
                     rows += layout.completion_queries(j, k).start
                     columns = self.prefix.images[image] + layout.prefix_slice(j).start
@@ -241,14 +250,14 @@ class _Run:
 
         return observe
 
-    def _preamble(self, groups: int) -> Earlier:
-        question = self.question
+    def _static_prefix_kv(self, groups: int) -> PastKV:
+        prefix_cache = self.prefix_cache
 
-        def earlier(layer: int) -> tuple[Tensor, Tensor]:
-            pair = question.keys[layer], question.values[layer]
-            return tuple(x.expand(groups, *x.shape).flatten(0, 1) for x in pair)
+        def past_kv(layer: int) -> tuple[Tensor, Tensor]:
+            cached = prefix_cache.keys[layer], prefix_cache.values[layer]
+            return tuple(x.expand(groups, *x.shape).flatten(0, 1) for x in cached)
 
-        return earlier
+        return past_kv
 
     def _ids(self, completion: Sequence[int]) -> Tensor:
         return torch.tensor(completion, device=self.device)
@@ -259,6 +268,6 @@ class _Run:
     def _levels(self, images: slice) -> list[Tensor]:
         return [level[images].flatten(0, 1).to(self.decoder.dtype) for level in self.features.deepstack]
 
-    def _give(self, images: slice, d: Tensor, levels: Sequence[Tensor]) -> None:
+    def _add_gradients(self, images: slice, d: Tensor, levels: Sequence[Tensor]) -> None:
         for leaf, gradient in zip((self.features.tokens, *self.features.deepstack), (d, *levels)):
             leaf.grad[images] += gradient.view_as(leaf[images])

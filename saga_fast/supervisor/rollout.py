@@ -3,7 +3,7 @@
 A pair waits until one of the engine's slots is free. Its prefix is then prefilled once and its keys and values are
 stored once, read by all its G rollouts. All rollouts of all pairs in slots decode in one batch; one that has ended
 leaves it, and a pair whose rollouts have all ended makes room for the next, whatever the others are at. The device is
-waited for once every `LOOK_EVERY` tokens. Left out: speculative decoding, beam search, logits processors: rollouts are
+waited for once every `SYNC_EVERY` tokens. Left out: speculative decoding, beam search, logits processors: rollouts are
 plain samples.
 """
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
+from saga_fast.supervisor.bidirectional_images import add_bidirectional
 from saga_fast.supervisor.decoder import FrozenDecoder
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.whole_images import add_later
+from saga_fast.supervisor.pair import PrefixCache
 from saga_kernels import GroupLayout, decode_attention, group_attention, sample_top_p
 
-LOOK_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
-WATCHED = 8  # rows whose tokens' log π is kept as it was sampled: to see that a replay computes the same
+SYNC_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
+TRACKED_ROWS = 8  # rows whose tokens' log π is kept as it was sampled: to see that a replay computes the same
 PREFILL_TOKENS = 4096  # of prefixes that are read in one pass; one prefix at least
 
 
@@ -40,11 +40,11 @@ class Sampling:
     @property
     def capacity(self) -> int:
         """Tokens a rollout may read of its own, in whole runs from look to look: the first is drawn by the prefill."""
-        return max(1, -(-(self.max_new_tokens - 1) // LOOK_EVERY)) * LOOK_EVERY
+        return max(1, -(-(self.max_new_tokens - 1) // SYNC_EVERY)) * SYNC_EVERY
 
 
 @dataclass
-class Rollouts:
+class PairRollouts:
     """What became of a pair. completions [g]: token ids, the end token included unless `max_new_tokens` cut it off.
 
     broken: a rollout met logits that are not finite; the completions are what there was, and no sample of the model.
@@ -65,20 +65,20 @@ class Rollouts:
 class _Row:
     """A rollout that goes on: all of its tokens but the last stand in the cache."""
 
-    of: Rollouts
+    pair: PairRollouts
     g: int
 
     @property
     def tokens(self) -> list[int]:
-        return self.of.completions[self.g]
+        return self.pair.completions[self.g]
 
     @property
     def cached(self) -> int:
         return max(0, len(self.tokens) - 1)
 
 
-class Engine:
-    """Rolls out up to `slots` pairs at a time: `admit` them, `advance` by LOOK_EVERY tokens, `drop` what is not wanted.
+class RolloutEngine:
+    """Rolls out up to `slots` pairs at a time: `admit` them, `advance` by SYNC_EVERY tokens, `drop` what is not wanted.
 
     A rollout is a function of (sampling.seed, pair id, g) and the weights alone, up to the rounding of matrix products:
     not of its neighbours, the number of slots or the order of admission.
@@ -88,27 +88,29 @@ class Engine:
     and rollouts fill them from the front, so that a batch is a view: when one leaves, the last takes its place.
     """
 
-    def __init__(self, question: Question, sampling: Sampling, eos_token_ids: Collection[int], slots: int) -> None:
-        self.question, self.sampling, self.slots = question, sampling, slots
+    def __init__(
+        self, prefix_cache: PrefixCache, sampling: Sampling, eos_token_ids: Collection[int], slots: int
+    ) -> None:
+        self.prefix_cache, self.sampling, self.slots = prefix_cache, sampling, slots
         self.eos = frozenset(eos_token_ids)
-        decoder, places = question.decoder, slots * sampling.group_size
-        kv, dim, length = decoder.kv_heads, decoder.head_dim, len(question.prefix)
+        decoder, max_rows = prefix_cache.decoder, slots * sampling.group_size
+        kv, dim, length = decoder.kv_heads, decoder.head_dim, len(prefix_cache.prefix)
 
         def blocks(*shape: int) -> list[Tensor]:
             return [torch.empty(*shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.layers]
 
         self.prefix_k = [block[..., :length] for block in blocks(slots, kv, dim, _pitch(decoder, length))]
         self.prefix_v = blocks(slots, kv, length, dim)
-        self.own_k, self.own_v = (blocks(places, kv, sampling.capacity, dim) for _ in range(2))
-        self.pairs: list[Rollouts] = []
+        self.own_k, self.own_v = (blocks(max_rows, kv, sampling.capacity, dim) for _ in range(2))
+        self.pairs: list[PairRollouts] = []
         self.rows: list[_Row] = []
         # What a step reads and writes: the token to feed, and of each row the seat of its query among the prefixes'
         # (slot·G + g), its lasting id, and how many of its tokens are cached.
-        self.token, self.seat, self.row_id, self.cached = torch.zeros(
-            4, places, dtype=torch.int64, device=decoder.device
+        self.token, self.query_slot, self.row_id, self.cached = torch.zeros(
+            4, max_rows, dtype=torch.int64, device=decoder.device
         )
-        self.drawn = torch.zeros(places, LOOK_EVERY + 1, dtype=torch.int64, device=decoder.device)
-        self.watched = torch.zeros(min(WATCHED, places), LOOK_EVERY + 1, device=decoder.device)
+        self.sampled = torch.zeros(max_rows, SYNC_EVERY + 1, dtype=torch.int64, device=decoder.device)
+        self.tracked_log_probs = torch.zeros(min(TRACKED_ROWS, max_rows), SYNC_EVERY + 1, device=decoder.device)
         self.column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
 
@@ -119,7 +121,7 @@ class Engine:
         return decoder.depth * decoder.kv_heads * decoder.head_dim * tokens * decoder.dtype.itemsize
 
     @property
-    def free(self) -> int:
+    def free_slots(self) -> int:
         """Slots that wait for a pair."""
         return self.slots - len(self.pairs)
 
@@ -134,94 +136,94 @@ class Engine:
 
         features: of 2n images, a and b of pair 0, of pair 1, …; pair_ids: n, unique in the run.
         """
-        at_once = max(1, PREFILL_TOKENS // len(self.question.prefix))
+        at_once = max(1, PREFILL_TOKENS // len(self.prefix_cache.prefix))
         for first in range(0, len(pair_ids), at_once):
             ids = pair_ids[first : first + at_once]
             self._admit(features.map(itemgetter(slice(2 * first, 2 * (first + len(ids))))), ids)
 
     def _admit(self, features: VisualFeatures, pair_ids: Sequence[int]) -> None:
-        group, device = self.sampling.group_size, self.question.decoder.device
+        group, device = self.sampling.group_size, self.prefix_cache.decoder.device
         hidden = self._prefill(features, slice(len(self.pairs), len(self.pairs) + len(pair_ids)))
         row_id = torch.tensor([i * group + g for i in pair_ids for g in range(group)], device=device)
-        places = slice(len(self.rows), len(self.rows) + len(row_id))
-        logits = self.question.decoder.logits(hidden).repeat_interleave(group, 0)
-        self.token[places] = self._sample(logits, row_id, torch.zeros_like(row_id))
+        new_rows = slice(len(self.rows), len(self.rows) + len(row_id))
+        logits = self.prefix_cache.decoder.logits(hidden).repeat_interleave(group, 0)
+        self.token[new_rows] = self._sample(logits, row_id, torch.zeros_like(row_id))
         for block in self.own_v:  # nan that was left there, weighed with zero, would be nan
-            block[places] = 0
+            block[new_rows] = 0
         for i in pair_ids:
-            self.pairs.append(pair := Rollouts(i, [[] for _ in range(group)]))
+            self.pairs.append(pair := PairRollouts(i, [[] for _ in range(group)]))
             self.rows += [_Row(pair, g) for g in range(group)]
 
     def _prefill(self, features: VisualFeatures, slots: slice) -> Tensor:
         """Reads prefixes into `slots` and returns the hidden states (pairs, D) that predict their rollouts' first."""
-        decoder, prefix = self.question.decoder, self.question.prefix
-        pairs, start = slots.stop - slots.start, prefix.preamble
+        decoder, prefix = self.prefix_cache.decoder, self.prefix_cache.prefix
+        pairs, start = slots.stop - slots.start, prefix.static_length
         length = len(prefix) - start
         layout, last = (
             GroupLayout([len(prefix)] * pairs, [[] for _ in range(pairs)], [rows] * pairs, device=decoder.device)
             for rows in (length, 1)
         )
         visual = prefix.visual_rows(torch.arange(pairs, device=decoder.device) * length)
-        h = prefix.embed(decoder, prefix.input_ids[start:].repeat(pairs), visual, features.tokens)
+        h = prefix.input_embeddings(decoder, prefix.input_ids[start:].repeat(pairs), visual, features.tokens)
         images = prefix.images_of(pairs, start)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = self.question.with_preamble(layer, k, v, pairs)
+            k, v = self.prefix_cache.with_static_prefix(layer, k, v, pairs)
             self.prefix_k[layer][slots] = k.unflatten(0, (pairs, -1)).permute(0, 2, 3, 1)
             self.prefix_v[layer][slots] = v.unflatten(0, (pairs, -1)).transpose(1, 2)
             if layer == decoder.depth - 1:
                 return group_attention(q, k, v, last)[0]
             o, lse = group_attention(q, k, v, layout)
             if images is not None:
-                add_later(q, k, v, o, lse, images)
+                add_bidirectional(q, k, v, o, lse, images)
             return o
 
         deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
-        asking = torch.arange(1, pairs + 1, device=decoder.device) * length - 1
-        return decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, visual, asking)
+        output_rows = torch.arange(1, pairs + 1, device=decoder.device) * length - 1
+        return decoder.forward(h, prefix.positions[:, start:].repeat(1, pairs), attend, deepstack, visual, output_rows)
 
     @torch.no_grad()
-    def advance(self) -> list[Rollouts]:
-        """LOOK_EVERY more tokens of every row. Returns the pairs that are done, which leave, in order of pair id."""
+    def advance(self) -> list[PairRollouts]:
+        """SYNC_EVERY more tokens of every row. Returns the pairs that are done, which leave, in order of pair id."""
         if not self.rows:
             return []
         group, rows, device = self.sampling.group_size, len(self.rows), self.token.device
         slot = {pair.pair_id: i for i, pair in enumerate(self.pairs)}
         state = [
-            (slot[row.of.pair_id] * group + row.g, row.of.pair_id * group + row.g, row.cached) for row in self.rows
+            (slot[row.pair.pair_id] * group + row.g, row.pair.pair_id * group + row.g, row.cached) for row in self.rows
         ]
-        n, pairs, end = rows, len(self.pairs), max(cached for _, _, cached in state) + LOOK_EVERY
+        n, pairs, end = rows, len(self.pairs), max(cached for _, _, cached in state) + SYNC_EVERY
         if device.type == "cuda":  # graphs are of few shapes: rows up to n and slots up to pairs run along unread
             n, pairs = _bucket(n, len(self.token)), _bucket(pairs, self.slots)
             end = _bucket(end, self.sampling.capacity)
         state += [(len(self.token), 0, 0)] * (n - rows)  # a seat that nobody reads
-        for values, buffer in zip(torch.tensor(state).T, (self.seat, self.row_id, self.cached)):
+        for values, buffer in zip(torch.tensor(state).T, (self.query_slot, self.row_id, self.cached)):
             buffer[:n] = values.to(device, non_blocking=True)
-        self.drawn[:n, 0] = self.token[:n]
+        self.sampled[:n, 0] = self.token[:n]
         self.column.fill_(1)
-        self._steps(n, pairs, end)
-        known = [len(row.tokens) for row in self.rows]
-        for row, tokens in zip(self.rows, self.drawn[:rows].tolist()):  # here the device is waited for
-            self._read(row, tokens if not row.tokens else tokens[1:])
-        for row, before, values in zip(self.rows, known, self.watched.tolist()):
-            places = range(max(1, before), len(row.tokens))
-            row.of.log_probs |= {(row.g, place): value for place, value in zip(places, values[1:])}
-        return self._leave({row for row in self.rows if self._ended(row)})
+        self._decode_steps(n, pairs, end)
+        counts_before = [len(row.tokens) for row in self.rows]
+        for row, tokens in zip(self.rows, self.sampled[:rows].tolist()):  # here the device is waited for
+            self._append(row, tokens if not row.tokens else tokens[1:])
+        for row, count_before, values in zip(self.rows, counts_before, self.tracked_log_probs.tolist()):
+            positions = range(max(1, count_before), len(row.tokens))
+            row.pair.log_probs |= {(row.g, position): value for position, value in zip(positions, values[1:])}
+        return self._remove({row for row in self.rows if self._ended(row)})
 
-    def _read(self, row: _Row, tokens: list[int]) -> None:
+    def _append(self, row: _Row, tokens: list[int]) -> None:
         """Appends what was drawn, up to the end token, the limit, or the -1 that logits without distribution draw."""
         for token in tokens:
             if self._ended(row):
                 return
             if token < 0:
-                row.of.broken = True
+                row.pair.broken = True
                 return
             row.tokens.append(token)
 
     def _ended(self, row: _Row) -> bool:
         """Whether a row has nothing more to say: rollouts of a broken pair neither."""
         limit = self.sampling.max_new_tokens
-        return row.of.broken or len(row.tokens) >= limit or bool(row.tokens) and row.tokens[-1] in self.eos
+        return row.pair.broken or len(row.tokens) >= limit or bool(row.tokens) and row.tokens[-1] in self.eos
 
     def run(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] of n pairs, however few the slots; features: of 2n images; pair_ids: (n,) int64.
@@ -229,10 +231,10 @@ class Engine:
         Raises ValueError where logits are not finite.
         """
         ids: list[int] = pair_ids.tolist()
-        done: dict[int, Rollouts] = {}
+        done: dict[int, PairRollouts] = {}
         while len(done) < len(ids):
             admitted = len(done) + len(self.pairs)
-            taken = range(admitted, min(admitted + self.free, len(ids)))
+            taken = range(admitted, min(admitted + self.free_slots, len(ids)))
             images = torch.arange(2 * taken.start, 2 * taken.stop, device=features.tokens.device)
             self.admit(features.select(images), [ids[i] for i in taken])
             done |= {pair.pair_id: pair for pair in self.advance()}
@@ -240,11 +242,11 @@ class Engine:
             raise ValueError(f"rollouts of pairs {broken} met logits that are not finite")
         return [done[i].completions for i in ids]
 
-    def drop(self, pair_ids: Collection[int]) -> list[Rollouts]:
+    def drop(self, pair_ids: Collection[int]) -> list[PairRollouts]:
         """Stops these pairs' rollouts where they are, those that are in a slot, and returns what there is of them."""
-        return self._leave({row for row in self.rows if row.of.pair_id in pair_ids})
+        return self._remove({row for row in self.rows if row.pair.pair_id in pair_ids})
 
-    def _leave(self, leaving: set[_Row]) -> list[Rollouts]:
+    def _remove(self, leaving: set[_Row]) -> list[PairRollouts]:
         """Rows, and pairs that have none left, give up their places to the last ones. Returns those pairs."""
         for place in reversed(range(len(self.rows))):
             if self.rows[place] in leaving:
@@ -254,7 +256,7 @@ class Engine:
                     self.token[place] = self.token[len(self.rows)]
                     for block in (*self.own_k, *self.own_v):
                         block[place] = block[len(self.rows)]
-        staying, done = {row.of.pair_id for row in self.rows}, []
+        staying, done = {row.pair.pair_id for row in self.rows}, []
         for slot in reversed(range(len(self.pairs))):
             if self.pairs[slot].pair_id not in staying:
                 done.append(self.pairs[slot])
@@ -265,47 +267,47 @@ class Engine:
                         block[slot] = block[len(self.pairs)]
         return sorted(done, key=lambda pair: pair.pair_id)
 
-    def _steps(self, n: int, pairs: int, end: int) -> None:
-        """LOOK_EVERY decode steps; on a GPU of one CUDA graph for each shape."""
-        steps, key = LOOK_EVERY, (n, pairs, end)
+    def _decode_steps(self, n: int, pairs: int, end: int) -> None:
+        """SYNC_EVERY decode steps; on a GPU of one CUDA graph for each shape."""
+        steps, key = SYNC_EVERY, (n, pairs, end)
         if self.token.is_cuda:
             if key not in self.graphs:
-                self._step(*key)  # compiles what is not yet compiled, and is the first of the steps
+                self._decode_step(*key)  # compiles what is not yet compiled, and is the first of the steps
                 steps -= 1
                 self.graphs[key] = torch.cuda.CUDAGraph()
                 pool = next(iter(self.graphs.values())).pool() if len(self.graphs) > 1 else None
                 with torch.cuda.graph(self.graphs[key], pool=pool):
-                    self._step(*key)
+                    self._decode_step(*key)
             for _ in range(steps):
                 self.graphs[key].replay()
         else:
             for _ in range(steps):
-                self._step(*key)
+                self._decode_step(*key)
 
-    def _step(self, n: int, pairs: int, end: int) -> None:
+    def _decode_step(self, n: int, pairs: int, end: int) -> None:
         """One token of the first n rows, of the first `pairs` slots, none of whose rows has `end` tokens before it.
 
         Everything that changes from step to step stands in the engine's tensors, and nothing waits for the device.
         """
-        decoder, prefix = self.question.decoder, self.question.prefix
-        seat, cached = self.seat[:n], self.cached[:n]
+        decoder, prefix = self.prefix_cache.decoder, self.prefix_cache.prefix
+        query_slot, cached = self.query_slot[:n], self.cached[:n]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prefixes = self.prefix_k[layer][:pairs], self.prefix_v[layer][:pairs]
             own = self.own_k[layer][:n, :, :end], self.own_v[layer][:n, :, :end]
-            return decode_attention(q, k, v, *prefixes, *own, seat, cached, self.sampling.group_size)
+            return decode_attention(q, k, v, *prefixes, *own, query_slot, cached, self.sampling.group_size)
 
-        fed = decoder.embed(self.token[:n].clamp_min(0))  # -1 has no embedding
-        h = decoder.forward(fed, (prefix.next_position + cached).expand(3, -1), attend)
+        embedded = decoder.embed_tokens(self.token[:n].clamp_min(0))  # -1 has no embedding
+        h = decoder.forward(embedded, (prefix.next_position + cached).expand(3, -1), attend)
         cached += 1
         logits = decoder.logits(h)
         token = self._sample(logits, self.row_id[:n], cached)
         if self.sampling.temperature > 0:
-            few = slice(min(n, len(self.watched)))
-            log_probs = (logits[few].float() / self.sampling.temperature).log_softmax(-1)
-            chosen = log_probs.gather(1, token[few, None].clamp_min(0))
-            self.watched[few].index_copy_(1, self.column, chosen)
-        self.drawn[:n].index_copy_(1, self.column, token[:, None])
+            tracked = slice(min(n, len(self.tracked_log_probs)))
+            log_probs = (logits[tracked].float() / self.sampling.temperature).log_softmax(-1)
+            chosen = log_probs.gather(1, token[tracked, None].clamp_min(0))
+            self.tracked_log_probs[tracked].index_copy_(1, self.column, chosen)
+        self.sampled[:n].index_copy_(1, self.column, token[:, None])
         self.column += 1
         self.token[:n] = token
 
@@ -320,19 +322,19 @@ def _pitch(decoder: FrozenDecoder, length: int) -> int:
     return -(-length // 16) * 16 if decoder.device.type == "cuda" else length
 
 
-def _bucket(size: int, most: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …, and no more than `most`."""
+def _bucket(size: int, limit: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …, and no more than `limit`."""
     power = 1 << max(0, size - 1).bit_length()
-    return min(most, power * 3 // 4 if size <= power * 3 // 4 else power)
+    return min(limit, power * 3 // 4 if size <= power * 3 // 4 else power)
 
 
-def rollout(
-    question: Question,
+def rollout_pairs(
+    prefix_cache: PrefixCache,
     features: VisualFeatures,
     pair_ids: Tensor,
     sampling: Sampling,
     eos_token_ids: Collection[int],
     slots: int = 16,
 ) -> list[list[list[int]]]:
-    """`Engine.run` of an engine that is made for it."""
-    return Engine(question, sampling, eos_token_ids, min(slots, len(pair_ids))).run(features, pair_ids)
+    """`RolloutEngine.run` of an engine that is made for it."""
+    return RolloutEngine(prefix_cache, sampling, eos_token_ids, min(slots, len(pair_ids))).run(features, pair_ids)

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.agreement import Described
+from saga_fast.supervisor.agreement import AttributeValues
 from saga_fast.supervisor.mllm import Mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import Order, Prefix, Prompt, build_prefix
-from saga_fast.supervisor.replay import WHOLE, Group, Plan, Replay, replay
-from saga_fast.supervisor.rollout import LOOK_EVERY, Engine, Sampling
+from saga_fast.supervisor.replay import WHOLE, Group, Plan, ReplayResult, replay_groups
+from saga_fast.supervisor.rollout import SYNC_EVERY, RolloutEngine, Sampling
 from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens_by_attribute
 from saga_fast.utils.errors import InputError
 
-Written = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
+AttributePositions = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
 SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
 
 
-def ask(
+def prompt_prefix(
     mllm: Mllm,
     prompt: Prompt,
     order: Order,
@@ -44,30 +44,32 @@ def ask(
     prefix = build_prefix(
         mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_text, newline
     )
-    if (most := max(prefix.input_ids)) >= vocabulary:
+    if (largest := max(prefix.input_ids)) >= vocabulary:
         raise InputError(
-            f"{name} has a tokenizer that writes the prompt with token {most}, where its embedding has {vocabulary}; "
+            f"{name} has a tokenizer that writes the prompt with token {largest}, where its embedding has {vocabulary}; "
             "restore the tokenizer's files and config.json of one release"
         )
-    placed = PairPrefix.of(prefix, grid if mllm.decoder.mrope else None, device, mllm.newline, mllm.whole_images)
-    if reason := beyond_window(mllm.decoder.window, len(placed), sampling.max_new_tokens):
+    prefix_on_device = PairPrefix.of(
+        prefix, grid if mllm.decoder.mrope else None, device, mllm.newline, mllm.bidirectional_images
+    )
+    if reason := beyond_window(mllm.decoder.window, len(prefix_on_device), sampling.max_new_tokens):
         raise InputError(reason)
-    # A rollout is looked at every LOOK_EVERY tokens, so it reaches a little beyond max_new_tokens.
-    if mllm.positions is not None and placed.next_position + sampling.capacity + 1 > mllm.positions:
-        left = (mllm.positions - placed.next_position - 1) // LOOK_EVERY * LOOK_EVERY + 1
+    # A rollout is looked at every SYNC_EVERY tokens, so it reaches a little beyond max_new_tokens.
+    if mllm.max_positions is not None and prefix_on_device.next_position + sampling.capacity + 1 > mllm.max_positions:
+        left = (mllm.max_positions - prefix_on_device.next_position - 1) // SYNC_EVERY * SYNC_EVERY + 1
         mend = f"give {left} or fewer" if left > 0 else "take smaller images, fewer attributes or another model"
         raise InputError(
-            f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {placed.next_position} positions, "
-            f"and the model's rotary frequencies are fixed for {mllm.positions} in all: {mend}"
+            f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {prefix_on_device.next_position} positions, "
+            f"and the model's rotary frequencies are fixed for {mllm.max_positions} in all: {mend}"
         )
-    return prefix, placed
+    return prefix, prefix_on_device
 
 
-def anchor_of(asked: int | None, depth: int) -> int:
+def anchor_layer_index(requested: int | None, depth: int) -> int:
     """The layer of `depth` whose attention the pooler learns from; None is the paper's 26 of 36, scaled."""
-    if asked is not None and not 0 <= asked < depth:
-        raise InputError(f"supervisor.anchor-layer: {asked}; the model's layers are 0 to {depth - 1}")
-    return round(26 / 36 * depth) if asked is None else asked
+    if requested is not None and not 0 <= requested < depth:
+        raise InputError(f"supervisor.anchor-layer: {requested}; the model's layers are 0 to {depth - 1}")
+    return round(26 / 36 * depth) if requested is None else requested
 
 
 class Supervisor:
@@ -75,7 +77,7 @@ class Supervisor:
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
     plan: of replays. slots: pairs that roll out at once.
-    Raises InputError as `ask` does, and for an anchor layer the model does not have.
+    Raises InputError as `prompt_prefix` does, and for an anchor layer the model does not have.
     """
 
     def __init__(
@@ -91,22 +93,22 @@ class Supervisor:
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
-        prefix, self.prefix = ask(mllm, prompt, order, grid, sampling, self.decoder.device)
+        prefix, self.prefix = prompt_prefix(mllm, prompt, order, grid, sampling, self.decoder.device)
         self.thinks = prefix.thinks
-        self.question = Question(self.decoder, self.prefix)
-        self.anchor_layer = anchor_of(anchor_layer, self.decoder.depth)
+        self.prefix_cache = PrefixCache(self.decoder, self.prefix)
+        self.anchor_layer = anchor_layer_index(anchor_layer, self.decoder.depth)
         self.plan, self.slots = plan, slots
-        self._engine: Engine | None = None
+        self._engine: RolloutEngine | None = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> RolloutEngine:
         """What rolls out, with the memory for it, which stays as it is; where `slots` has changed, a new, empty one."""
         if self._engine is None or self._engine.slots != self.slots:
             self._engine = None  # its memory makes room
-            self._engine = Engine(self.question, self.sampling, self.eos_token_ids, self.slots)
+            self._engine = RolloutEngine(self.prefix_cache, self.sampling, self.eos_token_ids, self.slots)
         return self._engine
 
-    def roll_out(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
+    def rollout(self, features: VisualFeatures, pair_ids: Tensor) -> list[list[list[int]]]:
         """Completions [pair][g] for n pairs; features: of 2n images; pair_ids: (n,) int64, unique in the run."""
         return self.engine.run(features, pair_ids)
 
@@ -120,18 +122,20 @@ class Supervisor:
         well_formed = [[v is not None and v.well_formed for v in group] for group in verdicts]
         return torch.tensor(rewards), torch.tensor(well_formed)
 
-    def read(self, completions: Sequence[Sequence[int]]) -> list[Described]:
+    def attribute_values(self, completions: Sequence[Sequence[int]]) -> list[AttributeValues]:
         """What each completion says of each attribute of both images."""
         return [attribute_values(self.text(completion), self.prompt) for completion in completions]
 
-    def written(self, completions: Sequence[Sequence[int]]) -> list[Written]:
+    def attribute_positions(self, completions: Sequence[Sequence[int]]) -> list[AttributePositions]:
         """For each completion, where it writes each attribute's value."""
         return [tokens_by_attribute(completion, self.tokenizer, self.prompt) for completion in completions]
 
-    def replay(self, features: VisualFeatures, groups: Sequence[Group], token_budget: int | None = None) -> Replay:
+    def replay(
+        self, features: VisualFeatures, groups: Sequence[Group], token_budget: int | None = None
+    ) -> ReplayResult:
         """token_budget: other than the plan's."""
-        return replay(
-            self.question,
+        return replay_groups(
+            self.prefix_cache,
             features,
             groups,
             self.sampling.temperature,

@@ -136,19 +136,19 @@ def parse(text: str, prompt: Prompt) -> Verdict | None:
     answer = _read(text, prompt)
     if answer is None:
         return None
-    said = answer.get(prompt.verdict_key)
-    word = said.value.strip().lower() if isinstance(said, _String) else None
+    verdict_value = answer.get(prompt.verdict_key)
+    word = verdict_value.value.strip().lower() if isinstance(verdict_value, _String) else None
     return Verdict(word == "yes", _well_formed(answer, prompt)) if word in ("yes", "no") else None
 
 
 def _well_formed(answer: dict, prompt: Prompt) -> bool:
     if tuple(answer) != prompt.keys:
         return False
-    described = [answer[key] for key in prompt.item_keys]
-    if not all(isinstance(item, dict) and tuple(item) == prompt.attributes for item in described):
+    items = [answer[key] for key in prompt.item_keys]
+    if not all(isinstance(item, dict) and tuple(item) == prompt.attributes for item in items):
         return False
-    notes = [answer[key] for key in prompt.keys[len(described) :]]
-    if not all(isinstance(text, _String) for text in (*notes, *(text for item in described for text in item.values()))):
+    notes = [answer[key] for key in prompt.keys[len(items) :]]
+    if not all(isinstance(text, _String) for text in (*notes, *(text for item in items for text in item.values()))):
         return False
     return prompt.generic or answer["confidence"].value in ("high", "medium", "low")
 
@@ -163,8 +163,8 @@ def attribute_values(text: str, prompt: Prompt) -> tuple[dict[str, str], dict[st
     out; unreadable text gives empty dicts."""
     answer = _read(text, prompt) or {}
 
-    def values(described: object) -> dict[str, str]:
-        found = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}
+    def values(item: object) -> dict[str, str]:
+        found = {name: item.get(name) for name in prompt.attributes} if isinstance(item, dict) else {}
         return {name: value.value for name, value in found.items() if isinstance(value, _String)}
 
     return tuple(values(answer.get(key)) for key in prompt.item_keys) or ({}, {})
@@ -175,8 +175,8 @@ def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[st
     its value, between the quotes. Attributes not described in text are left out; unreadable text gives empty dicts."""
     answer = _read(text, prompt) or {}
 
-    def spans(described: object) -> dict[str, Span]:
-        values = {name: described.get(name) for name in prompt.attributes} if isinstance(described, dict) else {}
+    def spans(item: object) -> dict[str, Span]:
+        values = {name: item.get(name) for name in prompt.attributes} if isinstance(item, dict) else {}
         return {name: (value.start, value.end) for name, value in values.items() if isinstance(value, _String)}
 
     return tuple(spans(answer.get(key)) for key in prompt.item_keys) or ({}, {})

@@ -17,10 +17,17 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
-from saga_fast.supervisor.checkpoint_files import MERGE, find, malformed, read_json, refused, telling
+from saga_fast.supervisor.checkpoint_files import (
+    UNMERGED_ADAPTER,
+    find_file,
+    malformed_file,
+    model_error,
+    read_json,
+    reraising,
+)
 from saga_fast.utils.errors import first_line
 
-SAFELY = {"trust_remote_code": False, "use_safetensors": True}
+SAFE_LOADING = {"trust_remote_code": False, "use_safetensors": True}
 _SAFETENSORS = (
     "pickles (pytorch_model.bin) run what they hold and are not read: take a release in safetensors, "
     "or convert it by transformers' save_pretrained if you trust it"
@@ -32,22 +39,22 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+
 def expect_safetensors(name: str | Path) -> None:
     """Raises InputError where the index of a sharded checkpoint names files that are no safetensors."""
     if bad := sorted(file for file in _shards(name) or () if not file.endswith(".safetensors")):
-        raise refused(name, f"names {bad[0]!r} among its weights; {_SAFETENSORS}")
+        raise model_error(name, f"names {bad[0]!r} among its weights; {_SAFETENSORS}")
 
 
 def expect_weights(name: str | Path) -> None:
     """Raises InputError for a file of weights that is missing, or not as long as its header says."""
     shards = _shards(name)
     for file in shards or (SAFE_WEIGHTS_NAME,):
-        if (path := find(name, file)) is None:
+        if (path := find_file(name, file)) is None:
             if shards:
-                raise refused(name, f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} names {file}, which is missing)")
-            raise refused(name, f"has no weights in safetensors files; {_SAFETENSORS}")
+                raise model_error(name, f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} names {file}, which is missing)")
+            raise model_error(name, f"has no weights in safetensors files; {_SAFETENSORS}")
         try:
             with safe_open(path, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise refused(name, f"is not whole ({file}: {first_line(error)}); restore the file") from error
+            raise model_error(name, f"is not whole ({file}: {first_line(error)}); restore the file") from error
 
 
 def _shards(name: str | Path) -> list[str] | None:
@@ -56,9 +63,9 @@ def _shards(name: str | Path) -> list[str] | None:
         return None
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-        raise malformed(name, SAFE_WEIGHTS_INDEX_NAME, "its weight_map does not name a file for each weight")
+        raise malformed_file(name, SAFE_WEIGHTS_INDEX_NAME, "its weight_map does not name a file for each weight")
     if out := sorted(file for file in files.values() if Path(file).is_absolute() or ".." in Path(file).parts):
-        raise malformed(name, SAFE_WEIGHTS_INDEX_NAME, f"{out[0]!r} lies outside of the model")
+        raise malformed_file(name, SAFE_WEIGHTS_INDEX_NAME, f"{out[0]!r} lies outside of the model")
     return sorted(set(files.values()))
 
 
@@ -69,7 +76,7 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
     packed = hasattr(config, "quantization_config")
     if packed:  # of packed weights the headers do not say the shapes
         del config.quantization_config
-    with telling(name, "is not whole ({}); restore the file"), quiet(progress=False):
+    with reraising(name, "is not whole ({}); restore the file"), quiet(progress=False):
         model, found = AutoModelForImageTextToText.from_pretrained(
             name,
             config=config,
@@ -77,27 +84,29 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **SAFELY,
+            **SAFE_LOADING,
         )
     missing = sorted(found["missing_keys"])
     unknown = sorted(key for key in found["unexpected_keys"] if not (packed and _PACKING.search(key)))
-    others = sorted((key, tuple(there), tuple(asked)) for key, there, asked in found["mismatched_keys"])
+    mismatched = sorted((key, tuple(actual), tuple(expected)) for key, actual, expected in found["mismatched_keys"])
     if adapter := next((key for key in unknown if _ADAPTER.search(key)), None):
-        raise refused(name, f"holds {MERGE} (its weights have {adapter})")
+        raise model_error(name, f"holds {UNMERGED_ADAPTER} (its weights have {adapter})")
     if missing:
-        raise refused(
+        raise model_error(
             name, f"is not whole ({len(missing)} of its weights are in no file, the first is {missing[0]}); restore it"
         )
     if unknown:
         some = ", ".join(unknown[:3])
-        raise refused(
+        raise model_error(
             name,
             f"holds {len(unknown)} weights that a {config.model_type!r} has no place for, such as {some}; "
             "it is another model than its config.json says: restore it, or take those weights out",
         )
-    if others and not packed:
-        key, there, asked = others[0]
-        raise refused(name, f"is not whole ({key} is {there}, its configuration says {asked}); restore the file")
+    if mismatched and not packed:
+        key, actual, expected = mismatched[0]
+        raise model_error(
+            name, f"is not whole ({key} is {actual}, its configuration says {expected}); restore the file"
+        )
     return model
 
 
@@ -107,7 +116,7 @@ def expect_shapes(name: str | Path, model: PreTrainedModel, skeleton: PreTrained
     for key, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "quant_state", parameter).shape)
         if shape != expected[key]:
-            raise refused(name, f"is not whole ({key} is {shape}, its configuration says {expected[key]})")
+            raise model_error(name, f"is not whole ({key} is {shape}, its configuration says {expected[key]})")
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from saga_fast.encoder import VisionTower, VisualFeatures
 from saga_fast.retrieval.metrics import retrieval_metrics
 from saga_fast.supervisor.mllm import Mllm, load_mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import build_prefix
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.rollout import Sampling, rollout_pairs
 from saga_fast.supervisor.verdict import attribute_spans, parse
 from saga_fast.tiny.birds import ATTRIBUTES, BENCHMARK, EASY, DrawnBirds, Nuisance, change
-from saga_fast.tiny.language import ORDERS, PROMPT, LanguageTrainer, answer, questions
-from saga_fast.tiny.tower import GRID, render, seen_attributes
+from saga_fast.tiny.language import ORDERS, PROMPT, LanguageTrainer, answer, tokenized_prompts
+from saga_fast.tiny.tower import GRID, render, training_attributes
 from saga_fast.towers import tower_of
 
 KINDS = {"same": 0, "sibling, 1 attribute": 1, "sibling, 2 attributes": 2, "stranger": None}
@@ -28,7 +28,7 @@ HELD_OUT = 10**6  # seeds of pictures that no training stream reaches
 
 
 @torch.no_grad()
-def look(tower: VisionTower, pixels: Tensor) -> VisualFeatures:
+def tower_features(tower: VisionTower, pixels: Tensor) -> VisualFeatures:
     """The tower over many pictures, 64 at a time."""
     parts = [tower(chunk) for chunk in pixels.split(64)]
     return VisualFeatures(
@@ -36,18 +36,18 @@ def look(tower: VisionTower, pixels: Tensor) -> VisualFeatures:
     )
 
 
-def ask(
+def answer_pairs(
     mllm: Mllm, pixels: Tensor, order: str = ORDERS[0], generic: bool = False, sampling: Sampling = SAMPLING
 ) -> list[list[str]]:
     """Answers [pair][g] about pixels (2n, 3, S, S): pictures a and b of pair 0, of pair 1, …"""
     prompt = PROMPT.as_generic() if generic else PROMPT
     prefix = PairPrefix.of(build_prefix(mllm.tokenizer, prompt.instruction(), GRID**2, order), (GRID, GRID))
-    question = Question(mllm.decoder, prefix)
-    features = look(tower_of(mllm.visual), pixels)
+    prefix_cache = PrefixCache(mllm.decoder, prefix)
+    features = tower_features(tower_of(mllm.visual), pixels)
     texts = []
     for pairs in torch.arange(len(pixels) // 2).split(32):
         images = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
-        groups = rollout(question, features.select(images), pairs, sampling, mllm.eos_token_ids)
+        groups = rollout_pairs(prefix_cache, features.select(images), pairs, sampling, mllm.eos_token_ids)
         texts += [[mllm.tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in groups]
     return texts
 
@@ -57,8 +57,8 @@ def held_out_pairs(kind: str, count: int) -> list[tuple[dict[str, str], dict[str
     rng = np.random.default_rng((HELD_OUT, list(KINDS).index(kind)))
     pairs = []
     for _ in range(count):
-        bird = seen_attributes(rng)
-        pairs.append((bird, seen_attributes(rng) if KINDS[kind] is None else change(bird, KINDS[kind], rng)))
+        bird = training_attributes(rng)
+        pairs.append((bird, training_attributes(rng) if KINDS[kind] is None else change(bird, KINDS[kind], rng)))
     return pairs
 
 
@@ -78,7 +78,7 @@ def reading(mllm: Mllm, nuisance: Nuisance, order: str, count: int) -> dict:
     for kind in KINDS:
         pairs = held_out_pairs(kind, count)
         seeds = [(HELD_OUT, list(KINDS).index(kind), i) for i in range(2 * count)]
-        texts = ask(mllm, render(list(itertools.chain(*pairs)), nuisance, seeds).pixels, order)
+        texts = answer_pairs(mllm, render(list(itertools.chain(*pairs)), nuisance, seeds).pixels, order)
         rewards = []
         for birds, group in zip(pairs, texts):
             verdicts = [parse(text, PROMPT) for text in group]
@@ -111,7 +111,7 @@ def contribution(mllm: Mllm, batches: int = 6, pairs_per_batch: int = 16) -> dic
             pairs.append(rows[first, same] if i % 2 else np.array([rows[first, same[0]], rows[second, same[1]]]))
     pixels = torch.stack([_pixels(birds[i][0]) for i in np.concatenate(pairs)])
     same = np.array([labels[a] == labels[b] for a, b in pairs])
-    texts = ask(mllm, pixels)
+    texts = answer_pairs(mllm, pixels)
     rewards = np.array(
         [[(v := parse(t, PROMPT)) is not None and v.same == s for t in group] for group, s in zip(texts, same)]
     )
@@ -139,21 +139,21 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
     """
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    trainer, question = LanguageTrainer(model), questions(tokenizer)[ORDERS[0], False]
+    trainer, tokenized = LanguageTrainer(model), tokenized_prompts(tokenizer)[ORDERS[0], False]
     pairs = held_out_pairs("sibling, 1 attribute", count)
     batch = render(list(itertools.chain(*pairs)), nuisance, [(HELD_OUT, 9, i) for i in range(2 * count)])
     answers = [torch.tensor(tokenizer.encode(answer(PROMPT, *birds), add_special_tokens=False)) for birds in pairs]
     ids = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_token_id)
     trainer.hidden(
-        question,
-        torch.cat([question.prefix.input_ids.expand(count, -1), ids], 1),
-        look(tower_of(model.model.visual), batch.pixels),
+        tokenized,
+        torch.cat([tokenized.prefix.input_ids.expand(count, -1), ids], 1),
+        tower_features(tower_of(model.model.visual), batch.pixels),
     )
     areas = batch.areas.unflatten(0, (count, 2))
     seen = areas.sum(-1) > 0
     shares = {"uniform": areas.mean(-1)}
     for name, ahead in (("value", 0), ("before", 1)):
-        shares[name] = (trainer.looking(question, ahead) * areas).sum(-1)
+        shares[name] = (trainer.value_attention(tokenized, ahead) * areas).sum(-1)
     return {
         "mean": {name: share[seen].mean().item() for name, share in shares.items()},
         "attributes": {
@@ -166,7 +166,7 @@ def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict:
 def frozen_retrieval(mllm: Mllm) -> dict[str, float]:
     """Retrieval on the benchmark's test species by the mean of the frozen tower's tokens."""
     birds = DrawnBirds("test")
-    features = look(tower_of(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
+    features = tower_features(tower_of(mllm.visual), torch.stack([_pixels(image) for image, _ in birds]))
     embeddings = torch.nn.functional.normalize(features.tokens.mean(1), dim=-1)
     return retrieval_metrics(embeddings, torch.tensor(birds.labels))
 
@@ -287,7 +287,7 @@ Share of decoder layer 3's head-averaged attention, renormalised over the image'
 of the attribute (area of the mask in each token's cell), percent: rows of the value's token, rows before it (whose
 output is the value), and what uniform attention would give.
 
-{looks}
+{attention_rows}
 """
 
 
@@ -299,11 +299,13 @@ def write_card(found: dict, curves: dict[str, list[dict]], seed: int) -> str:
     accuracy.append(["well-formed answers", *(_percent(s["well_formed"]) for s in reading)])
     verdicts = [[kind, *(" / ".join(map(_percent, s["pairs"][kind].values())) for s in reading)] for kind in KINDS]
     rows, attention = ("value", "before", "uniform"), found["attention"]
-    looks = [
+    attention_rows = [
         [name, *(_percent(shares["attributes"][name][row]) for shares in attention.values() for row in rows)]
         for name in ATTRIBUTES
     ]
-    looks.append(["**mean**", *(_percent(shares["mean"][row]) for shares in attention.values() for row in rows)])
+    attention_rows.append(
+        ["**mean**", *(_percent(shares["mean"][row]) for shares in attention.values() for row in rows)]
+    )
     return CARD.format(
         parameters=found["parameters"] / 1e6,
         seed=seed,
@@ -313,5 +315,5 @@ def write_card(found: dict, curves: dict[str, list[dict]], seed: int) -> str:
         verdicts=_table(["pair", *settings], verdicts),
         start=found["contribution"],
         retrieval=found["frozen_retrieval"],
-        looks=_table(["attribute", *(f"{row}, {name}" for name in attention for row in rows)], looks),
+        attention_rows=_table(["attribute", *(f"{row}, {name}" for name in attention for row in rows)], attention_rows),
     )

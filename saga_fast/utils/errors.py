@@ -31,7 +31,7 @@ def printable(message: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
-def tell(message: str) -> None:
+def warn_rank_zero(message: str) -> None:
     """Warn the user once: of torchrun's processes the first does, as all find the same."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(printable(message), stacklevel=3)

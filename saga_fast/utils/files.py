@@ -14,7 +14,7 @@ from pathlib import Path
 
 from saga_fast.utils.errors import InputError
 
-_held: set[Path] = set()  # locks of this process, which the system would give it twice
+_locked_paths: set[Path] = set()  # locks of this process, which the system would give it twice
 
 
 def sha256(path: Path) -> str:
@@ -86,12 +86,12 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise InputError(f"{flag}: {str(folder)!r} cannot be written to ({error.strerror}); name another") from error
-    _held.add(path)
+    _locked_paths.add(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        _held.discard(path)
+        _locked_paths.discard(path)
         os.close(file)
         with suppress(OSError):  # not empty any more: the call was of use
             for outer in made:
@@ -100,7 +100,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
 
 def _lock(path: Path) -> int:
     """The open file, locked. Raises BlockingIOError, whose strerror is what the holder wrote into it."""
-    if path in _held:  # opened once more, it would be unlocked when that is closed
+    if path in _locked_paths:  # opened once more, it would be unlocked when that is closed
         raise BlockingIOError(0, "another call in this process")
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -129,17 +129,17 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def replace(aside: Path, folder: Path) -> None:
-    """Flush the files of `aside` to disk, then rename it to `folder`, which may be there already.
+def replace(staging: Path, folder: Path) -> None:
+    """Flush the files of `staging` to disk, then rename it to `folder`, which may be there already.
 
     Killed between its two renames it leaves the earlier folder beside its place, for `recover`.
     """
-    for path in (*aside.iterdir(), aside):
+    for path in (*staging.iterdir(), staging):
         flush(path)
     old = hidden(folder, "old")
     recover(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
-    os.rename(aside, folder)
+    os.rename(staging, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -72,19 +72,19 @@ def _hints(kind: type) -> dict[str, Any]:
 def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
     """The leaves of nested dataclasses, in order."""
     for part in dataclasses.fields(config):
-        name, value = prefix + _spelt(part.name), getattr(config, part.name)
+        name, value = prefix + _flag_name(part.name), getattr(config, part.name)
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{name}.")
         else:
             hint = _hints(type(config))[part.name]
-            yield Field(name, *_plain(hint), value)
+            yield Field(name, *_unwrap_annotated(hint), value)
 
 
-def _spelt(name: str) -> str:
+def _flag_name(name: str) -> str:
     return name.rstrip("_").replace("_", "-")
 
 
-def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def _unwrap_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type, and what it is annotated with."""
     return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
@@ -104,7 +104,7 @@ def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
     """
     if not isinstance(values, dict):
         raise InputError(f"{prefix.rstrip('.') or 'config'}: a {type(values).__name__}, where fields are expected")
-    hints = {name.rstrip("_"): (name, *_plain(hint)) for name, hint in _hints(kind).items()}
+    hints = {name.rstrip("_"): (name, *_unwrap_annotated(hint)) for name, hint in _hints(kind).items()}
     given = {}
     for key, value in values.items():
         if key not in hints:
@@ -115,7 +115,7 @@ def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
         if dataclasses.is_dataclass(hint):
             given[name] = from_dict(hint, value, f"{prefix}{key}.")
         else:
-            given[name] = _typed(hint, value, f"{prefix}{_spelt(key)}")
+            given[name] = _typed(hint, value, f"{prefix}{_flag_name(key)}")
     return kind(**given)
 
 

@@ -36,7 +36,7 @@ def pickled(name: str | Path) -> Iterator[str]:
 def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
     """`image_mean` and `image_std`, where the model's image processor says them."""
     try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
         return {}
-    return {key: said[key] for key in ("image_mean", "image_std") if key in said}
+    return {key: settings[key] for key in ("image_mean", "image_std") if key in settings}

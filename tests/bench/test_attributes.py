@@ -50,13 +50,13 @@ def test_a_look_inside_the_mask_counts_whole_and_one_beside_it_not_at_all():
     birds, grid = DrawnBirds("test", 4, 2), (7, 7)
     seen = [birds.touched(image, grid) for image in range(len(birds))]
     nothing = np.zeros(grid, bool)
-    inside = np.stack([look.get("crown color", nothing) for look in seen]).astype(float)
+    inside = np.stack([attention.get("crown color", nothing) for attention in seen]).astype(float)
     inside /= inside.sum((1, 2), keepdims=True).clip(1)
-    looks = np.stack([inside, np.roll(inside, 3, (1, 2))], 1)
-    found = bench.shares_in_masks(looks, {"crown color": 0}, birds)["crown color"]
-    even = np.mean([look["crown color"].mean() for look in seen if "crown color" in look])
+    attentions = np.stack([inside, np.roll(inside, 3, (1, 2))], 1)
+    found = bench.shares_in_masks(attentions, {"crown color": 0}, birds)["crown color"]
+    even = np.mean([attention["crown color"].mean() for attention in seen if "crown color" in attention])
     assert found == pytest.approx([1, even])
-    beside = np.where(np.stack([look.get("crown color", nothing) for look in seen]), 0, 1 / 49)[:, None]
+    beside = np.where(np.stack([attention.get("crown color", nothing) for attention in seen]), 0, 1 / 49)[:, None]
     assert bench.shares_in_masks(beside, {"crown color": 0}, birds)["crown color"][0] == 0
 
 

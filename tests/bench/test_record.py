@@ -27,7 +27,7 @@ def test_question_fills_the_prefix_and_rollouts_end_where_they_are_told_to(tmp_p
     assert len(judge.prefix) == SMALL.prefix
     lengths = SMALL.lengths(SMALL.short)
     with torch.no_grad(), ending_at(lengths, judge.eos_token_ids[0]):
-        completions = judge.roll_out(encoder.tower(SMALL.pixels()), torch.arange(SMALL.pairs))
+        completions = judge.rollout(encoder.tower(SMALL.pixels()), torch.arange(SMALL.pairs))
     assert [[len(completion) for completion in group] for group in completions] == lengths
     for group in completions:
         assert all(completion.index(judge.eos_token_ids[0]) == len(completion) - 1 for completion in group)

@@ -51,7 +51,7 @@ def assert_equals_reference(layout, q, k, v, do, onto, wide):
     q, k, v, do = (x.detach().to(wide) for x in (q, k, v, do))
     right = group_attention_reference(q, k, v, *offsets, scale)
     attention = torch.zeros_like(onto.attention, dtype=wide)
-    chosen = onto.slots, onto.first_columns, attention
+    chosen = onto.row_index, onto.first_columns, attention
     gradients = group_attention_backward_reference(do, q, k, v, *right, *offsets, scale, *chosen)
     tolerance = TOLERANCE[results[0].dtype]
     for name, got, expected in zip(

@@ -15,10 +15,10 @@ def make(dtype, device="cuda", length=LENGTH, dim=DIM, each=EACH):
     shapes = [(rows, q_heads, dim), (rows, KV, dim), (rows, KV, dim), (PAIRS, KV, dim, length)]
     shapes += [(PAIRS, KV, length, dim), (rows, KV, END, dim), (rows, KV, END, dim)]
     tensors = [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes]
-    seat = torch.randperm(PAIRS * GROUP, generator=generator)[:rows]
-    seat[21:] = PAIRS * GROUP
+    query_slot = torch.randperm(PAIRS * GROUP, generator=generator)[:rows]
+    query_slot[21:] = PAIRS * GROUP
     cached = torch.randint(END - 4, (rows,), generator=generator)
-    return *tensors, seat.to(device), cached.to(device), GROUP
+    return *tensors, query_slot.to(device), cached.to(device), GROUP
 
 
 def error(arguments, shape):
@@ -53,13 +53,13 @@ def test_8b(aligned):
     own_k, own_v = draw(72, 8, 1024, 128), draw(72, 8, 1024, 128)
     cached = torch.randint(384, (64,), device="cuda", generator=generator)
     cached[:2] = torch.tensor([0, 383])
-    seat = torch.randperm(64, device="cuda", generator=generator)
+    query_slot = torch.randperm(64, device="cuda", generator=generator)
     inputs = *qkv.split((32, 8, 8), 1), prefix_k[..., :850], prefix_v, own_k[:64, :, :384], own_v[:64, :, :384]
-    right = decode_attention(*(x.double() for x in inputs), seat, cached, 8)
+    right = decode_attention(*(x.double() for x in inputs), query_slot, cached, 8)
     unseen = torch.arange(1024, device="cuda") >= cached[:, None]
     for block in (own_k, own_v):
         block[:64].masked_fill_(unseen[:, None, :, None], torch.nan)
-    got = decode_attention(*inputs, seat, cached, 8)
+    got = decode_attention(*inputs, query_slot, cached, 8)
     assert (got.double() - right).norm() / right.norm() < TOLERANCE[torch.bfloat16]
     row = torch.arange(64, device="cuda")
     assert torch.equal(own_k[row, :, cached], inputs[1]) and torch.equal(own_v[row, :, cached], inputs[2])

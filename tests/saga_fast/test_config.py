@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from saga_fast.config import KEEPS, PRESETS, RESUMABLE, Config, parse, record_of, stored
+from saga_fast.config import KEEP_REASONS, PRESETS, RESUMABLE, Config, parse, record_of, stored
 from saga_fast.data import ClassBalancedSampler
 from saga_fast.embed import EmbedArguments
 from saga_fast.evaluate import EvaluateArguments
@@ -178,7 +178,7 @@ def test_the_rest_says_why_not(out, flags, message):
 
 def test_every_other_field_has_a_reason():
     for field in fields_of(DEFAULT):
-        kept = any(f"{field.name}.".startswith(f"{name}.") for name in KEEPS)
+        kept = any(f"{field.name}.".startswith(f"{name}.") for name in KEEP_REASONS)
         assert kept or RESUMABLE in field.metadata, field.name
 
 

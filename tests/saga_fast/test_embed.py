@@ -40,7 +40,7 @@ def pictures(tmp_path) -> list[Path]:
 
 def content(index: Path) -> dict[str, np.ndarray]:
     """{path: vector} of an index, as faiss holds it, after checking that every file of it agrees."""
-    known = indices.about(index)
+    known = indices.read_info(index)
     files, vectors = indices.read_files(index, known), indices.read_vectors(index, known)
     searched = indices.read_faiss(index, known)
     assert searched.ntotal == len(files) == len(vectors)
@@ -234,9 +234,9 @@ def test_the_kind_of_index_follows_the_number_and_can_be_asked_for(encoder, pict
     assert "Flat: exact" in embed(encoder, pictures, index, faiss="Flat").line
 
     embed(encoder, pictures, other := tmp_path / "other")
-    assert indices.about(other).asked is None
+    assert indices.read_info(other).asked is None
     embed(encoder, pictures, other, faiss="Flat")
-    assert indices.about(other).asked == "Flat", "asked for, though it is that kind already"
+    assert indices.read_info(other).asked == "Flat", "asked for, though it is that kind already"
     assert "Flat: as it was" in embed(encoder, pictures, other).line
 
 
@@ -252,7 +252,7 @@ def test_an_inverted_file_searches_as_many_cells_as_it_must():
         for row, found in enumerate(index.search(vectors, 11)[1]):
             hits += len(set(np.argsort(-similarity[row])[:10]) & set(found))
         recalls[index.nprobe] = hits / 2400
-    assert chosen == min(cells for cells, recall in recalls.items() if recall >= indices.WANTED_RECALL) < 16
+    assert chosen == min(cells for cells, recall in recalls.items() if recall >= indices.TARGET_RECALL) < 16
     assert f"{chosen} of 16 cells are searched, which finds {recalls[chosen]:.1%}" in line and kind == "IVF16,Flat"
     index.nprobe = chosen
     assert faiss.deserialize_index(faiss.serialize_index(index)).nprobe == chosen
@@ -287,7 +287,7 @@ def test_two_processes_make_the_index_of_one(encoder, tmp_path, index):
     assert not (tmp_path / "host1/index").exists() and not list(tmp_path.glob("**/.*"))
 
 
-@pytest.mark.parametrize("name", [indices.FAISS, indices.VECTORS, indices.FILES, indices.ABOUT])
+@pytest.mark.parametrize("name", [indices.FAISS, indices.VECTORS, indices.FILES, indices.INFO_FILE])
 @pytest.mark.parametrize("how", ["missing", "cut", "flipped", "foreign"])
 def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how):
     index = tmp_path / "index"
@@ -299,7 +299,7 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
     file.unlink() if how == "missing" else file.write_bytes(changed[how])
     known = None
     with pytest.raises(InputError) as error:
-        known = indices.about(index)
+        known = indices.read_info(index)
         for read in (indices.read_faiss, indices.read_vectors, indices.read_files):
             read(index, known)
     assert str(index) in str(error.value) and name in str(error.value) and "\n" not in str(error.value)

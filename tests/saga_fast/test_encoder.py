@@ -88,7 +88,7 @@ def test_windows_equal_transformers_at_every_edge(height, width):
     theirs = model(patches, grid_thw=torch.tensor([[1, height // 4, width // 4]] * 3)).pooler_output
     tower = tower_of(model)
     torch.testing.assert_close(tower(pixels).tokens.flatten(0, 1), theirs, rtol=1e-4, atol=1e-5)
-    assert (tower._place(height, width, pixels.device).windows is None) == (height == width == 16)
+    assert (tower._geometry(height, width, pixels.device).windows is None) == (height == width == 16)
 
 
 @pytest.mark.parametrize("side", [16, 32])

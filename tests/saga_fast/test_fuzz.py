@@ -725,7 +725,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 def run_is_right(folder: Path, monkeypatch) -> Callable[[list], str]:
     """The run is resumed and shown as it was left, or one line says what is wrong with it."""
     whole = make_run(folder / "whole")
-    monkeypatch.setattr(run_module, "Board", lambda *_: None)
+    monkeypatch.setattr(run_module, "Tracker", lambda *_: None)
     prompt = dataclasses.asdict(PROMPTS["drawn-birds"])
     begun = make_resumable(whole)
     described = json.loads((whole / "config.json").read_text())

@@ -28,7 +28,7 @@ from saga_fast.embed import embed
 from saga_fast.encoder import Encoder
 from saga_fast.retrieval import index as indices
 from saga_fast.retrieval import server
-from saga_fast.search import Hit, Look, Searcher, main, page, search
+from saga_fast.search import AttentionOverlay, Hit, Searcher, main, page, search
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import sha256
 
@@ -139,7 +139,7 @@ def test_another_encoder_is_refused_and_a_moved_one_found(world, tmp_path):
     assert search(tmp_path / "index", [pictures[0]], encoder=tmp_path / "moved")[0][0].path == str(pictures[0])
 
 
-@pytest.mark.parametrize("name", [indices.FAISS, indices.FILES, indices.ABOUT])
+@pytest.mark.parametrize("name", [indices.FAISS, indices.FILES, indices.INFO_FILE])
 def test_a_damaged_index_says_which_file(world, tmp_path, name):
     _, pictures, index = world
     shutil.copytree(index, tmp_path / "index")
@@ -244,10 +244,10 @@ def test_no_file_is_opened_for_a_request(world, serving, monkeypatch):
 
 def test_more_uploads_than_there_is_room_for_are_put_off(world, serving):
     served = serving[0]
-    places = [served.places.acquire(blocking=False) for _ in range(server.AT_ONCE)]
+    places = [served.upload_slots.acquire(blocking=False) for _ in range(server.MAX_UPLOADS)]
     assert all(places) and ask(served, world[1][0].read_bytes())[0] == 503
     for _ in places:
-        served.places.release()
+        served.upload_slots.release()
     assert ask(served, world[1][0].read_bytes())[0] == 200
 
 
@@ -405,13 +405,13 @@ def test_the_most_decisive_attribute_is_the_one_that_sets_the_hits_apart(apart):
     (every,) = searcher.search(pictures[:1], 15, explain=True)
     above = {n: np.mean([h.attributes[n] for h in hits]) - np.mean([h.attributes[n] for h in every]) for n in NAMES}
     best = max(above, key=above.get)
-    assert searcher.look(pictures[0], hits).attribute == best
+    assert searcher.overlay(pictures[0], hits).attribute == best
     rest = {name: above[name] for name in NAMES if name != best}
-    assert searcher.look(pictures[0], hits, weights={best: 0}).attribute == max(rest, key=rest.get)
+    assert searcher.overlay(pictures[0], hits, weights={best: 0}).attribute == max(rest, key=rest.get)
     gone = [hits[0], Hit("gone.png", 0.5, hits[1].attributes)]
-    look = searcher.look(pictures[0], gone, "legs")
+    look = searcher.overlay(pictures[0], gone, "legs")
     assert look.attribute == "legs" and look.query == look.hits[0] != look.hits[1] is None
-    assert "not there any more" in page(["q"], [gone], [Look("legs", None, [None, None])])
+    assert "not there any more" in page(["q"], [gone], [AttentionOverlay("legs", None, [None, None])])
 
 
 def test_an_index_from_before_there_were_attributes_gets_them_by_embedding_again(apart, tmp_path):

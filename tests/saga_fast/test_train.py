@@ -220,7 +220,7 @@ def phase_c():
     pixels = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8)
     with torch.no_grad():
         features = encoder.tower(pixels)
-    completions = supervisor.roll_out(features, torch.arange(2))
+    completions = supervisor.rollout(features, torch.arange(2))
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
     advantages = torch.tensor([0.9, -0.9, 0.9, -0.9])
     buffer = [
@@ -244,7 +244,7 @@ def test_each_term_reaches_its_own_parameters_only(phase_c, lm, kl):
 
     def gradients(**sections):
         encoder.zero_grad(set_to_none=True)
-        trainer.replay(training(encoder, supervisor, small(**sections)), buffer)
+        trainer.replay_buffer(training(encoder, supervisor, small(**sections)), buffer)
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     got, unit = gradients(**weights), gradients(lambda_={"lm": 1.0, "kl": 1.0})
@@ -268,7 +268,7 @@ def test_an_image_of_two_pairs_is_encoded_once_with_the_gradient_of_both(phase_c
 
     def gradients():
         encoder.zero_grad(set_to_none=True)
-        trainer.replay(training(encoder, supervisor, small()), pairs)
+        trainer.replay_buffer(training(encoder, supervisor, small()), pairs)
         return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
     once = gradients()
@@ -500,11 +500,11 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     generator = torch.Generator().manual_seed(0)
     dml, rest = ([torch.randn(p.shape, generator=generator) for p in encoder.parameters()] for _ in range(2))
     t = training(encoder, None, small(lambda_={"adaptive": adaptive, "lm": 2.0}))
-    t.balance.hear([True, False] * 32, [0.75] * 64)
+    t.balance.update([True, False] * 32, [0.75] * 64)
     a, b = [torch.cat([g.flatten() for g in gradients[:2]]).double() for gradients in (dml, rest)]
     scale = 2 * RATIO * a.norm() / b.norm() if adaptive else 1.0  # times λ_lm
     expected = [x + y * (scale if i < 2 else 1) for i, (x, y) in enumerate(zip(dml, rest))]
-    terms = trainer.combine(t, [g.clone() for g in dml], [g.clone() for g in rest])
+    terms = trainer.combine_gradients(t, [g.clone() for g in dml], [g.clone() for g in rest])
     for part, other, which in (("tower", "lm", slice(0, 2)), ("pooler", "kl", slice(2, 3))):
         a, b = (torch.cat([g.flatten() for g in gradients[which]]).double() for gradients in (dml, rest))
         assert terms[f"grad_{part}_dml"] == pytest.approx(a.norm().item(), rel=1e-5)
@@ -513,14 +513,14 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
         assert terms[f"cosine_{part}_dml_{other}"] == pytest.approx(cosine, rel=1e-4)
     for parameter, gradient in zip(encoder.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient.to(parameter.dtype))
-    trainer.combine(t, [None, dml[1].clone(), None], [None, None, rest[2].clone()])
+    trainer.combine_gradients(t, [None, dml[1].clone(), None], [None, None, rest[2].clone()])
     assert encoder.tower.weight.grad is None and torch.equal(encoder.tower.bias.grad, dml[1])
     assert torch.equal(encoder.pooler.weight.grad, rest[2])
 
 
 def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """One query per attribute, attribute credit, balance: their state is in the checkpoint."""
-    monkeypatch.setattr(balance, "KNOWN", 4)
+    monkeypatch.setattr(balance, "MIN_PAIRS", 4)
     config = small(
         encoder={"pooler": "attributes", "embedding_dim": 40},
         rollout={"credit": "attributes", "credit_weight": 5.0},
@@ -542,7 +542,7 @@ def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
 
 def test_a_supervisor_that_says_nothing_is_heard_and_teaches_nothing(tmp_path, monkeypatch):
     """Its verdicts are always `no`; the run goes as one by the metric loss alone, to the bytes of the weights."""
-    monkeypatch.setattr(balance, "KNOWN", 4)
+    monkeypatch.setattr(balance, "MIN_PAIRS", 4)
 
     def judge(self, completions, same):
         return torch.tensor([[float(not alike)] * 4 for alike in same]), torch.ones(len(same), 4)
@@ -559,7 +559,7 @@ def test_a_supervisor_that_says_nothing_is_heard_and_teaches_nothing(tmp_path, m
 
 
 def test_a_perfect_supervisor_s_answers_are_replayed(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "roll_out", oracle.roll_out)
+    monkeypatch.setattr(trainer, "rollout_batch", oracle.rollout_batch)
     config = small(encoder={"pooler": "attributes", "embedding_dim": 40}, optim={"steps": 1})
     trainer.train(config, tmp_path / "run")
     (line,) = lines(tmp_path / "run")

@@ -195,7 +195,7 @@ def test_opcheck():
     backward = (o + 1, *(x.detach() for x in args[:3]), o, lse, *args[3:])
     torch.library.opcheck(ops.group_attention_backward.default, (*backward, None, None, None))
     chosen = AttentionOnto(layout, *ONTO["fewer"], torch.float64)
-    buffers = (chosen.slots, chosen.first_columns, chosen.attention)
+    buffers = (chosen.row_index, chosen.first_columns, chosen.attention)
     torch.library.opcheck(ops.group_attention_backward.default, (*backward, *buffers))
     onto = (q.detach(), k.detach(), lse, torch.tensor([1, 2]), torch.tensor([0]), 0.3)
     torch.library.opcheck(ops.attention_onto.default, onto)

@@ -14,7 +14,7 @@ def make(pairs=3, group=4, kv=2, each=3, dim=16, length=150, most=140, rows=9, d
 
     cached = torch.randint(most + 1, (rows,), generator=generator)
     cached[0] = 0
-    seat = torch.randperm(pairs * group, generator=generator)[:rows]
+    query_slot = torch.randperm(pairs * group, generator=generator)[:rows]
     qkv = draw(rows, kv * (each + 2), dim)
     own = [draw(rows + 2, kv, most + 20, dim) for _ in range(2)]
     for row, count in enumerate(cached):
@@ -22,14 +22,14 @@ def make(pairs=3, group=4, kv=2, each=3, dim=16, length=150, most=140, rows=9, d
         own[1][row, :, count:] = 0  # weighed with zero by those who compute it
     q, k, v = qkv[:, : kv * each], qkv[:, kv * each : kv * (each + 1)], qkv[:, kv * (each + 1) :]
     prefix = draw(pairs + 1, kv, dim, length)[:pairs], draw(pairs + 1, kv, length, dim)[:pairs]
-    return q, k, v, *prefix, *(block[:rows, :, : most + 3] for block in own), seat, cached, group
+    return q, k, v, *prefix, *(block[:rows, :, : most + 3] for block in own), query_slot, cached, group
 
 
-def attention_by_hand(q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, group):
+def attention_by_hand(q, k, v, prefix_k, prefix_v, own_k, own_v, query_slot, cached, group):
     """In float64, one row and head at a time, over keys and values laid end to end."""
     out = torch.empty(q.shape, dtype=torch.float64)
     each = q.shape[1] // k.shape[1]
-    for i, (place, count) in enumerate(zip(seat.tolist(), cached.tolist())):
+    for i, (place, count) in enumerate(zip(query_slot.tolist(), cached.tolist())):
         for head in range(q.shape[1]):
             h, pair = head // each, place // group
             keys = torch.cat([prefix_k[pair, h].T, own_k[i, h, :count], k[i, h][None]]).double()
@@ -79,13 +79,13 @@ def test_what_is_not_a_number_stays_so():
 def test_a_row_depends_on_no_other_and_not_on_threads():
     arguments = make(dim=64, length=3000)  # work enough for a second thread
     whole = decode_attention(*arguments)
-    q, k, v, *prefix, own_k, own_v, seat, cached, group = arguments
+    q, k, v, *prefix, own_k, own_v, query_slot, cached, group = arguments
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         alone = [
             decode_attention(*(x[i : i + 1] for x in (q, k, v)), *prefix, *(x[i : i + 1] for x in rest), group)
-            for i, rest in ((i, (own_k, own_v, seat, cached)) for i in range(len(q)))
+            for i, rest in ((i, (own_k, own_v, query_slot, cached)) for i in range(len(q)))
         ]
     finally:
         torch.set_num_threads(threads)
@@ -124,7 +124,7 @@ def test_wrong_arguments_are_named():
     wrong(3, good[3][..., :0], ValueError, "^prefix_k: got shape .*, accepted is one key or more")
     wrong(4, good[4][:, :, 1:], ValueError, "^prefix_v: ")
     wrong(5, good[5][1:], ValueError, "^own_k: ")
-    wrong(7, good[7].int(), TypeError, "^seat: got dtype int32")
-    wrong(7, good[7] - 12, ValueError, "^seat: got -.* at 0, accepted is 0 or more")
+    wrong(7, good[7].int(), TypeError, "^query_slot: got dtype int32")
+    wrong(7, good[7] - 12, ValueError, "^query_slot: got -.* at 0, accepted is 0 or more")
     wrong(8, good[8] + 143, ValueError, "^cached: got 143 at 0, accepted is 0 to 142")
     wrong(9, 0, ValueError, "^group: got 0, accepted is 1 or more")

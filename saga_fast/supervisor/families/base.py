@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class ImageText(NamedTuple):
-    """How an image stands in a prompt. asked: what the chat template writes for one; None for the image token.
+    """How an image stands in a prompt. placeholder: what the chat template writes for one; None for the image token.
     before, after: what the model's processor writes around an image's tokens in its stead."""
 
-    asked: str | None = None
+    placeholder: str | None = None
     before: str = ""
     after: str = ""
 
@@ -29,7 +29,7 @@ class Family:
     name: as people say it. kinds: model types of its configurations. decoders: model types of the language models that
     it may have. visual: the vision model, where it is one part of `model.model`; else all of that but what the tower
     calls `not_vision`. language_model: the part of `model.model` that `FrozenDecoder` takes. newline: the part of it
-    that stands behind each image's tokens as one more, (D,). whole_images: whether the tokens of an image attend to
+    that stands behind each image's tokens as one more, (D,). bidirectional_images: whether the tokens of an image attend to
     each other in both directions. marks: tokens that not the template but the model's processor writes around an image:
     the attribute by which the tokenizer may name each, and what it is in its vocabulary. image_text: from the marks.
     objections: why a configuration would not be run as
@@ -42,7 +42,7 @@ class Family:
     visual: str | None = None
     language_model: str = "language_model"
     newline: str | None = None
-    whole_images: bool = False
+    bidirectional_images: bool = False
     marks: tuple[tuple[str, str], ...] = ()
     image_text: Callable[..., ImageText] = ImageText
     objections: Callable[[PretrainedConfig], Iterator[str]] = lambda config: iter(())

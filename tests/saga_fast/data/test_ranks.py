@@ -69,12 +69,12 @@ def test_either_half_is_compared_though_no_file_was_skipped(tmp_path, monkeypatc
     """As where two hosts have copies of their own, and one has an image more."""
     asked = []
 
-    def everyone(value):
+    def all_gather_object(value):
         held, count, skipped = value
         asked.append(held)
         return [value, ("another", count + 1, skipped) if len(asked) == half + 1 else value]
 
-    monkeypatch.setattr(distributed, "everyone", everyone)
+    monkeypatch.setattr(distributed, "all_gather_object", all_gather_object)
     with pytest.raises(InputError, match=f"hold different {what} images, 10 on rank 0, 11 on rank 1; start again"):
         load_images(DataConfig(root=fill(tmp_path), workers=0), 16)
 

@@ -21,7 +21,7 @@ from saga_fast import evaluate
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS, Config, DataConfig, LambdaConfig, LogConfig
 from saga_fast.data import ClassBalancedSampler, ImageFolder, PixelLoader, cores
-from saga_fast.data.loader import ahead
+from saga_fast.data.loader import prefetch
 from saga_fast.evaluate import load_images
 from saga_fast.utils.errors import InputError
 
@@ -102,7 +102,7 @@ def test_a_worker_that_is_killed_is_said_so():
     with pytest.raises(
         InputError, match=r"--data.workers: 1, one of them died \(DataLoader worker .*/dev/shm"
     ) as caught:
-        list(ahead(Deadly(), range(3), 1))
+        list(prefetch(Deadly(), range(3), 1))
     assert "\n" not in str(caught.value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from saga_fast.losses.balance import KNOWN, RATIO, Balance
+from saga_fast.losses.balance import MIN_PAIRS, RATIO, Balance
 
 
 def test_the_policy_gradient_gets_the_metric_losss_norm():
@@ -25,26 +25,26 @@ def test_the_policy_gradient_gets_the_metric_losss_norm():
 def test_a_supervisor_whose_verdicts_say_nothing_falls_silent(same, different, voice):
     """Whatever it leans to: always `no`, always `yes`, a coin."""
     balance = Balance()
-    assert balance.voice == 0, "nothing is known yet"
-    balance.hear([True, False] * (KNOWN // 2 - 1), [same, different] * (KNOWN // 2 - 1))
-    assert balance.voice == 0 and balance.informedness is None
-    balance.hear([True, False] * 20, [same, different] * 20)
+    assert balance.supervisor_weight == 0, "nothing is known yet"
+    balance.update([True, False] * (MIN_PAIRS // 2 - 1), [same, different] * (MIN_PAIRS // 2 - 1))
+    assert balance.supervisor_weight == 0 and balance.informedness is None
+    balance.update([True, False] * 20, [same, different] * 20)
     assert balance.informedness == pytest.approx(same + different - 1)
-    assert balance.voice == pytest.approx(voice, abs=1e-6)
+    assert balance.supervisor_weight == pytest.approx(voice, abs=1e-6)
 
 
 def test_what_it_hears_now_counts_more_than_what_it_heard_long_ago():
     balance = Balance()
-    balance.hear([True, False] * 400, [0.0, 1.0] * 400)
-    balance.hear([True, False] * 2000, [0.8, 1.0] * 2000)
+    balance.update([True, False] * 400, [0.0, 1.0] * 400)
+    balance.update([True, False] * 2000, [0.8, 1.0] * 2000)
     assert balance.informedness == pytest.approx(0.8, abs=0.02)
 
 
 def test_state_goes_round():
     one, two = Balance(), Balance()
-    one.hear([True, False] * 50, [0.25, 1.0] * 50)
+    one.update([True, False] * 50, [0.25, 1.0] * 50)
     one.scale(1.0, 3.0)
     two.load_state_dict(one.state_dict())
-    one.hear([True], [1.0])
+    one.update([True], [1.0])
     assert two.informedness == pytest.approx(0.25) and two.scale(2.0, 2.0) != 1
     assert one.state_dict() != two.state_dict()

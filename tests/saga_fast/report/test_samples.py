@@ -37,7 +37,7 @@ def step():
     pixels = torch.stack([to_pixels(birds[i][0], SIZE) for i in (0, 0, 2, 2)])
     with torch.no_grad():
         features = encoder.tower(pixels)
-    completions = supervisor.roll_out(features, torch.arange(2))
+    completions = supervisor.rollout(features, torch.arange(2))
     rewards, _ = supervisor.judge(completions, [True, True])
     assert rewards.any(1).all(), "no answer is right, so this tests little"
     advantages = torch.tensor([0.8, -0.5, -0.3])
@@ -105,7 +105,10 @@ def test_maps_of_attributes_make_the_target_that_the_pooler_learns(step, describ
         features = encoder.tower(pair.pixels)
         beta = encoder.pooler.attention(features.tokens)
     none = [torch.zeros(len(completion)) for completion in pair.completions]
-    spans = tuple([at for tokens in item.values() for at in tokens] for item in supervisor.written(pair.completions)[g])
+    spans = tuple(
+        [at for tokens in item.values() for at in tokens]
+        for item in supervisor.attribute_positions(pair.completions)[g]
+    )
     entries = supervisor.replay(features, [Group(pair.completions, none, {g: spans})]).attention
     for entry in entries:
         maps = shown["attention"]["images"][entry.image]

@@ -80,7 +80,7 @@ def test_ties_go_to_the_lower_index_also_at_the_last_place(chunk):
 @pytest.mark.parametrize("chunk,k", [(1, 4), (16, 5), (16, 30), (64, 63), (100, 9)])
 def test_neighbours_are_those_of_a_stable_sort(monkeypatch, chunk, k, kept):
     """On a grid of few values, so that many products tie, exactly."""
-    monkeypatch.setattr(metrics, "KEPT", kept)
+    monkeypatch.setattr(metrics, "NEIGHBOUR_BYTES", kept)
     embeddings = torch.randint(-1, 2, (64, 4), generator=torch.Generator().manual_seed(k)).float()
     similarity = (embeddings @ embeddings.T).numpy()
     for rows, found in neighbours(embeddings, k, chunk):

@@ -93,14 +93,14 @@ def test_ranks_take_the_step_that_one_process_takes(method, processes, tmp_path)
 
 @given(st.lists(st.integers(1, 10_000), max_size=40), st.integers(1, 9))
 def test_balanced_shares_differ_by_no_more_than_the_largest_item(sizes, shares):
-    dealt = distributed.balance(sizes, shares)
+    dealt = distributed.balance_loads(sizes, shares)
     assert sorted(i for items in dealt for i in items) == list(range(len(sizes))) and len(dealt) == shares
     loads = [sum(sizes[i] for i in items) for items in dealt]
     assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
 def test_the_longest_are_dealt_first():
-    assert distributed.balance([1, 1, 2, 4, 4], 2) == [[2, 3], [0, 1, 4]]
+    assert distributed.balance_loads([1, 1, 2, 4, 4], 2) == [[2, 3], [0, 1, 4]]
 
 
 def test_a_restart_resumes_where_there_is_a_run(tmp_path):
@@ -126,29 +126,29 @@ def collectives() -> None:
     model = nn.ParameterDict(
         {"weight": torch.randn(4, 3), "proxies": torch.randn(5, 3), "lone": torch.randn(2)}
     ).double()
-    rank, ranks = distributed.rank(), distributed.ranks()
+    rank, ranks = distributed.rank(), distributed.world_size()
 
     def loss(embeddings, truth):  # as a metric loss, it is no sum over images
         return ((embeddings @ model["proxies"].T - truth) ** 2).sum().sqrt()
 
     for count in (7, 2):  # shared as 3, 3, 1; and as 1, 1, 0
-        rows = distributed.rows(count)
-        embeddings = distributed.gather((images[rows] @ model["weight"]).tanh(), count)
+        rows = distributed.shard_rows(count)
+        embeddings = distributed.all_gather_rows((images[rows] @ model["weight"]).tanh(), count)
         (loss(embeddings, truth[:count]) / ranks).backward()
         if rank == 1:
             model["lone"].sum().backward()
-        distributed.add_up_gradients([*model.values(), unused := nn.Parameter(torch.zeros(1))])
+        distributed.all_reduce_gradients([*model.values(), unused := nn.Parameter(torch.zeros(1))])
         alone = loss((images[:count] @ model["weight"]).tanh(), truth[:count]) + model["lone"].sum()
         for parameter, gradient in zip(model.values(), torch.autograd.grad(alone, list(model.values()))):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
         assert unused.grad is None
         model.zero_grad()
 
-    distributed.check_alike(model)
+    distributed.assert_in_sync(model)
     with torch.no_grad():
         model["proxies"][4, 2] += 1e-12 * (rank == 2)
-    with pytest.raises(distributed.Drifted, match="rank 2: its proxies"):
-        distributed.check_alike(model)
+    with pytest.raises(distributed.OutOfSync, match="rank 2: its proxies"):
+        distributed.assert_in_sync(model)
 
 
 SPEAKS = """

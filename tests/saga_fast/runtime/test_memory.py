@@ -13,12 +13,12 @@ import torch
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import memory
-from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, kept_by_tower, replay_bytes
+from saga_fast.runtime.memory import GIB, LiveBytes, Predictor, Step, replay_bytes, tower_activation_bytes
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
-from saga_fast.supervisor.replay import Group, Plan, replay
-from saga_fast.supervisor.rollout import Engine, Sampling
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
+from saga_fast.supervisor.rollout import RolloutEngine, Sampling
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower
 from saga_fast.utils.errors import InputError
@@ -43,14 +43,14 @@ def step(tiny, **settings) -> Step:
 
 
 @pytest.mark.parametrize("plan", WHOLE + SLICES, ids=str)
-def test_a_replay_is_foretold_on_the_meta_device(tiny, plan):
+def test_a_replay_is_predicted_on_the_meta_device(tiny, plan):
     _, decoder, prefix = tiny
-    question, width = Question(decoder, prefix), decoder.embedding.shape[1]
+    prefix_cache, width = PrefixCache(decoder, prefix), decoder.embedding.shape[1]
     drawn = [torch.randn(4, 49, width).requires_grad_() for _ in range(4)]
     groups = [Group([[3] * n for n in group], [torch.ones(n) for n in group], {}) for group in LENGTHS]
     logits = 4 * decoder.head.shape[0] * min(sum(map(sum, LENGTHS)), plan.token_budget)
     with LiveBytes("cpu", {torch.ops.saga_kernels.token_logprob.default: lambda *_: logits}) as live:
-        replay(question, VisualFeatures(drawn[0], tuple(drawn[1:])), groups, 1.0, -1, plan)
+        replay_groups(prefix_cache, VisualFeatures(drawn[0], tuple(drawn[1:])), groups, 1.0, -1, plan)
     assert replay_bytes(decoder, prefix, plan, LENGTHS, 3) == pytest.approx(live.peak, rel=0.02)
 
 
@@ -64,7 +64,7 @@ def test_recomputing_and_slicing_take_less(tiny):
 
 def test_what_autograd_keeps_of_the_tower_grows_by_the_image(tiny):
     tower = tiny[0].tower
-    fixed, each = kept_by_tower(tower, 112, autocast=False)
+    fixed, each = tower_activation_bytes(tower, 112, autocast=False)
     pixels = torch.zeros(6, 3, 112, 112, dtype=torch.uint8)
     tower(pixels)  # positions are made once
     with LiveBytes("cpu") as live:
@@ -97,7 +97,7 @@ def test_states_checkpointing_and_slots_count(tiny):
     assert 4 * narrow.resident["AdamW's states, 8 bits"] == wide.resident["AdamW's states, 32 bits"]
     assert narrow.phases["A. embed"] < 0.5 * wide.phases["A. embed"]
     more = Predictor(step(tiny, batch=64)).footprint(plan, 3)
-    slot = Engine.slot_bytes(decoder, len(prefix), Sampling(4, max_new_tokens=64))
+    slot = RolloutEngine.slot_bytes(decoder, len(prefix), Sampling(4, max_new_tokens=64))
     assert sum(more.resident.values()) - sum(wide.resident.values()) == slot
 
 
@@ -113,13 +113,13 @@ def test_a_plan_that_does_not_fit_any_more_is_chosen_anew_for_a_resumed_run(tiny
     predictor = Predictor(step(tiny))
     free = 2 * predictor.footprint(plan := Plan(1 << 16, "none"), 8).peak
     fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, 8
-    assert predictor.choose(free, *fixed, anew=True)[:2] == predictor.choose(free, *fixed)[:2] == (plan, 8)
+    assert predictor.choose(free, *fixed, may_replan=True)[:2] == predictor.choose(free, *fixed)[:2] == (plan, 8)
     small = int(predictor.choose(free, 1, "full", "full", 1)[2].peak * 1.2)
     with pytest.raises(InputError, match="memory: a step takes"):
         predictor.choose(small, *fixed)
-    assert predictor.choose(small, *fixed, anew=True) == predictor.choose(small)
+    assert predictor.choose(small, *fixed, may_replan=True) == predictor.choose(small)
     with pytest.raises(InputError, match="memory: a step takes"):
-        predictor.choose(1, *fixed, anew=True)
+        predictor.choose(1, *fixed, may_replan=True)
 
 
 def group(folder: Path, limit: str | int, used: int, cached: tuple[int, int], version: int = 2) -> None:
@@ -165,7 +165,7 @@ def test_a_rank_has_its_share_of_its_own_host(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "tiny"])
-def test_a_checkpointed_tower_takes_what_is_foretold(tiny, name):
+def test_a_checkpointed_tower_takes_what_is_predicted(tiny, name):
     """Its inputs to all blocks, and the largest block's own activations with their gradients, for the whole batch."""
     model = load_tower(name) if name != "tiny" else load_mllm(SUPERVISOR).visual
     encoder = Encoder.from_tower(model, "mean", 64, 64 if name != "tiny" else 112)
@@ -179,8 +179,8 @@ def test_a_checkpointed_tower_takes_what_is_foretold(tiny, name):
             levels = encoder.tower(pixels).levels
             torch.autograd.grad(sum(level.sum() for level in levels), first)
         peaks[on] = live.peak
-        foretold = predictor.fixed + 6 * (predictor.per_image + predictor.block + predictor.image_features)
-        assert foretold == pytest.approx(live.peak, rel=0.3)
+        predicted = predictor.fixed + 6 * (predictor.per_image + predictor.block + predictor.image_features)
+        assert predicted == pytest.approx(live.peak, rel=0.3)
     assert peaks[True] < 0.6 * peaks[False]
 
 

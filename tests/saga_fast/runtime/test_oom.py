@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from saga_fast import train as trainer
 from saga_fast.config import PRESETS
 from saga_fast.encoder import VisionTower
-from saga_fast.runtime.oom import Encoded, Fits, gradients_all_or_none
-from saga_fast.supervisor.rollout import Engine
+from saga_fast.runtime.oom import GradientCachedForward, OomBackoff, gradients_all_or_none
+from saga_fast.supervisor.rollout import RolloutEngine
 from saga_fast.supervisor.supervisor import Supervisor
 
 
@@ -23,22 +23,26 @@ def short_of(limit: int, asked: list[int], size: int) -> None:
 
 
 def test_halves_until_it_fits_and_remembers():
-    fits, asked = Fits(), []
+    backoff, asked = OomBackoff(), []
     with pytest.warns(UserWarning, match="sing: out of memory with 10 at once, 5 from now on"):
-        assert fits.pieces("sing", 10, lambda rows: short_of(3, asked, rows.stop - rows.start)) == [None] * 5
-    assert asked == [10, 5, 2, 2, 2, 2, 2] and fits.log() == {"limit_sing": 2}
+        assert backoff.map_chunks("sing", 10, lambda rows: short_of(3, asked, rows.stop - rows.start)) == [None] * 5
+    assert asked == [10, 5, 2, 2, 2, 2, 2] and backoff.log() == {"limit_sing": 2}
     asked.clear()
-    assert fits.pieces("sing", 5, lambda rows: (asked.append(rows.stop - rows.start), rows.start)[1]) == [0, 2, 4]
+    assert backoff.map_chunks("sing", 5, lambda rows: (asked.append(rows.stop - rows.start), rows.start)[1]) == [
+        0,
+        2,
+        4,
+    ]
     assert asked == [2, 2, 1]
-    assert fits.run("dance", 10, lambda limit: limit) == 10, "phases are apart"
+    assert backoff.run("dance", 10, lambda limit: limit) == 10, "phases are apart"
 
 
 @pytest.mark.filterwarnings("ignore:sing")
 def test_what_does_not_fit_at_all_is_raised():
     with pytest.raises(torch.OutOfMemoryError, match="^1 do not fit"):
-        Fits().pieces("sing", 4, lambda rows: short_of(0, [], rows.stop - rows.start))
+        OomBackoff().map_chunks("sing", 4, lambda rows: short_of(0, [], rows.stop - rows.start))
     with pytest.raises(torch.OutOfMemoryError, match="^25 do not fit"):
-        Fits().run("sing", 100, lambda limit: short_of(10, [], limit), least=30)
+        OomBackoff().run("sing", 100, lambda limit: short_of(10, [], limit), minimum=30)
 
 
 class Short(torch.autograd.Function):
@@ -75,9 +79,9 @@ def test_the_gradient_is_that_of_the_whole_batch(forward, backward):
     expected = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    fits = Fits()
+    backoff = OomBackoff()
     for _ in range(2):  # the second finds gradients there
-        encoded = Encoded(fits, "embed", model, x, parameters)
+        encoded = GradientCachedForward(backoff, "embed", model, x, parameters)
         assert all(output.is_leaf and len(output) == 11 for output in encoded.outputs)
         loss(encoded.outputs[0]).backward()
         encoded.backward()
@@ -110,7 +114,7 @@ def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_pa
         config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
     trainer.train(config, tmp_path / "whole")
     asked: dict[str, list[int]] = {"tower": [], "roll out": [], "replay": []}
-    tower, advance, replay = VisionTower.__call__, Engine.advance, Supervisor.replay
+    tower, advance, replay = VisionTower.__call__, RolloutEngine.advance, Supervisor.replay
 
     def short_tower(self, pixels):
         if torch.is_grad_enabled():
@@ -128,7 +132,7 @@ def test_a_run_that_is_out_of_memory_everywhere_comes_to_the_same_weights(tmp_pa
         return result
 
     monkeypatch.setattr(VisionTower, "__call__", short_tower)
-    monkeypatch.setattr(Engine, "advance", short_advance)
+    monkeypatch.setattr(RolloutEngine, "advance", short_advance)
     monkeypatch.setattr(Supervisor, "replay", short_replay)
     trainer.train(config, tmp_path / "short")
     assert max(asked["tower"]) == 16 and max(asked["roll out"]) > 1

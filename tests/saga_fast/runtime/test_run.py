@@ -20,7 +20,7 @@ from saga_fast.data import ClassBalancedSampler
 from saga_fast.losses.balance import Balance
 from saga_fast.runtime import checkpoint, run
 from saga_fast.runtime.run import Run
-from saga_fast.runtime.trackers import Guest
+from saga_fast.runtime.trackers import OptionalTracker
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.utils.errors import InputError
 
@@ -161,7 +161,9 @@ def warned_not():
 
 def test_a_tracker_is_tried_before_anything_is_written(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(run, "Guest", lambda *_: seen.append((tmp_path / "run").exists()) or Guest(None, "", {}))
+    monkeypatch.setattr(
+        run, "OptionalTracker", lambda *_: seen.append((tmp_path / "run").exists()) or OptionalTracker(None, "", {})
+    )
     make(tmp_path / "run").begin(BEFORE, torch.zeros(4, 2, dtype=torch.int64), None)
     assert seen == [False]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from saga_fast.config import parse
 from saga_fast.runtime.telemetry import Telemetry
-from saga_fast.runtime.trackers import Board, Guest
+from saga_fast.runtime.trackers import OptionalTracker, Tracker
 from saga_fast.utils.errors import InputError
 
 CPU = {"seconds_cpu", "memory_peak_rss_bytes"}
@@ -108,10 +108,10 @@ def test_a_tracker_gets_what_tensorboard_gets(tracker, tmp_path, monkeypatch):
     (tmp_path / f"{tracker}.py").write_text(FAKE)
     monkeypatch.syspath_prepend(tmp_path)
     assert parse(["--tracker", tracker, "--out", str(tmp_path / "run")]).config.tracker == tracker
-    board = Board(tmp_path / "run", Guest(tracker, "run", {"seed": 0}))
-    board.scalars(3, {"loss": 0.5})
-    board.image(3, "gallery", Image.new("RGB", (4, 2)))
-    board.close()
+    tensorboard = Tracker(tmp_path / "run", OptionalTracker(tracker, "run", {"seed": 0}))
+    tensorboard.scalars(3, {"loss": 0.5})
+    tensorboard.image(3, "gallery", Image.new("RGB", (4, 2)))
+    tensorboard.close()
     begun, logged, (_, step, shown), ended = sys.modules.pop(tracker).calls
     assert begun == ("init", "saga_fast", "run", {"seed": 0}) and logged == ("log", 3, {"loss": 0.5})
     assert step == 3 and shown["gallery"].size == (4, 2) and ended == ("finish",)

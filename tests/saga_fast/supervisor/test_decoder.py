@@ -12,9 +12,9 @@ from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.decoder import Projection
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import PROMPTS, build_prefix
-from saga_fast.supervisor.replay import Group, replay
+from saga_fast.supervisor.replay import Group, replay_groups
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
@@ -55,12 +55,12 @@ def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
     expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
     features = VisualFeatures(levels[0], tuple(levels[1:]))
     groups = [Group([completion], [torch.ones(20)], {})]
-    (ours,) = replay(Question(mllm.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
+    (ours,) = replay_groups(PrefixCache(mllm.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert expected.std() > 0.1, "log-probs that are all alike would hide an error"
 
     dense = load_mllm(SUPERVISOR, quantize=False)
-    (other,) = replay(Question(dense.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
+    (other,) = replay_groups(PrefixCache(dense.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
     assert (other - ours).abs().max() > 1e-2, "the language model was not quantised at all"
 
 

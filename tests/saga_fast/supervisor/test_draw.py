@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.runtime.oom import Fits
+from saga_fast.runtime.oom import OomBackoff
 from saga_fast.supervisor.draw import draw_contributing, draw_pairs
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.rollout import Engine, Rollouts, Sampling
+from saga_fast.supervisor.pair import PrefixCache
+from saga_fast.supervisor.rollout import PairRollouts, RolloutEngine, Sampling
 from saga_fast.supervisor.supervisor import Supervisor
 
 from .tiny_models import EOS, decoder_of, pair_prefix, random_features, random_model
@@ -42,7 +42,7 @@ class Timetable:
         return set(self.going)
 
     @property
-    def free(self) -> int:
+    def free_slots(self) -> int:
         return self.slots - len(self.going)
 
     def admit(self, features: VisualFeatures, pair_ids: list[int]) -> None:
@@ -50,14 +50,14 @@ class Timetable:
         self.going |= {i: 0 for i in pair_ids}
         assert len(self.going) <= self.slots
 
-    def advance(self) -> list[Rollouts]:
+    def advance(self) -> list[PairRollouts]:
         self.going = {i: looks + 1 for i, looks in self.going.items()}
         self.made += len(self.going)
         return self.drop([i for i, looks in self.going.items() if looks == self.lengths[i - FIRST_ID]])
 
-    def drop(self, pair_ids) -> list[Rollouts]:
+    def drop(self, pair_ids) -> list[PairRollouts]:
         dropped = sorted(self.going.keys() & set(pair_ids))
-        return [Rollouts(i, [[i] * self.going.pop(i), []]) for i in dropped]
+        return [PairRollouts(i, [[i] * self.going.pop(i), []]) for i in dropped]
 
 
 @settings(max_examples=200, deadline=None)
@@ -86,7 +86,7 @@ def test_a_draw_keeps_the_first_in_order_and_accounts_for_every_token(contribute
         FIRST_ID,
         wanted,
         rate,
-        Fits(),
+        OomBackoff(),
     )
     kept = [i for i in range(count) if contributes[i]][:wanted]
     decided = kept[-1] + 1 if len(kept) == wanted else count
@@ -97,24 +97,24 @@ def test_a_draw_keeps_the_first_in_order_and_accounts_for_every_token(contribute
 
 
 @pytest.fixture(scope="module")
-def question():
-    return Question(decoder_of(random_model(torch.float32, seed=3)), pair_prefix())
+def prefix_cache():
+    return PrefixCache(decoder_of(random_model(torch.float32, seed=3)), pair_prefix())
 
 
 class Judge(Supervisor):
     """A supervisor of a random model, which has its own opinion of completions."""
 
-    def __init__(self, question: Question, slots: int, judge) -> None:
-        self.question, self.slots, self.judge, self.eos_token_ids = question, slots, judge, (EOS, 11, 23)
+    def __init__(self, prefix_cache: PrefixCache, slots: int, judge) -> None:
+        self.prefix_cache, self.slots, self.judge, self.eos_token_ids = prefix_cache, slots, judge, (EOS, 11, 23)
         self.sampling = Sampling(group_size=4, temperature=1.0, top_p=0.95, max_new_tokens=40, seed=2)
         self._engine = None
 
 
-def drawn_with(question: Question, slots: int, judge, fits: Fits | None = None) -> tuple:
+def drawn_with(prefix_cache: PrefixCache, slots: int, judge, backoff: OomBackoff | None = None) -> tuple:
     pairs = torch.tensor([[i, (5 * i + 3) % 10] for i in range(10)])
     features = random_features(10, dtype=torch.float32)
-    supervisor = Judge(question, slots, judge)
-    draw = draw_contributing(supervisor, features, pairs, [True, False] * 5, 77, 3, 0.5, fits or Fits())
+    supervisor = Judge(prefix_cache, slots, judge)
+    draw = draw_contributing(supervisor, features, pairs, [True, False] * 5, 77, 3, 0.5, backoff or OomBackoff())
     return draw, [(pair.completions, pair.contributes) for pair in draw.pairs]
 
 
@@ -125,9 +125,9 @@ def by_length(completions, same):
 
 @pytest.mark.filterwarnings("ignore:roll out. out of memory")
 @pytest.mark.parametrize("what,slots", [("__init__", 3), ("_admit", 2), ("advance", 1)])
-def test_out_of_memory_a_draw_goes_on_in_fewer_slots_to_the_same(question, monkeypatch, what, slots):
-    whole, expected = drawn_with(question, 8, by_length)
-    real, engines = getattr(Engine, what), []
+def test_out_of_memory_a_draw_goes_on_in_fewer_slots_to_the_same(prefix_cache, monkeypatch, what, slots):
+    whole, expected = drawn_with(prefix_cache, 8, by_length)
+    real, engines = getattr(RolloutEngine, what), []
 
     def short(self, *arguments):
         if self not in engines:
@@ -137,37 +137,37 @@ def test_out_of_memory_a_draw_goes_on_in_fewer_slots_to_the_same(question, monke
             raise torch.OutOfMemoryError("not that many")
         return found
 
-    monkeypatch.setattr(Engine, what, short)
-    fits = Fits()
-    draw, found = drawn_with(question, 8, by_length, fits)
+    monkeypatch.setattr(RolloutEngine, what, short)
+    backoff = OomBackoff()
+    draw, found = drawn_with(prefix_cache, 8, by_length, backoff)
     assert found == expected and draw.same == whole.same
     assert [engine.slots for engine in engines] == [8 >> n for n in range(len(engines))]
-    assert engines[-1].slots <= slots and fits.log() == {"limit_roll_out": engines[-1].slots}
+    assert engines[-1].slots <= slots and backoff.log() == {"limit_roll_out": engines[-1].slots}
 
 
-def test_a_draw_for_which_one_slot_is_too_much_says_so(question, monkeypatch):
+def test_a_draw_for_which_one_slot_is_too_much_says_so(prefix_cache, monkeypatch):
     def short(self, *arguments):
         raise torch.OutOfMemoryError("nothing fits")
 
-    monkeypatch.setattr(Engine, "advance", short)
+    monkeypatch.setattr(RolloutEngine, "advance", short)
     with (
         pytest.raises(torch.OutOfMemoryError, match="^nothing fits"),
         pytest.warns(UserWarning, match="with 2 at once"),
     ):
-        drawn_with(question, 2, by_length)
+        drawn_with(prefix_cache, 2, by_length)
 
 
-def test_completions_and_choice_do_not_depend_on_slots(question):
-    one, two, eight = (drawn_with(question, slots, by_length) for slots in (1, 2, 8))
+def test_completions_and_choice_do_not_depend_on_slots(prefix_cache):
+    one, two, eight = (drawn_with(prefix_cache, slots, by_length) for slots in (1, 2, 8))
     assert one[1] == two[1] == eight[1]
     assert one[0].contributing == 3 and 3 < len(one[0].pairs) < 10, "too easy a draw"
     assert len({len(c) for pair in one[0].pairs for c in pair.completions}) > 5, "answers alike in length hide much"
     assert one[0].wasted == 0 and eight[0].wasted > 0
 
 
-def test_a_pair_whose_logits_are_not_finite_does_not_contribute(question, monkeypatch):
+def test_a_pair_whose_logits_are_not_finite_does_not_contribute(prefix_cache, monkeypatch):
     broken = 77 + 1
-    real = Engine._sample
+    real = RolloutEngine._sample
 
     def sample(self, logits, row_id, step):
         logits[(row_id // 4 == broken) & (row_id % 4 == 2) & (step == 5)] = float("nan")
@@ -176,9 +176,9 @@ def test_a_pair_whose_logits_are_not_finite_does_not_contribute(question, monkey
     def judge(completions, same):
         return torch.tensor([[1.0, 0.0, 1.0, 0.0]] * len(same)), torch.ones(len(same), 4, dtype=torch.bool)
 
-    fine, _ = drawn_with(question, 2, judge)
-    monkeypatch.setattr(Engine, "_sample", sample)
-    draw, _ = drawn_with(question, 2, judge)
+    fine, _ = drawn_with(prefix_cache, 2, judge)
+    monkeypatch.setattr(RolloutEngine, "_sample", sample)
+    draw, _ = drawn_with(prefix_cache, 2, judge)
     assert [(pair.broken, pair.contributes) for pair in draw.pairs] == [(i == 1, i != 1) for i in range(4)]
     assert draw.pairs[1].rewards.tolist() == [0] * 4 and draw.summary()["pairs_broken"] == 1
     assert [draw.pairs[i].completions for i in (0, 2)] == [fine.pairs[i].completions for i in (0, 2)]

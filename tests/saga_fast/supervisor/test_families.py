@@ -213,7 +213,7 @@ def test_replay_equals_transformers(case):
             log_probs = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
             torch.testing.assert_close(result.log_probs[i][g], log_probs.detach(), rtol=1e-3, atol=1e-3)
             (group.coefficients[g] * log_probs).sum().backward()
-            for image, rows in enumerate(group.described.get(g, ())):
+            for image, rows in enumerate(group.attribute_token_positions.get(g, ())):
                 (entry,) = [a for a in result.attention if (a.group, a.rollout, a.image) == (i, g, image)]
                 attention = out.attentions[ANCHOR][0].mean(0)[len(prefix) + torch.tensor(rows)]
                 torch.testing.assert_close(
@@ -245,7 +245,7 @@ def test_greedy_rollouts_equal_generate_from_pixels(case, monkeypatch):
     supervisor = copy.copy(case.supervisor)
     supervisor.sampling = Sampling(group_size=1, temperature=0.0, top_p=1.0, max_new_tokens=12)
     with torch.no_grad():
-        rollouts = supervisor.roll_out(case.encoder.tower(case.pixels), torch.arange(2))
+        rollouts = supervisor.rollout(case.encoder.tower(case.pixels), torch.arange(2))
     for pair, (ours,) in zip(case.pixels.split(2), rollouts):
         inputs = {name: value for name, value in case.inputs(pair).items() if name != "interpolate_pos_encoding"}
         if isinstance(case.mllm.decoder.layers[0].down.weights[0], Tensor):

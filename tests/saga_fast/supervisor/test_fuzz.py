@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor, ask
+from saga_fast.supervisor.supervisor import Supervisor, prompt_prefix
 from saga_fast.supervisor.weights import quiet
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
@@ -186,7 +186,7 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
             known = pretrained.mllm
             tower = tower_of(known.visual)
             grid = tower.grid(SIDE, SIDE)
-            prefix, placed = ask(known, PROMPT, "images_first", grid, sampling)
+            prefix, placed = prompt_prefix(known, PROMPT, "images_first", grid, sampling)
         except InputError as error:
             assert "still at it" not in str(
                 error
@@ -200,7 +200,7 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
         assert known.eos_token_ids and all(
             0 <= token < pretrained.config.text_config.vocab_size for token in known.eos_token_ids
         )
-        assert known.positions is None or placed.next_position + 17 <= known.positions
+        assert known.max_positions is None or placed.next_position + 17 <= known.max_positions
         pixels = tower.normalize(torch.full((1, 3, 1, 1), 200, dtype=torch.uint8), torch.float32)
         assert pixels.isfinite().all()
         accepted += 1
@@ -210,7 +210,7 @@ def folders_are_right(root: Path) -> Callable[[tuple[str, int]], str]:
             mllm = load_mllm(pretrained, quantize=bool(seed % 2))
             supervisor = Supervisor(mllm, PROMPT, "images_first", grid, sampling)
             features = tower_of(mllm.visual)(torch.full((2, 3, SIDE, SIDE), 9, dtype=torch.uint8))
-            (group,) = supervisor.roll_out(features.detach(), torch.tensor([0]))
+            (group,) = supervisor.rollout(features.detach(), torch.tensor([0]))
         except InputError as error:
             return f"asked, then {refused(error)}"
         except ValueError as error:  # a run drops such pairs, and says so

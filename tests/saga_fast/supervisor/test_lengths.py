@@ -37,14 +37,14 @@ def test_lengths_are_those_of_the_tokens(mllm, prompt, order):
         text = json.dumps({**items, **notes, prompt.verdict_key: "no"})
         return len(mllm.tokenizer(f"{text}<|im_end|>")["input_ids"])
 
-    assert (lengths.answer, lengths.least) == (written("short red"), written(""))
+    assert (lengths.answer, lengths.minimum) == (written("short red"), written(""))
     line = lengths.line(192)
     assert "\n" not in line and all(str(number) in line for number in (*lengths[:4], 192))
 
 
 def test_what_does_not_fit_is_said(mllm):
     lengths = measure(Supervisor(mllm, PROMPTS["drawn-birds"], "images_first", (7, 7), Sampling()))
-    answer, least = lengths.answer, lengths.least
+    answer, least = lengths.answer, lengths.minimum
     assert 0 < least < answer <= 192, "the default's answers fit"
     assert lengths.shortage(answer) is None
     assert f"{answer - 1}; an answer of two words a value takes {answer} tokens" in lengths.shortage(answer - 1)

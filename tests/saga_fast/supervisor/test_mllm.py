@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime.memory import LiveBytes
 from saga_fast.supervisor.mllm import load_mllm
-from saga_fast.supervisor.pair import PairPrefix, Question
+from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import build_prefix
-from saga_fast.supervisor.replay import Group, replay
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.replay import Group, replay_groups
+from saga_fast.supervisor.rollout import Sampling, rollout_pairs
 from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
 
@@ -229,17 +229,20 @@ def test_a_head_in_nf4_is_the_dequantised_head_everywhere(family, tmp_path):
     dense.decoder.embedding = nf4_dequantize(packed.decoder.embedding)
 
     ids = torch.tensor([3, 287, 0, 3, 64])
-    assert torch.equal(packed.decoder.embed(ids), dense.decoder.embed(ids))
+    assert torch.equal(packed.decoder.embed_tokens(ids), dense.decoder.embed_tokens(ids))
     features = VisualFeatures(torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)), ())
     prefix = build_prefix(packed.tokenizer, "Same?", 4, image_token=packed.image_token)
     prefix = PairPrefix.of(prefix, (2, 2) if packed.decoder.mrope else None)
     sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=8)
     drawn = [
-        rollout(Question(m.decoder, prefix), features, torch.tensor([0]), sampling, (-1,)) for m in (packed, dense)
+        rollout_pairs(PrefixCache(m.decoder, prefix), features, torch.tensor([0]), sampling, (-1,))
+        for m in (packed, dense)
     ]
     assert drawn[0] == drawn[1]
     groups = [Group(drawn[0][0], [torch.ones(8)] * 3, {})]
-    ours, theirs = (replay(Question(m.decoder, prefix), features, groups, 1.0, 0).log_probs[0] for m in (packed, dense))
+    ours, theirs = (
+        replay_groups(PrefixCache(m.decoder, prefix), features, groups, 1.0, 0).log_probs[0] for m in (packed, dense)
+    )
     torch.testing.assert_close(ours, theirs)
 
 

@@ -23,7 +23,7 @@ from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import Supervisor, ask
+from saga_fast.supervisor.supervisor import Supervisor, prompt_prefix
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
@@ -60,7 +60,7 @@ def refused(folder: Path, message: str, load: Callable = read_pretrained) -> Inp
 
 def asked(folder: Path, tokens: int = 16, order: str = "images_first"):
     """The question to the model of `folder`, whose weights are not read."""
-    return ask(read_pretrained(folder).mllm, PROMPT, order, (2, 2), Sampling(max_new_tokens=tokens))[0]
+    return prompt_prefix(read_pretrained(folder).mllm, PROMPT, order, (2, 2), Sampling(max_new_tokens=tokens))[0]
 
 
 def head_of(folder: Path) -> bool:
@@ -136,8 +136,8 @@ def test_rotary_scaling_by_length_is_taken_up_to_where_it_begins(kind, copy):
 
     scale(1000)
     known = read_pretrained(folder).mllm
-    assert known.positions == 1000
-    question = ask(known, PROMPT, "images_first", (2, 2), Sampling(max_new_tokens=1))[1].next_position
+    assert known.max_positions == 1000
+    question = prompt_prefix(known, PROMPT, "images_first", (2, 2), Sampling(max_new_tokens=1))[1].next_position
     scale(question + 50)
     mllm = load_mllm(folder, quantize=False)
     Supervisor(mllm, PROMPT, "images_first", (2, 2), Sampling(max_new_tokens=49))
@@ -260,7 +260,7 @@ def test_a_tokenizer_of_another_release_is_refused(copy):
     )
     same = dataclasses.replace(PROMPT, role="Sameness")
     with pytest.raises(InputError, match="writes the prompt with token 258, where its embedding has 258; restore"):
-        ask(read_pretrained(folder).mllm, same, "images_first", (2, 2), Sampling())
+        prompt_prefix(read_pretrained(folder).mllm, same, "images_first", (2, 2), Sampling())
 
 
 # ── Chat templates ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,9 +8,9 @@ import torch
 
 from bench import smollm2
 from saga_fast.supervisor.decoder import FrozenDecoder
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.replay import Group, replay
-from saga_fast.supervisor.rollout import Sampling, rollout
+from saga_fast.supervisor.pair import PrefixCache
+from saga_fast.supervisor.replay import Group, replay_groups
+from saga_fast.supervisor.rollout import Sampling, rollout_pairs
 
 pytestmark = [
     pytest.mark.real_weights,
@@ -31,13 +31,15 @@ def test_greedy_text_and_log_probs_equal_transformers(loaded):
     texts = []
     for question in QUESTIONS:
         prefix, features = smollm2.ask(decoder, tokenizer, question)
-        (group,) = rollout(Question(decoder, prefix), features, torch.tensor([0]), sampling, (tokenizer.eos_token_id,))
+        (group,) = rollout_pairs(
+            PrefixCache(decoder, prefix), features, torch.tensor([0]), sampling, (tokenizer.eos_token_id,)
+        )
         whole = model.generate(prefix.input_ids[None], max_new_tokens=16, do_sample=False)
         theirs = whole[0, len(prefix) :]
         assert group == [theirs.tolist()] * 2
 
         groups = [Group(group, [torch.zeros(len(c)) for c in group], {})]
-        found = replay(Question(decoder, prefix), features, groups, 1.0, anchor_layer=0).log_probs[0]
+        found = replay_groups(PrefixCache(decoder, prefix), features, groups, 1.0, anchor_layer=0).log_probs[0]
         logits = model(whole).logits[0, len(prefix) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
         for log_probs in found:
@@ -53,7 +55,7 @@ def test_gradient_at_the_visual_rows_equals_transformers(loaded):
     completion = tokenizer.encode("A robin has a red breast.", add_special_tokens=False)
     leaf = features.tokens.clone().requires_grad_()
     group = Group([completion], [torch.ones(len(completion))], {})
-    replay(Question(decoder, prefix), features._replace(tokens=leaf), [group], 1.0, anchor_layer=0)
+    replay_groups(PrefixCache(decoder, prefix), features._replace(tokens=leaf), [group], 1.0, anchor_layer=0)
 
     ids = torch.cat([prefix.input_ids, torch.tensor(completion)])
     embedded = model.model.embed_tokens(ids).requires_grad_()
@@ -73,7 +75,7 @@ def test_four_bits_drift_as_their_weights_do(loaded):
     def log_probs(quantize_head: bool = False) -> torch.Tensor:
         decoder = FrozenDecoder(model.model, model.lm_head, quantize_head)
         prefix, features = smollm2.ask(decoder, tokenizer, QUESTIONS[0])
-        return replay(Question(decoder, prefix), features, [group], 1.0, 0).log_probs[0][0]
+        return replay_groups(PrefixCache(decoder, prefix), features, [group], 1.0, 0).log_probs[0][0]
 
     dense, head = log_probs(), log_probs(quantize_head=True)
     smollm2.quantize_layers(model)

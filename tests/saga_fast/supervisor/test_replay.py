@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor import frozen_pass
-from saga_fast.supervisor.pair import Question
-from saga_fast.supervisor.replay import Group, Plan, replay
+from saga_fast.supervisor.pair import PrefixCache
+from saga_fast.supervisor.replay import Group, Plan, replay_groups
 
 from .tiny_models import (
     TOKENS,
@@ -68,7 +68,7 @@ def oracle(model, prefix, features, groups, anchor):
             log_prob = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
             loss = loss + (group.coefficients[g] * log_prob).sum()
             log_probs[-1].append(log_prob.detach())
-            for image, positions in enumerate(group.described.get(g, ())):
+            for image, positions in enumerate(group.attribute_token_positions.get(g, ())):
                 rows = out.attentions[anchor][0].mean(0)[len(prefix) + torch.tensor(positions)]
                 attention[i, g, image] = rows[:, prefix.images[image]].detach()
     loss.backward()
@@ -78,7 +78,7 @@ def oracle(model, prefix, features, groups, anchor):
 def assert_equal_to_oracle(model, lengths, anchor=ANCHOR, **settings):
     prefix, groups = pair_prefix(), make_groups(lengths)
     ours, theirs = (leaves(random_features(2 * len(groups))) for _ in range(2))
-    result = replay(Question(decoder_of(model), prefix), ours, groups, TEMPERATURE, anchor, **settings)
+    result = replay_groups(PrefixCache(decoder_of(model), prefix), ours, groups, TEMPERATURE, anchor, **settings)
     loss, log_probs, attention = oracle(model, prefix, theirs, groups, anchor)
     torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.log_probs, log_probs, rtol=1e-9, atol=1e-9)
@@ -125,7 +125,7 @@ def test_equals_transformers_on_drawn_shapes(lengths):
 
 def test_without_gradient_it_only_reads(model):
     prefix, groups, features = pair_prefix(), make_groups([[4, 3]]), random_features(2)
-    result = replay(Question(decoder_of(model), prefix), features, groups, TEMPERATURE, ANCHOR)
+    result = replay_groups(PrefixCache(decoder_of(model), prefix), features, groups, TEMPERATURE, ANCHOR)
     assert features.tokens.grad is None and not result.loss.requires_grad
     assert len(result.attention) == 2 and result.attention[0].weights.shape == (1, TOKENS)
 
@@ -134,7 +134,7 @@ def test_no_weight_gets_a_gradient(model):
     decoder = decoder_of(model)
     before = decoder.fingerprint()
     features = leaves(random_features(2))
-    replay(Question(decoder, pair_prefix()), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
+    replay_groups(PrefixCache(decoder, pair_prefix()), features, make_groups([[4, 3]]), TEMPERATURE, ANCHOR)
     assert decoder.fingerprint() == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -146,8 +146,8 @@ def test_in_bf16_many_slices_round_no_worse_than_one_pack():
 
     def gradient(dtype: torch.dtype, token_budget: int) -> torch.Tensor:
         features = leaves(random_features(2))
-        question = Question(decoder_of(random_model(layers=2).to(dtype)), prefix)
-        replay(question, features, groups, TEMPERATURE, ANCHOR, Plan(token_budget))
+        prefix_cache = PrefixCache(decoder_of(random_model(layers=2).to(dtype)), prefix)
+        replay_groups(prefix_cache, features, groups, TEMPERATURE, ANCHOR, Plan(token_budget))
         return torch.cat([level.grad.double().flatten() for level in features.levels])
 
     exact = gradient(torch.float64, 1 << 16)

@@ -13,7 +13,7 @@ from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.verdict import parse
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import ATTRIBUTES, EASY, change, differing, species
-from saga_fast.tiny.card import SAMPLING, ask, held_out_pairs, written_right
+from saga_fast.tiny.card import SAMPLING, answer_pairs, held_out_pairs, written_right
 from saga_fast.tiny.language import (
     ORDERS,
     PROMPT,
@@ -24,13 +24,13 @@ from saga_fast.tiny.language import (
     attention_of_rows,
     build_model,
     build_tokenizer,
+    make_examples,
+    make_text_examples,
     quantized_linears,
-    questions,
-    write,
-    write_unseen,
+    tokenized_prompts,
 )
 from saga_fast.tiny.recipe import main
-from saga_fast.tiny.tower import Pool, TowerTrainer, held_out, learning_rate, render, seen_attributes
+from saga_fast.tiny.tower import Pool, TowerTrainer, held_out, learning_rate, render, training_attributes
 from saga_fast.utils.errors import InputError
 
 ONCE = replace(SAMPLING, group_size=1)
@@ -55,7 +55,7 @@ def pairs_and_pixels(count: int):
 @pytest.mark.parametrize("order", ORDERS)
 def test_answers_are_well_formed_and_right_on_easy_pictures(mllm, order):
     pairs, pixels = pairs_and_pixels(32)
-    texts = [group[0] for group in ask(mllm, pixels, order, sampling=ONCE)]
+    texts = [group[0] for group in answer_pairs(mllm, pixels, order, sampling=ONCE)]
     verdicts = [parse(text, PROMPT) for text in texts]
     assert sum(verdict is not None and verdict.well_formed for verdict in verdicts) >= 31
     assert sum(v is not None and v.same == (a == b) for v, (a, b) in zip(verdicts, pairs)) >= 24
@@ -65,13 +65,15 @@ def test_answers_are_well_formed_and_right_on_easy_pictures(mllm, order):
 
 def test_generic_prompt_is_answered(mllm):
     _, pixels = pairs_and_pixels(8)
-    verdicts = [parse(group[0], PROMPT.as_generic()) for group in ask(mllm, pixels, generic=True, sampling=ONCE)]
+    verdicts = [
+        parse(group[0], PROMPT.as_generic()) for group in answer_pairs(mllm, pixels, generic=True, sampling=ONCE)
+    ]
     assert sum(verdict is not None and verdict.well_formed for verdict in verdicts) >= 7
 
 
 def test_differences_follow_what_is_written(mllm):
     _, pixels = pairs_and_pixels(16)
-    for group in ask(mllm, pixels, sampling=ONCE):
+    for group in answer_pairs(mllm, pixels, sampling=ONCE):
         said = json.loads(group[0])
         names = [name for name in ATTRIBUTES if said["bird_1"][name] != said["bird_2"][name]]
         if not names:
@@ -92,14 +94,14 @@ def test_weights_fit_the_limits_and_the_card_is_there():
 
 def test_tokenizer_writes_a_value_as_one_token_and_spells_anything(tokenizer):
     rng = np.random.default_rng(0)
-    ids = tokenizer.encode(answer(PROMPT, *(2 * [seen_attributes(rng)])), add_special_tokens=False)
+    ids = tokenizer.encode(answer(PROMPT, *(2 * [training_attributes(rng)])), add_special_tokens=False)
     assert len(ids) < 130
     for text in ("héllo wörld 🐦", '{"bird_1": [1e5]}', "a  b\n\tc"):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     values = {value for values in ATTRIBUTES.values() for value in values}
     assert all(len(tokenizer.encode(value, add_special_tokens=False)) == 1 for value in values)
-    for question in questions(tokenizer).values():
-        assert question.prompt.generic or question.values.shape == (2, len(ATTRIBUTES))
+    for tokenized in tokenized_prompts(tokenizer).values():
+        assert tokenized.prompt.generic or tokenized.values.shape == (2, len(ATTRIBUTES))
 
 
 def test_committed_tokenizer_is_the_recipes(tokenizer):
@@ -121,13 +123,13 @@ def test_no_stream_draws_a_test_species():
         def integers(self, *bounds):
             return self.script.pop(0) if self.script else self.rng.integers(*bounds)
 
-    assert seen_attributes(Rigged(np.random.default_rng(0))) != founder
+    assert training_attributes(Rigged(np.random.default_rng(0))) != founder
     pool = FamilyPool(TowerTrainer(), 0, 4)
     assert not {tuple(bird.values()) for n in range(200) for bird in pool._family(n)} & barred
 
 
 def test_answer_names_the_differences_before_the_verdict():
-    bird = seen_attributes(np.random.default_rng(1))
+    bird = training_attributes(np.random.default_rng(1))
     other = change(bird, 2, np.random.default_rng(2))
     said = json.loads(answer(PROMPT, bird, other))
     assert said["differences"] == ", ".join(differing(bird, other)) and said["same_species"] == "no"
@@ -138,26 +140,26 @@ def test_miswritten_values_are_read_but_not_learned_from(tokenizer):
     torch.manual_seed(0)
     pool = FamilyPool(TowerTrainer(), 0, 4)
     pool.grow_to(4)
-    question = questions(tokenizer)[ORDERS[0], False]
+    tokenized = tokenized_prompts(tokenizer)[ORDERS[0], False]
     rng = np.random.default_rng(0)
-    example = write(question, tokenizer, pool, 40, rng)
-    at = len(question.prefix) + question.values.flatten()
+    example = make_examples(tokenized, tokenizer, pool, 40, rng)
+    at = len(tokenized.prefix) + tokenized.values.flatten()
     hidden = example.labels[:, at] == -100
     assert 0 < hidden.sum() <= 40 * 4
-    assert (example.labels[:, : len(question.prefix)] == -100).all()
+    assert (example.labels[:, : len(tokenized.prefix)] == -100).all()
     learned = example.labels != -100
     assert (example.labels[learned] == example.input_ids[learned]).all()
-    assert example.features.tokens.shape == (80, 49, 192) and example.looked.shape == (40, 2, 12, 49)
+    assert example.features.tokens.shape == (80, 49, 192) and example.head_attention.shape == (40, 2, 12, 49)
 
 
 def test_text_only_loss_teaches_the_language_model_alone(tokenizer):
     torch.manual_seed(0)
     model = build_model(tokenizer)
-    trainer, question = LanguageTrainer(model), questions(tokenizer)[ORDERS[1], False]
-    written = write_unseen(tokenizer, 6, np.random.default_rng(0))
+    trainer, tokenized = LanguageTrainer(model), tokenized_prompts(tokenizer)[ORDERS[1], False]
+    written = make_text_examples(tokenizer, 6, np.random.default_rng(0))
     assert written.differ.any() and not written.differ.all(1).all()
     assert (written.answer[~written.real] == tokenizer.pad_token_id).all()
-    trainer.compare(question, written).backward()
+    trainer.compare(tokenized, written).backward()
     assert all(parameter.grad is None for parameter in model.model.visual.parameters())
     assert all(parameter.grad is not None for parameter in trainer.probes.parameters())
 

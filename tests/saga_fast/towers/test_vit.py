@@ -28,7 +28,7 @@ from transformers import (
 
 from saga_fast.encoder import Encoder
 from saga_fast.export import export
-from saga_fast.runtime.memory import kept_by_tower
+from saga_fast.runtime.memory import tower_activation_bytes
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower, tower_of
 from saga_fast.utils.errors import InputError
@@ -98,9 +98,9 @@ def test_a_tower_is_the_models_patches_and_goes_round(kind, tmp_path):
     expected = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     encoder.zero_grad()
     encoder.tower.checkpoint_blocks()
-    fixed, each = kept_by_tower(encoder.tower, 32, autocast=False)
+    fixed, each = tower_activation_bytes(encoder.tower, 32, autocast=False)
     encoder.tower.checkpoint_blocks(False)
-    assert each < 0.5 * kept_by_tower(encoder.tower, 32, autocast=False)[1], "its blocks are not run again"
+    assert each < 0.5 * tower_activation_bytes(encoder.tower, 32, autocast=False)[1], "its blocks are not run again"
     encoder.tower.checkpoint_blocks()
     encoder(images).sum(0)[0].backward()
     for name, parameter in encoder.named_parameters():

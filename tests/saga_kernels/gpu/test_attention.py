@@ -48,7 +48,7 @@ def assert_equals_reference(layout, q, k, v, do, tiles=TILES[:1] * 3, onto=None)
     o, lse = attention.forward(q, k, v, *offsets, SCALE, tile=tiles[0])
     assert o.dtype == q.dtype and lse.dtype == torch.float32
     results = {"o": (o, right[0]), "lse": (lse, right[1])}
-    buffers = (onto.slots, onto.first_columns, onto.attention) if onto else (None, None, None)
+    buffers = (onto.row_index, onto.first_columns, onto.attention) if onto else (None, None, None)
     wide_attention = torch.zeros_like(onto.attention, dtype=torch.float64) if onto else None
     gradients = attention.backward(
         do, q, k, v, o, lse, *offsets, SCALE, *buffers, query_tile=tiles[1], key_tile=tiles[2]

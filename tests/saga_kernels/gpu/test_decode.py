@@ -6,7 +6,7 @@ import triton.language as tl
 
 from saga_kernels.decode import decode_attention_reference
 from saga_kernels.gpu import decode
-from saga_kernels.gpu.decode import Pieces, Tile
+from saga_kernels.gpu.decode import Splits, Tile
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 TILE = Tile(16, 4, 1)
@@ -14,7 +14,7 @@ TILE = Tile(16, 4, 1)
 
 def make(
     dtype=torch.float32, pairs=3, group=4, kv=1, rep=2, dim=64, length=37, end=34, counts=(0, 33, 15, 16, 17, 5, 32),
-    seats=(7, 2, 0, 3, 1, 6, 4), padding=0,
+    query_slots=(7, 2, 0, 3, 1, 6, 4), padding=0,
 ):  # fmt: skip
     """Arguments of rows in views of larger blocks, nan wherever nobody should look; the last of three pairs is empty.
 
@@ -37,7 +37,16 @@ def make(
     prefix_k[..., length:] = nan
     q, k, v = qkv[:, : kv * rep], qkv[:, kv * rep : kv * (rep + 1)], qkv[:, kv * (rep + 1) :]
     prefix = prefix_k[:pairs, ..., :length], prefix_v[:pairs]
-    return q, k, v, *prefix, *(block[:rows, :, :end] for block in own), torch.tensor(seats), torch.tensor(counts), group
+    return (
+        q,
+        k,
+        v,
+        *prefix,
+        *(block[:rows, :, :end] for block in own),
+        torch.tensor(query_slots),
+        torch.tensor(counts),
+        group,
+    )
 
 
 def reference(arguments):
@@ -48,10 +57,10 @@ def reference(arguments):
     return decode_attention_reference(*wide)
 
 
-def assert_equals_reference(arguments, pieces=None, tile=TILE, rows=slice(None)):
+def assert_equals_reference(arguments, splits=None, tile=TILE, rows=slice(None)):
     q, k, v, *_, own_k, own_v, _, cached, _ = arguments
     right, before = reference(arguments), [own_k.clone(), own_v.clone()]
-    got = decode.forward(*arguments, tile=tile, pieces=pieces)
+    got = decode.forward(*arguments, tile=tile, splits=splits)
     assert got.dtype == q.dtype and got.is_contiguous()
     error = (got.double() - right)[rows].norm() / right[rows].norm()
     assert error <= TOLERANCE[q.dtype]
@@ -61,10 +70,10 @@ def assert_equals_reference(arguments, pieces=None, tile=TILE, rows=slice(None))
         torch.testing.assert_close(block, old, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("pieces", [None, Pieces(1, 3, 1, 3), Pieces(3, 1, 3, 1), Pieces(2, 2, 2, 2)])
+@pytest.mark.parametrize("pieces", [None, Splits(1, 3, 1, 3), Splits(3, 1, 3, 1), Splits(2, 2, 2, 2)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equals_float64_reference_however_it_is_cut(dtype, pieces):
-    assert_equals_reference(make(dtype), pieces)
+def test_equals_float64_reference_however_it_is_cut(dtype, splits):
+    assert_equals_reference(make(dtype), splits)
 
 
 @pytest.mark.parametrize(("rep", "kv", "group"), [(1, 2, 4), (3, 1, 4), (4, 2, 8), (8, 1, 8), (32, 1, 4)])
@@ -104,18 +113,18 @@ def test_a_vector_ends_where_the_memory_does():
 
 def test_seats_that_nobody_reads():
     """They see their own tokens alone; a row of a prefix with more pieces than are merged together among them."""
-    arguments = make(seats=(7, 12, 0, 99, 1, 6, 4), length=16 * 9 + 1)
-    assert_equals_reference(arguments, Pieces(10, 1, 3, 1), rows=[0, 2, 4, 5, 6])
-    assert decode.forward(*arguments, tile=TILE, pieces=Pieces(10, 1, 3, 1)).isfinite().all()
+    arguments = make(query_slots=(7, 12, 0, 99, 1, 6, 4), length=16 * 9 + 1)
+    assert_equals_reference(arguments, Splits(10, 1, 3, 1), rows=[0, 2, 4, 5, 6])
+    assert decode.forward(*arguments, tile=TILE, splits=Splits(10, 1, 3, 1)).isfinite().all()
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_smallest(wanted):
     """One key, one row and no token yet; a row alone of its pair; an end that one token fills."""
     shapes = [
-        dict(pairs=1, group=1, rep=1, dim=8, length=1, end=1, counts=[0], seats=[0]),
-        dict(pairs=3, group=8, counts=[9], seats=[15]),
-        dict(pairs=1, end=1, counts=[0, 0], seats=[3, 1]),
+        dict(pairs=1, group=1, rep=1, dim=8, length=1, end=1, counts=[0], query_slots=[0]),
+        dict(pairs=3, group=8, counts=[9], query_slots=[15]),
+        dict(pairs=1, end=1, counts=[0, 0], query_slots=[3, 1]),
     ]
     assert_equals_reference(make(**shapes[wanted]))
 
@@ -126,18 +135,18 @@ def test_more_rows_than_are_looked_at_together(monkeypatch):
 
 
 def test_no_row_at_all():
-    q, k, v, *prefix, own_k, own_v, seat, cached, group = make()
-    none = [x[:0] for x in (q, k, v)], [x[:0] for x in (own_k, own_v, seat, cached)]
+    q, k, v, *prefix, own_k, own_v, query_slot, cached, group = make()
+    none = [x[:0] for x in (q, k, v)], [x[:0] for x in (own_k, own_v, query_slot, cached)]
     assert decode.forward(*none[0], *prefix, *none[1], group).shape == (0, 2, 64)
 
 
 def test_any_stride():
-    q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, group = make(kv=2)
+    q, k, v, prefix_k, prefix_v, own_k, own_v, query_slot, cached, group = make(kv=2)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # numbers of a head apart from each other
     own_k, own_v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (own_k, own_v))
     prefix_k, prefix_v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (prefix_k, prefix_v))
-    seat, cached = (torch.stack([x, x], 1)[:, 0] for x in (seat, cached))
-    assert_equals_reference((q, k, v, prefix_k, prefix_v, own_k, own_v, seat, cached, group))
+    query_slot, cached = (torch.stack([x, x], 1)[:, 0] for x in (query_slot, cached))
+    assert_equals_reference((q, k, v, prefix_k, prefix_v, own_k, own_v, query_slot, cached, group))
 
 
 @pytest.mark.parametrize("chunk", [2, 8])
@@ -145,13 +154,13 @@ def test_scores_far_apart_and_pieces_merged_in_several_rounds(chunk, monkeypatch
     monkeypatch.setattr(decode, "CHUNK", chunk)
     arguments = make()
     arguments[0].mul_(60)
-    assert_equals_reference(arguments, Pieces(3, 1, 3, 1))
+    assert_equals_reference(arguments, Splits(3, 1, 3, 1))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("place", range(7))
-@pytest.mark.parametrize("pieces", [Pieces(1, 3, 1, 3), Pieces(3, 1, 3, 1)])
-def test_what_is_not_a_number_stays_so(place, pieces):
+@pytest.mark.parametrize("pieces", [Splits(1, 3, 1, 3), Splits(3, 1, 3, 1)])
+def test_what_is_not_a_number_stays_so(place, splits):
     """Of the queries, new tokens and caches of row 1; or of the prefix of rows 0, 5 and 6."""
     arguments = make()
     if place in (3, 4):
@@ -160,7 +169,7 @@ def test_what_is_not_a_number_stays_so(place, pieces):
         arguments[place][1, ..., -2:, :] = torch.nan
     if place >= 5:
         arguments[place][1, :, 20] = torch.nan
-    got = decode.forward(*arguments, tile=TILE, pieces=pieces)
+    got = decode.forward(*arguments, tile=TILE, splits=splits)
     wrong = got.isnan().any(-1).any(-1).nonzero().flatten().tolist()
     assert wrong == ([0, 5, 6] if place in (3, 4) else [1])
 
@@ -168,7 +177,7 @@ def test_what_is_not_a_number_stays_so(place, pieces):
 @pytest.mark.parametrize(("n", "multiprocessors"), [(1, 132), (8, 132), (64, 132), (128, 84), (3, 1)])
 def test_pieces_cover_what_there_is(n, multiprocessors):
     for length, end, keys in ((850, 384, 32), (1, 1, 32), (851, 1024, 64), (300, 17, 16)):
-        cut = decode.cut(n, -(-n // 8), 8, length, end, keys, multiprocessors)
+        cut = decode.choose_splits(n, -(-n // 8), 8, length, end, keys, multiprocessors)
         for count, tiles, size in ((cut.prefix, cut.prefix_tiles, length), (cut.own, cut.own_tiles, end)):
             assert (count - 1) * tiles * keys < size <= count * tiles * keys
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saga_fast.supervisor.bidirectional_images import ImageRows, add_bidirectional, bidirectional_backward
 from saga_fast.supervisor.gates import GATES
-from saga_fast.supervisor.whole_images import Images, add_later, later_backward
 from saga_kernels import GroupLayout, group_attention
 
 
@@ -16,7 +16,7 @@ def test_later_tokens_of_an_image_are_seen_forward_and_back():
     prefix, length, skipped, heads, kv_heads, dim = 12, 15, 2, 4, 2, 8
     layout = GroupLayout([prefix], [[length - prefix]], [prefix - skipped])
     columns = torch.tensor([[3, 4, 5], [8, 9, 10]])
-    images = Images(columns - skipped, columns)
+    images = ImageRows(columns - skipped, columns)
     q = torch.randn(length - skipped, heads, dim, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(length, kv_heads, dim, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
@@ -32,13 +32,13 @@ def test_later_tokens_of_an_image_are_seen_forward_and_back():
 
     with torch.no_grad():
         o, lse = group_attention(q, k, v, layout)
-        add_later(q, k, v, o, lse, images)
+        add_bidirectional(q, k, v, o, lse, images)
         torch.testing.assert_close(o, expected)
         torch.testing.assert_close(lse, scores.logsumexp(-1))
         met = q, k, v, o, lse
         scale, onto = dim**-0.5, (None, None, None)
         d = torch.ops.saga_kernels.group_attention_backward(d_o, *met, *layout.offsets, scale, *onto)
-        later_backward(d_o, *met, d, images)
+        bidirectional_backward(d_o, *met, d, images)
     for mine, x in zip(d, (q, k, v)):
         torch.testing.assert_close(mine, x.grad)
 

@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 
 
-class Images(NamedTuple):
+class ImageRows(NamedTuple):
     """Where the tokens of images stand: rows (images, N) int64, of q; columns alike, of keys and values."""
 
     rows: Tensor
     columns: Tensor
 
 
-def add_later(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, images: Images) -> None:
+def add_bidirectional(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, images: ImageRows) -> None:
     """Has each image token see those behind it in its image too: o (rows, heads, head_dim) and lse (heads, rows) of
     `group_attention` become those of all its keys, in place."""
     scores, values = _scores(q, k, images), _by_head(v[images.columns], k.shape[1])
-    before = _lse(lse, images, k.shape[1])
-    whole = torch.logaddexp(before, scores.logsumexp(-1))
-    causal = _by_head(o[images.rows], k.shape[1]) * (before - whole).exp()[..., None]
-    later = scores.sub_(whole[..., None]).exp_() @ values
-    o[images.rows] = _by_token(causal + later).to(o.dtype)
-    lse[:, images.rows] = whole.permute(1, 2, 0, 3).flatten(0, 1)
+    causal_lse = _lse(lse, images, k.shape[1])
+    full_lse = torch.logaddexp(causal_lse, scores.logsumexp(-1))
+    causal_o = _by_head(o[images.rows], k.shape[1]) * (causal_lse - full_lse).exp()[..., None]
+    later_o = scores.sub_(full_lse[..., None]).exp_() @ values
+    o[images.rows] = _by_token(causal_o + later_o).to(o.dtype)
+    lse[:, images.rows] = full_lse.permute(1, 2, 0, 3).flatten(0, 1)
 
 
-def later_backward(
+def bidirectional_backward(
     d_o: Tensor,
     q: Tensor,
     k: Tensor,
@@ -40,7 +40,7 @@ def later_backward(
     o: Tensor,
     lse: Tensor,
     d: tuple[Tensor, Tensor, Tensor],
-    images: Images,
+    images: ImageRows,
 ) -> None:
     """Adds the later tokens' share to `d`, the gradients of q, k and v that `group_attention_backward` gave."""
     kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
@@ -55,12 +55,12 @@ def later_backward(
         total[at] += _by_token(share).to(total.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, images: Images) -> Tensor:
+def _scores(q: Tensor, k: Tensor, images: ImageRows) -> Tensor:
     """(images, kv_heads, rep, N, N) of each token onto those behind it; -inf elsewhere."""
     kv_heads, count = k.shape[1], images.rows.shape[1]
     scores = (_by_head(q[images.rows], kv_heads) * q.shape[-1] ** -0.5) @ _by_head(k[images.columns], kv_heads).mT
-    seen = torch.ones(count, count, dtype=torch.bool, device=q.device).tril_()
-    return scores.masked_fill_(seen, -torch.inf)
+    causal_mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril_()
+    return scores.masked_fill_(causal_mask, -torch.inf)
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
@@ -73,6 +73,6 @@ def _by_token(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _lse(lse: Tensor, images: Images, kv_heads: int) -> Tensor:
+def _lse(lse: Tensor, images: ImageRows, kv_heads: int) -> Tensor:
     """lse (heads, rows) of the images' rows: (images, kv_heads, rep, N)."""
     return lse[:, images.rows].unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3)
