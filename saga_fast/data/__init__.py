@@ -107,6 +107,6 @@ def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
         yield f"passed over: {skipped_summary}"
     if shared := set(train.classes) & set(test.classes):
         yield (
-            f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are not "
-            "of classes never seen"
+            f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are "
+            "not of classes never seen"
         )

@@ -90,7 +90,8 @@ def neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Iterator[tuple[
     """(rows (c,), found (c, k)), both int64: for each row the k others of largest inner product, best first.
 
     Chunk by chunk, in order. Exact; of equal products the lower index comes first, at the k-th place too. Each product
-    of two rows is computed once and serves both, as long as what was found for all rows so far fits in `NEIGHBOUR_BYTES` bytes.
+    of two rows is computed once and serves both, as long as what was found for all rows so far fits in
+    `NEIGHBOUR_BYTES` bytes.
     """
     n, device = len(embeddings), embeddings.device
     once = 12 * n * k <= NEIGHBOUR_BYTES

@@ -1,9 +1,8 @@
-"""Attribute credit: a reward for what a rollout says of one attribute, beside the verdict's, which is one bit for some
-hundred tokens.
+"""Attribute credit: a reward per attribute value, beside that of the verdict, which is one bit for some hundred tokens.
 
-Two images of one class look alike in every attribute, so what a rollout says of one image should be what rollouts say
-of the other. No label beyond the class is used, and on pairs of two classes, which may differ in any attribute, nothing
-is rewarded.
+Two images of one class look alike in every attribute, so the values that rollouts give for one image should agree with
+those for the other. No label beyond the class is used. Pairs of two classes, which may differ in any attribute, earn
+nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ AttributeValues = tuple[dict[str, str], dict[str, str]]  # attribute → value, 
 
 
 def agreement(a: str, b: str) -> float:
-    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if none."""
+    """F1 of the words of two values, whatever their letter case: 1 if all words are shared, 0 if none."""
     a_words, b_words = Counter(a.casefold().split()), Counter(b.casefold().split())
     shared = sum((a_words & b_words).values())
     return 2 * shared / max(1, a_words.total() + b_words.total())
@@ -27,10 +26,10 @@ def agreement(a: str, b: str) -> float:
 
 def attribute_agreement(group: Sequence[AttributeValues], attributes: Sequence[str]) -> Tensor:
     """Rewards (2, M, G) float32 of the G rollouts of one pair of one class: for item 1 and item 2 and each attribute,
-    the mean agreement of what the rollout says of it with what all G rollouts say of it in the *other* item.
+    the mean agreement of the rollout's value with the values of all G rollouts for the *other* item.
 
-    All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
-    item 2 what it has written in item 1. A value that is missing agrees with nothing.
+    All G and not the same rollout alone: that has less variance, and repeating the values of item 1 in item 2 earns
+    nothing. A missing value agrees with nothing.
     """
     rewards = torch.zeros(2, len(attributes), len(group))
     for m, name in enumerate(attributes):

@@ -1,9 +1,9 @@
 """Phase B: draw pairs of a micro-batch and roll them out until enough of them contribute (DAPO, arXiv 2503.14476).
 
-Pairs have an order, drawn before any is rolled out. What a draw keeps is **the first K contributing pairs in that
-order**, and what it reports is of the pairs up to the K-th of them. So neither depends on how long answers are, on how
-many pairs roll out at once, or on how many processes share them: only the waste does. A pair that K contributing ones
-come before can no longer be kept, and its rollouts stop at once; one that comes before the K-th must be waited for.
+The order of the pairs is drawn before any is rolled out. A draw keeps **the first K contributing pairs in that order**
+and reports figures of all pairs up to the K-th of them. So neither depends on the lengths of answers, on how many pairs
+roll out at once, or on the number of processes: only the waste does. A pair behind K contributing ones cannot be kept,
+and its rollouts stop at once; a pair before the K-th is waited for.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from saga_kernels import group_advantage
 class JudgedPair(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    attribute_values: what each rollout says of the attributes of both images, and credit: its advantages (2, M, G); None without
-    attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
-    logits that are not finite, so it does not contribute, and earns nothing. log_probs: see `PairRollouts`.
+    attribute_values: of each rollout, attribute → value for both images. credit: advantages (2, M, G) of these values.
+    Both are None without attribute credit. contributes: whether any advantage is not zero. broken: a rollout met logits
+    that are not finite; all rewards are 0 and the pair does not contribute. log_probs: see `PairRollouts`.
     """
 
     completions: list[list[int]]
@@ -50,9 +50,9 @@ class JudgedPair(NamedTuple):
 
 @dataclass
 class Draw:
-    """The pairs that decided a draw, in order: up to the K-th that contributes, or all where fewer do.
+    """The judged pairs of a draw, in order: up to the K-th that contributes, or all where fewer do.
 
-    same: whether each is of one class. wasted: tokens of pairs that were begun and not needed.
+    same: whether both images of each pair are of one class. wasted: tokens of pairs that were started and not needed.
     """
 
     pairs: list[JudgedPair] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Draw:
         return sum(pair.contributes for pair in self.pairs)
 
     def extend(self, other: Draw) -> None:
-        """Goes on with the draw from another micro-batch."""
+        """Appends the draw from another micro-batch."""
         self.pairs += other.pairs
         self.same += other.same
         self.wasted += other.wasted
@@ -81,7 +81,7 @@ class Draw:
                 )
             )
             log["value_entropy"] = value_entropy([pair.attribute_values for pair in self.pairs], names)
-            # Rolled out for nothing, if verdicts alone counted.
+            # Pairs that contribute by attribute credit alone.
             log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
         rewards, same = torch.stack([pair.rewards for pair in self.pairs]), torch.tensor(self.same)
@@ -101,7 +101,7 @@ def draw_pairs(labels: Tensor, count: int, seed: int) -> Tensor:
 
     seed: any whole number from 0 on.
     """
-    if seed >= 2**63:  # more than a generator takes; smaller ones stay what they are
+    if seed >= 2**63:  # more than a generator takes
         seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(len(labels)))
@@ -124,10 +124,10 @@ def draw_contributing(
 ) -> Draw:
     """Rolls out `pairs` (n, 2), indices of images in `features`, in order, until `wanted` of them contribute.
 
-    same [n]: whether both images are of one class. Pair i has id first_id + i and is rank i mod ranks's. As many are
-    begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth. A rank that
-    has none begins one all the same, as it would idle. A rank that is out of memory goes on with half its slots, whose
-    pairs begin again, to the same completions.
+    same [n]: whether both images are of one class. Pair i has id first_id + i and belongs to rank i mod world size. As
+    many pairs are started as are expected to yield the missing ones at `contribution_rate`, less half a pair: that
+    wastes about a tenth. A rank without a pair starts one all the same, as it would idle. A rank that is out of memory
+    goes on with half its slots; their pairs start again and give the same completions.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     slots = min(distributed.all_gather_object(supervisor.slots))
@@ -182,7 +182,7 @@ def _judge(
         agreement = torch.stack(
             [attribute_agreement(group, supervisor.prompt.attributes) for group in attribute_values]
         )
-        # Images of two classes may differ in any attribute, and nobody knows in which.
+        # Images of two classes may differ in any attribute, and no label says in which.
         agreement = agreement * torch.tensor(same_class)[:, None, None, None]
         all_rewards = torch.cat([all_rewards, agreement.flatten(1, 2)], 1)
     all_rewards[[pair.broken for pair in done.values()]] = 0

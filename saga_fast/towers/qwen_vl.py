@@ -34,8 +34,8 @@ MODELS = {
 
 
 class Windows(NamedTuple):
-    """patches: (windows, n) int64, a tensor for each size of window. inverse: (patches,) int64, where among those of all
-    windows, one after the other, each patch stands."""
+    """patches: (windows, n) int64, a tensor for each size of window. inverse: (patches,) int64, where among those of
+    all windows, one after the other, each patch stands."""
 
     patches: tuple[Tensor, ...]
     inverse: Tensor
