@@ -3,8 +3,8 @@
     curl --data-binary @picture.jpg 'http://127.0.0.1:8000/?k=5'
     {"hits": [{"path": "…", "similarity": 0.93}, …]}
 
-One POST is one picture, the body its file; what is wrong with it comes back as {"error": "…"}. A request names no file
-and none is opened for it. Left out, for a proxy before it to add: TLS, and who may ask.
+A POST's body is one picture file; errors are returned as {"error": "…"}. A request cannot name a file to open. Left
+out, for a proxy to add: TLS and authentication.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from saga_fast.utils.images import read_rgb
 LOOPBACK = "127.0.0.1"
 MAX_BYTES = 32 * 2**20  # of an upload
 MAX_UPLOADS = 8  # uploads in memory
-TIMEOUT = 30  # seconds, of a client that says nothing
+TIMEOUT = 30  # seconds, of a silent client
 USAGE = 'POST a picture\'s file to /?k=10, k files are wanted: {"hits": [{"path": …, "similarity": …}, …]}'
 
 
 class Searcher(Protocol):
-    """What answers: `search.Searcher`."""
+    """The interface of `search.Searcher` that the server uses."""
 
     files: list
 
@@ -46,7 +46,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that did not wait is no news
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that disconnects is no error
             super().handle_error(request, client_address)
 
 
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         where = urlsplit(self.path)
         if where.path != "/":
             return HTTPStatus.NOT_FOUND, {"error": USAGE}
-        # A page from elsewhere whose name has come to mean this machine (DNS rebinding) gives itself away here.
+        # Rejects requests of foreign web pages by DNS rebinding.
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if self.server.server_address[0] == LOOPBACK and host not in (LOOPBACK, "localhost"):
             return HTTPStatus.FORBIDDEN, {"error": f"Host: served are {LOOPBACK} and localhost"}
@@ -107,7 +107,7 @@ def serve(searcher: Searcher, port: int, host: str = LOOPBACK) -> None:
         raise InputError(f"--serve: {host}:{port} cannot be listened on ({error.strerror}); give another") from error
     with server:
         where = f"http://{host}:{server.server_port}"
-        try:  # from the first word on: who reads it may answer with Ctrl-C at once
+        try:  # around the print too: Ctrl-C may come right after the first line
             print(f"{len(searcher.files):,} files at {where}\n{USAGE}\nCtrl-C ends it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:

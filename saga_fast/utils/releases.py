@@ -1,5 +1,5 @@
-"""Released models, as folders or hub ids: what is looked at before any of their weights are read. A release may come
-from anywhere, and nothing of it is run: weights are safetensors, never pickles, and code that it brings is refused."""
+"""Checks of released models, as folders or hub ids, before any of their weights are read. A release may come from
+anywhere, and no code of it is run: weights are safetensors, never pickles, and models with code are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAFETENSORS = (
 
 
 def pickled(name: str | Path) -> Iterator[str]:
-    """What is wrong with the weight files that the index of a sharded checkpoint names, if they are not safetensors."""
+    """Faults of a sharded checkpoint's index: it is malformed, or names files that are no safetensors."""
     if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
         try:
             files = set(json.loads(Path(index).read_text())["weight_map"].values())
