@@ -1,7 +1,7 @@
-"""The small files beside a model's weights, read as they stand, before any weight is.
+"""Reads the small files beside a model's weights, before the weights.
 
-A file that is missing is not there; one that is malformed is refused by its name, and never taken for missing. A folder
-may come from anywhere: nothing of it is run but its chat template, in transformers' sandbox.
+A malformed file raises InputError with its name, and never counts as missing. A folder may come from anywhere: no code
+of it is run but its chat template, in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import read_regular
 
 MAX_BYTES = 2**26
-BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
+BYTE = 1 / 255  # the default rescale_factor of image processors
 
 UNMERGED_ADAPTER = (
     "an adapter that is not merged, without which the model would be its base: merge it first "
@@ -46,8 +46,8 @@ def malformed_file(name: str | Path, file: str, what: str) -> InputError:
 
 @contextmanager
 def reraising(name: str | Path, message: str) -> Iterator[None]:
-    """Where another library computes with what a model's files say: whatever it raises is told as `message`, with its
-    cause. `message` holds {}, where the cause stands. InputError and a device's want of memory pass."""
+    """Around another library's work on a model's files: raises InputError with `message`, whose {} becomes the cause,
+    for any of its exceptions. InputError and torch.OutOfMemoryError pass."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -57,7 +57,7 @@ def reraising(name: str | Path, message: str) -> Iterator[None]:
 
 
 def find_file(name: str | Path, file: str) -> str | None:
-    """Where `file` of the model `name`, a folder or a hub id, lies on this machine; None where the model has none."""
+    """The local path of `file` of the model `name`, a folder or a hub id; None where the model has none."""
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
@@ -80,15 +80,15 @@ def read_json(name: str | Path, file: str) -> dict[str, Any] | None:
 
 
 def expect_no_adapter(name: str | Path) -> None:
-    """transformers takes an adapter for what it is only where peft is installed, and else runs its base alone."""
+    """Raises InputError for an adapter: without peft, transformers ignores it and runs the base model alone."""
     if find_file(name, ADAPTER_CONFIG_NAME):
         raise model_error(name, f"holds {UNMERGED_ADAPTER} ({ADAPTER_CONFIG_NAME} is there)")
 
 
 def pixel_statistics(name: str | Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std` of channels in 0..1, as far as the model's image processor says them.
+    """`image_mean` and `image_std` of channels in 0..1, as far as the model's image processor holds them.
 
-    A processor that rescales otherwise than by 1/255, or that does not normalise, is told in the same terms.
+    A processor that does not rescale by 1/255, or does not normalise, is converted to equivalent statistics.
     """
     file = PROCESSOR_NAME
     settings = (read_json(name, file) or {}).get("image_processor")
@@ -131,7 +131,7 @@ def _number(value: object) -> bool:
 
 
 def chat_template(name: str | Path, tokenizer) -> str | None:
-    """The processor's template, which writes images too, before the tokenizer's; of named ones `default`."""
+    """The processor's chat template, which supports images, else the tokenizer's; of named templates `default`."""
     file = PROCESSOR_NAME
     template = (read_json(name, file) or {}).get("chat_template")
     if template is None and (legacy := read_json(name, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
@@ -158,14 +158,14 @@ def chat_template(name: str | Path, tokenizer) -> str | None:
 
 
 def end_tokens(name: str | Path, config: PretrainedConfig, tokenizer) -> tuple[int, ...]:
-    """All that the model's files name as ending a text: generation_config.json, else config.json, and the tokenizer.
+    """The model's EOS token ids: of generation_config.json, else config.json, and of the tokenizer; perhaps none.
 
-    None, perhaps: the chat template's own end of a turn is the caller's to add.
+    The caller adds the chat template's own end of a turn.
     """
     vocabulary, found = config.text_config.vocab_size, []
     file = GENERATION_CONFIG_NAME
     eos = (read_json(name, file) or {}).get("eos_token_id")
-    if eos is None:  # what config.json itself says, not its class's default, which is another model's
+    if eos is None:  # of config.json itself, not the default of its class, which is another model's
         file, raw = "config.json", read_json(name, "config.json") or {}
         eos = raw.get("eos_token_id")
         eos = (raw.get("text_config") or {}).get("eos_token_id") if eos is None else eos

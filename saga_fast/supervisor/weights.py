@@ -1,5 +1,5 @@
-"""A model's weights, by the headers of their files: all that the configuration asks for are there, of its shapes, and
-none that it has no place for. To look takes a second; to read them takes minutes.
+"""Checks of a model's weights by the headers of their files: every weight of the configuration is there, in its shape,
+and there are no others. Reading headers takes a second; reading the weights takes minutes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+
 
 
 def expect_safetensors(name: str | Path) -> None:
-    """Raises InputError where the index of a sharded checkpoint names files that are no safetensors."""
+    """Raises InputError where the index of a sharded checkpoint names files that are not safetensors."""
     if bad := sorted(file for file in _shards(name) or () if not file.endswith(".safetensors")):
         raise model_error(name, f"names {bad[0]!r} among its weights; {_SAFETENSORS}")
 
@@ -58,7 +58,7 @@ def expect_weights(name: str | Path) -> None:
 
 
 def _shards(name: str | Path) -> list[str] | None:
-    """The files that a sharded checkpoint's index names; None where there is no index."""
+    """The files in a sharded checkpoint's index; None where there is no index."""
     if (index := read_json(name, SAFE_WEIGHTS_INDEX_NAME)) is None:
         return None
     files = index.get("weight_map")
@@ -71,10 +71,10 @@ def _shards(name: str | Path) -> list[str] | None:
 
 def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, by the headers of its files alone. Raises InputError for weights that are missing,
-    of another shape, or that the model has no place for: it would run without them."""
+    of another shape, or unknown to the model, which transformers would ignore."""
     config = copy.deepcopy(config)
     packed = hasattr(config, "quantization_config")
-    if packed:  # of packed weights the headers do not say the shapes
+    if packed:  # the headers of packed weights do not hold their shapes
         del config.quantization_config
     with reraising(name, "is not whole ({}); restore the file"), quiet(progress=False):
         model, found = AutoModelForImageTextToText.from_pretrained(
@@ -111,7 +111,8 @@ def expect_keys(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) 
 
 
 def expect_shapes(name: str | Path, model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    """Of packed weights, whose shapes no header says: while transformers quantises, it takes a weight of any shape."""
+    """Raises InputError for packed weights of another shape: headers do not hold theirs, and transformers, while it
+    quantises, accepts any shape."""
     expected = {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters()}
     for key, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "quant_state", parameter).shape)
@@ -121,7 +122,7 @@ def expect_shapes(name: str | Path, model: PreTrainedModel, skeleton: PreTrained
 
 @contextmanager
 def quiet(progress: bool = True) -> Iterator[None]:
-    """Without transformers' tables of what did not load, which is told in one line; and without its progress bar."""
+    """Within it transformers logs nothing, as errors here are one line; without `progress` there is no progress bar."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     if not progress:

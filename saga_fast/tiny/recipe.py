@@ -1,11 +1,11 @@
-"""How the tiny supervisor was made, from nothing, in under two hours on two CPU cores.
+"""Trains the tiny supervisor from random weights, in under two hours on two CPU cores.
 
     python -m saga_fast.tiny.recipe --out DIR         # train, measure, write DIR/supervisor with its card; resumes
-    python -m saga_fast.tiny.recipe --evaluate DIR    # measure the model folder DIR and print what its card says
+    python -m saga_fast.tiny.recipe --evaluate DIR    # measure the model folder DIR and print the numbers of its card
 
-Two halves, as training both at once from scratch leaves the verdict a guess: `tower.py` teaches the vision tower to
-name attributes by heads that are thrown away, `language.py` teaches the language model to write the answer from the
-frozen tower's tokens. Both draw random combinations in EASY pictures and never a test species of the benchmark.
+Two halves, as training both at once from scratch leaves the verdict at chance: `tower.py` trains the vision tower to
+classify attributes by temporary heads, `language.py` trains the language model to write the answer from the frozen
+tower's tokens. Both sample random combinations of attributes and never a test species of the benchmark.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def train(out: Path, seed: int) -> Path:
-    """Both halves, then the measured card; returns the model folder."""
+    """Train both halves, then measure and write the card; returns the model folder."""
     out.mkdir(parents=True, exist_ok=True)
     tower = train_tower(out, seed)
     model, tokenizer = train_language(out, tower, seed)
