@@ -1,6 +1,6 @@
-// `group_attention` in float32 on a CPU. Blocks of query rows meet blocks of keys with the softmax kept running; the
-// backward pass computes the scores again (FlashAttention-2, arXiv 2307.08691). The query heads of a key head are rows
-// below each other, so that keys and values are read once for all of them.
+// `group_attention` in float32 on a CPU, by blocks of query rows and of keys with an online softmax; the backward pass
+// recomputes the scores (FlashAttention-2, arXiv 2307.08691). The query heads of a key head are stacked as rows, so
+// that keys and values are read once for all of them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,8 +31,8 @@ constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 int64_t round_up_16(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Queries first to last of a segment. They see `prefix` packed keys from `prefix_at` on whole, and of those from
-// `own_at` on the first query sees `visible`, the next one more, and so on.
+// Queries first to last of a segment. `prefix` packed keys from `prefix_at` on are visible to all of them; of those from
+// `own_at` on `visible` are to the first query, one more to the next, and so on.
 struct Block {
   int64_t first, last, prefix_at, prefix, own_at, visible;
 };
@@ -41,7 +41,7 @@ struct Block {
 struct Layout {
   int64_t queries, heads, kv_heads, dim, heads_per_kv;
   int64_t width, stride;         // of a row that is copied: dim in whole sixteens, and up to the next row
-  int64_t max_rows;                  // rows a block has
+  int64_t max_rows;              // rows a block has, at most
   std::vector<int64_t> offsets;  // of each segment's keys, and their end
   std::vector<int64_t> packed;   // the same where every segment has whole sixteens
   std::vector<Block> blocks;
@@ -50,7 +50,8 @@ struct Layout {
   Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& segment_offsets, const at::Tensor& segment_prefix,
          const at::Tensor& query_offsets)
       : queries(q.size(0)), heads(q.size(1)), kv_heads(k.size(1)), dim(q.size(2)), heads_per_kv(heads / kv_heads),
-        width(round_up_16(dim)), stride((width + 31) / 32 * 32 + kPad), max_rows(std::max<int64_t>(1, kRows / heads_per_kv) * heads_per_kv) {
+        width(round_up_16(dim)), stride((width + 31) / 32 * 32 + kPad),
+        max_rows(std::max<int64_t>(1, kRows / heads_per_kv) * heads_per_kv) {
     const auto *begin = segment_offsets.const_data_ptr<int>(), *prefix_of = segment_prefix.const_data_ptr<int>(),
                *query_begin = query_offsets.const_data_ptr<int>();
     const int64_t segments = segment_prefix.numel(), step = max_rows / heads_per_kv;
@@ -72,11 +73,13 @@ struct Layout {
   // body(row, query, head) for the rows of a block, of the query heads of a key head.
   template <class Body>
   void for_each_row(const Block& block, int64_t kv_head, const Body& body) const {
-    for (int64_t i = 0; i < rows(block); ++i) body(i, block.first + i / heads_per_kv, kv_head * heads_per_kv + i % heads_per_kv);
+    for (int64_t i = 0; i < rows(block); ++i) {
+      body(i, block.first + i / heads_per_kv, kv_head * heads_per_kv + i % heads_per_kv);
+    }
   }
 
-  // body(key, keys, seen) for the blocks of packed keys that a block of queries sees. Of it the first query sees `visible`
-  // keys, the next one more, and so on, up to all.
+  // body(key, keys, visible) for the blocks of packed keys of a block of queries. Of a block `visible` keys are visible to
+  // the first query, one more to the next, and so on, up to all.
   template <class Body>
   void for_each_key_block(const Block& block, const Body& body) const {
     for (int64_t key = 0; key < block.prefix; key += kKeys) {
@@ -134,18 +137,19 @@ struct Layout {
   }
 };
 
-// A row's scores of keys that it does not see become -inf, and those behind the last key.
+// A row's scores of keys that are not visible to it become -inf, and those behind the last key.
 inline void mask(float* scores, int64_t keys, int64_t visible) {
   std::fill(scores + std::clamp<int64_t>(visible, 0, keys), scores + round_up_16(keys), kMasked);
 }
 
-// What rows have seen so far: o = Σ e^(s - top) v, sum = Σ e^(s - top) and top = max s.
+// Online softmax of rows: o = Σ e^(s - row_max) v, sum = Σ e^(s - row_max), over the keys so far, and row_max = max s.
 struct SoftmaxState {
   std::vector<float> o, sum, row_max;
 };
 
-// A block's scores become e^(s - top), and `state` is of these keys too, once their values are added.
-SAGA_TARGET void softmax(const Layout& layout, float* scores, int64_t keys, int64_t visible, int64_t rows, SoftmaxState& state) {
+// A block's scores become e^(s - row_max), and `state` includes these keys once their values are added.
+SAGA_TARGET void softmax(const Layout& layout, float* scores, int64_t keys, int64_t visible, int64_t rows,
+                         SoftmaxState& state) {
   for (int64_t i = 0; i < rows; ++i, scores += kScores) {
     mask(scores, keys, visible + i / layout.heads_per_kv);
     __m256 maxima = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
@@ -203,11 +207,13 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
       const int64_t head = task / blocks;
       const Block& block = layout.blocks[task % blocks];
       const int64_t rows = layout.rows(block);
-      SoftmaxState state{std::vector<float>(max_rows * stride, 0), std::vector<float>(max_rows, 0), std::vector<float>(max_rows, kMasked)};
+      SoftmaxState state{std::vector<float>(max_rows * stride, 0), std::vector<float>(max_rows, 0),
+                         std::vector<float>(max_rows, kMasked)};
       layout.gather(block, head, q_rows, static_cast<float>(scale), own);
       layout.for_each_key_block(block, [&](int64_t key, int64_t n, int64_t first) {
         const Right k_columns = layout.columns_from(keys[head], key), v_block = layout.rows_from(values[head], key);
-        multiply<false>(Left{own.data(), stride}, k_columns, scores.data(), kScores, rows, layout.width, round_up_16(n));
+        multiply<false>(Left{own.data(), stride}, k_columns, scores.data(), kScores, rows, layout.width,
+                        round_up_16(n));
         softmax(layout, scores.data(), n, first, rows, state);
         multiply<true>(Left{scores.data(), kScores}, v_block, state.o.data(), stride, rows, n, layout.width);
       });

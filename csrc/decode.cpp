@@ -1,5 +1,5 @@
 // Attention of a decode step on a CPU. A prefix is read once for all rollouts of its pair, a row's own keys and values
-// once for its query heads, with the softmax kept running over blocks of keys (as in FlashAttention, arXiv 2205.14135).
+// once for its query heads, with an online softmax over blocks of keys (as in FlashAttention, arXiv 2205.14135).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -21,7 +21,8 @@ using saga::prefetch, saga::kGrain, saga::Left, saga::multiply, saga::Right;
 
 constexpr int64_t kBlock = 64;  // keys a block: their scores, keys and values stay in the first cache
 
-// Queries of one key head, and what they have seen so far: Σ e^(s - top) v, Σ e^(s - top) and top = max s.
+// Queries of one key head, and their online softmax over the keys so far: o = Σ e^(s - row_max) v, sum = Σ e^(s - row_max)
+// and row_max = max s.
 struct Queries {
   int64_t count, dim;
   float *q, *o, *sum, *row_max;
@@ -39,7 +40,7 @@ SAGA_TARGET void dot(const Queries& rows, const float* k, const float* v, int64_
   }
 }
 
-// A block of scores (count, kBlock), of which `keys` are there, and its values (keys, dim) join what was seen.
+// Adds a block of scores (count, kBlock), of which `keys` are valid, and its values (keys, dim) to the online softmax.
 SAGA_TARGET void accumulate(const Queries& rows, float* scores, const float* v, int64_t ahead, int64_t keys) {
   for (int64_t i = 0; i < rows.count; ++i) {
     float* const s = scores + i * kBlock;
@@ -64,8 +65,8 @@ SAGA_TARGET void accumulate(const Queries& rows, float* scores, const float* v, 
 
 // All float32; what a row, a head or a slot holds is contiguous. See kernels/decode.py.
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& prefix_k,
-                            const at::Tensor& prefix_v, at::Tensor own_k, at::Tensor own_v, const at::Tensor& query_slot,
-                            const at::Tensor& cached, int64_t group) {
+                            const at::Tensor& prefix_v, at::Tensor own_k, at::Tensor own_v,
+                            const at::Tensor& query_slot, const at::Tensor& cached, int64_t group) {
   at::Tensor out = at::zeros_like(q, at::MemoryFormat::Contiguous);
   const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
   const int64_t pairs = prefix_k.size(0), kv_heads = prefix_k.size(1), length = prefix_k.size(3);
@@ -116,7 +117,8 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
         float* const row_v = data_of(own_v, row, head);
         std::copy_n(data_of(k, row, head), dim, row_k + counts[row] * dim);
         std::copy_n(data_of(v, row, head), dim, row_v + counts[row] * dim);
-        const Queries own{heads_per_kv, dim, all.q + shift * dim, all.o + shift * dim, all.sum + shift, all.row_max + shift};
+        const Queries own{heads_per_kv,        dim, all.q + shift * dim, all.o + shift * dim, all.sum + shift,
+                          all.row_max + shift};
         for (int64_t first = 0; first < total; first += kBlock) {
           const int64_t keys = std::min(kBlock, total - first);
           dot(own, row_k + first * dim, row_v + first * dim, keys, scores);

@@ -1,5 +1,5 @@
-// Products of few float32 rows with a large matrix on a CPU. The rows are packed and stay in the second cache; the matrix
-// is read once, where it lies. (A BLAS packs the matrix, too, which for few rows is as much work as to multiply.)
+// Products of few float32 rows with a large matrix on a CPU. The rows are packed and stay in the L2 cache; the matrix is
+// read once, without packing. (A BLAS packs the matrix too, which for few rows costs as much as the product.)
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

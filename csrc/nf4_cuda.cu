@@ -131,7 +131,7 @@ struct Stream {
     offset = __ldg(w.offset + group * w.offset_step);
   }
 
-  // What was asked for, as the scales of half `half`: of a block those of rows g, g + 8, g + 16 and g + 24 together.
+  // Stores the prefetched scales in half `half`: of a block those of rows g, g + 8, g + 16 and g + 24 together.
   template <class T>
   __device__ void store_scales(int half) const {
 #pragma unroll
@@ -431,7 +431,8 @@ void launch(void (*kernel)(const T*, Weight, T*, float*, int), const at::Tensor&
 
 template <class T, int tiles, int along_out>
 void launch_few_rows(const at::Tensor& x, const Weight& w, at::Tensor& y, double rate) {
-  constexpr int slots = tiles == 1 ? 3 : 2, height = along_out * strip, partial_sums = warps / along_out * tiles * 8 * (height + 4) * 4;
+  constexpr int slots = tiles == 1 ? 3 : 2, height = along_out * strip;
+  constexpr int partial_sums = warps / along_out * tiles * 8 * (height + 4) * 4;
   const int bytes = fixed_bytes + warps * slots * chunk_bytes + partial_sums;
   launch<T>(few_rows<T, tiles, along_out, slots>, x, w, y, height, bytes, rate, 2);
 }

@@ -1,5 +1,5 @@
-// What lies between a decoder layer's matmuls, for CPUs with AVX2, in float32: norms, rotary embedding, gate. Each is
-// one pass over its rows. The schemas, and the formulas in plain PyTorch, are in kernels/.
+// The pointwise ops between a decoder layer's matmuls, for CPUs with AVX2, in float32: norms, rotary embedding, gate. Each
+// is one pass over its rows. The schemas, and the formulas in plain PyTorch, are in kernels/.
 
 #include <torch/library.h>
 

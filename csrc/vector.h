@@ -1,4 +1,4 @@
-// What the CPU kernels share: AVX2, where the processor has it, asked for function by function.
+// Shared by the CPU kernels: AVX2, where the processor has it, enabled function by function.
 
 #pragma once
 

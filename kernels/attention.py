@@ -1,4 +1,4 @@
-"""Attention over packed groups: every completion of a group reads the one copy of its prefix."""
+"""Attention over packed groups: all completions of a group attend to one copy of its prefix."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from .checks import FLOATS, accumulator, expect, expect_same_device, expect_tens
 from .layout import GroupLayout
 
 GPU_HEAD_DIM = 128  # the largest the GPU kernels hold in registers
-BLOCK_ROWS = 128  # query rows scored at a time: bounds the score matrix and the masked half of a causal square
+BLOCK_ROWS = 128  # query rows per block: bounds the score matrix and the masked half of a causal square
 
 
 class AttentionOnto:
-    """Chosen query rows, each with its own run of key columns: the backward pass of `group_attention`, which computes
-    the probabilities anyway, writes their mean over heads into `attention`. What `attention_onto` gives without one.
+    """Query rows, each with a run of key columns, whose attention the backward pass of `group_attention` returns.
+
+    It computes the probabilities anyway, and writes their mean over heads into `attention`. `attention_onto` computes
+    the same without a backward pass.
 
     Args:
         layout: of the packed sequence.
-        rows: R rows of the queries, in any order; one may come again with other columns.
-        first_columns: R, the first of each row's columns. columns: C, how many each has; the row must see them all.
+        rows: R rows of the queries, in any order; a row may be repeated with other columns.
+        first_columns: R, the first of each row's columns. columns: C, columns of each row, all visible to it.
         dtype: of `attention`: float32, or float64 for float64 inputs.
 
     Attributes:
         attention: (R, C), zeros until the backward pass has run.
 
     Raises:
-        ValueError: the lists differ in length, a row is not of the layout, or it does not see its columns.
+        ValueError: the lists differ in length, a row is not in the layout, or its columns are not all visible to it.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class AttentionOnto:
             )
             levels.append(occurrences[row])
             occurrences[row] += 1
-        # Kernels ask the other way round, which of the R a query is. One that is several takes a level for each.
+        # Kernels look up the reverse: the index, among the R, of a query. A repeated row takes a level per repetition.
         device = layout.segment_offsets.device
         table = torch.tensor([levels, list(rows), list(first_columns)], dtype=torch.int64, device=device)
         self.row_index = torch.full((max(levels, default=-1) + 1, layout.queries), -1, dtype=torch.int32, device=device)
@@ -173,9 +175,9 @@ def group_attention_backward_reference(
     """Backward of `group_attention`: P again from the LSE, then dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), and, times
     the scale, dQ = dS K and dK = dS^T Q (FlashAttention-2, arXiv 2307.08691).
 
-    The last three come together, from `AttentionOnto`: slots (levels, queries) int32, which of the R rows a query is,
-    or -1; first_columns (R,) int32; attention (R, C), filled. No defaults: PyTorch 2.11 looks for what is mutated
-    among the arguments that are not at theirs.
+    The last three come together, from `AttentionOnto`: row_index (levels, queries) int32, the index of a query among
+    the R rows, or -1; first_columns (R,) int32; attention (R, C), written. They have no defaults, as PyTorch 2.11 does
+    not find mutated arguments that are left at their default.
     """
     kv_heads = k.shape[1]
     queries, d_o = _by_head(q, kv_heads).mul_(scale), _by_head(do, kv_heads)
@@ -193,7 +195,7 @@ def group_attention_backward_reference(
         d_key = d_scores.mT @ queries[:, :, rows].flatten(1, 2)
         dq[:, :, rows] = (d_scores @ _gather(keys, ranges)).view_as(dq[:, :, rows])
         done = 0
-        for columns in ranges:  # blocks come in packed order, so the sums over completions are always taken alike
+        for columns in ranges:  # blocks come in packed order, so sums over completions have a fixed order
             size = columns.stop - columns.start
             dk[:, columns] += d_key[:, done : done + size]
             dv[:, columns] += d_value[:, done : done + size]
@@ -228,7 +230,7 @@ def _by_token(x: Tensor) -> Tensor:
 def _blocks(
     segment_offsets: Tensor, segment_prefix: Tensor, query_offsets: Tensor
 ) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of query rows, each with the ranges of keys it sees; the last range ends on the block's own diagonal."""
+    """Blocks of query rows, each with its visible ranges of keys; the last range ends on the block's diagonal."""
     offsets, prefixes, queries = segment_offsets.tolist(), segment_prefix.tolist(), query_offsets.tolist()
     for segment, prefix in enumerate(prefixes):
         (start, stop), (first_row, last_row) = offsets[segment : segment + 2], queries[segment : segment + 2]
@@ -239,7 +241,7 @@ def _blocks(
 
 
 def _gather(x: Tensor, ranges: list[slice]) -> Tensor:
-    """The tokens of all ranges, from (kv_heads, tokens, d); a copy only where there are two."""
+    """The tokens of all ranges, from (kv_heads, tokens, d); a copy only where there are two ranges."""
     parts = [x[:, columns] for columns in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -247,7 +249,7 @@ def _gather(x: Tensor, ranges: list[slice]) -> Tensor:
 def _masked_scores(queries: Tensor, keys: Tensor, rows: slice, ranges: list[slice]) -> Tensor:
     """Scores (kv_heads, rep * rows, keys) of scaled queries, -inf above the diagonal.
 
-    Query heads of one key head stand below each other, so GQA is a taller matmul and the keys are never repeated.
+    The query heads of a key head are stacked as rows, so GQA is a taller matmul and keys are not repeated.
     """
     scores = queries[:, :, rows].flatten(1, 2) @ _gather(keys, ranges).mT
     size = rows.stop - rows.start
@@ -259,7 +261,7 @@ def _masked_scores(queries: Tensor, keys: Tensor, rows: slice, ranges: list[slic
 def _emit(
     weights: Tensor, rows: slice, ranges: list[slice], row_index: Tensor, first_columns: Tensor, attention: Tensor
 ) -> None:
-    """Write the chosen ones of a block's rows, averaged over heads, from weights (kv_heads, rep * rows, keys)."""
+    """Write the chosen rows of a block, averaged over heads, from weights (kv_heads, rep * rows, keys)."""
     mean = weights.unflatten(1, (-1, rows.stop - rows.start)).mean((0, 1))
     columns = torch.cat([torch.arange(r.start, r.stop, device=weights.device) for r in ranges])
     run = torch.arange(attention.shape[1], device=weights.device)
@@ -324,7 +326,7 @@ if torch.ops.saga_kernels.has_avx2():
 
 
 def _too_wide(q: Tensor) -> bool:
-    """Whether the GPU's kernels are not for this: float64, in tests, and heads that do not fit."""
+    """Whether the GPU kernels do not take this: float64, and heads that are too wide."""
     return q.dtype == torch.float64 or q.shape[2] > GPU_HEAD_DIM
 
 
@@ -362,7 +364,7 @@ _group_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _GroupAttentionOnto(torch.autograd.Function):
-    """`group_attention` whose backward also fills a buffer of the caller's."""
+    """`group_attention` whose backward also fills `onto.attention`."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, onto: AttentionOnto) -> Any:

@@ -1,4 +1,4 @@
-"""Attention of a decode step: a new token a row onto its pair's prefix, which G rows read, and onto its own tokens."""
+"""Attention of a decode step: one new token per row, onto its pair's prefix, which G rows share, and its own tokens."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def decode_attention(
     cached: Tensor,
     group: int,
 ) -> Tensor:
-    """softmax(q · keys / √head_dim) @ values over the prefix of each row and its own tokens, the new one among them.
+    """softmax(q · keys / √head_dim) @ values over the prefix of each row and its own tokens, the new one included.
 
-    Nothing waits for the device, and shapes alone say how much is read, so that a CUDA graph can hold the step.
+    Nothing waits for the device, and all sizes follow from shapes, so that a CUDA graph can capture the step.
 
     Args:
         q: (n, heads, head_dim). k, v: (n, kv_heads, head_dim), of the new tokens.
         prefix_k: (pairs, kv_heads, head_dim, P), keys transposed for the score GEMM. prefix_v: (pairs, kv_heads, P,
-            head_dim). own_k, own_v: (n, kv_heads, end, head_dim), row i's first cached[i] are there; k and v are put
-            behind them. All of one dtype; views are welcome whose last two axes are dense. On a GPU rows of prefix_k
-            may lie further apart, and are read fastest where they begin on multiples of 16 bytes.
-        query_slot: (n,) int64, pair · group + g, each at most once; that of a row nobody reads is pairs · group or more.
-        cached: (n,) int64, less than `end`; that and seats below 0 are checked on a CPU. group: G.
+            head_dim). own_k, own_v: (n, kv_heads, end, head_dim), of row i the first cached[i] are valid; k and v are
+            written behind them. All of one dtype; views are accepted if their last two axes are dense. On a GPU rows of
+            prefix_k may have any stride, and are read fastest where they start on multiples of 16 bytes.
+        query_slot: (n,) int64, pair · group + g, each at most once; pairs · group or more for a row that is not read.
+        cached: (n,) int64, number of cached tokens, less than `end`; both are checked on a CPU. group: G.
 
     Returns:
         (n, heads, head_dim). nan where a score or a value is.
@@ -89,7 +89,7 @@ def decode_attention_reference(
     row, end = torch.arange(n, device=q.device), own_k.shape[2]
     own_k[row, :, cached], own_v[row, :, cached] = k, v
     q = q * dim**-0.5
-    # Queries of a pair, whichever of its G rows are left, meet their prefix in one GEMM a kv head.
+    # All queries of a pair, from those of its G rows that are left, in one GEMM per key head with their prefix.
     slot_count = pairs * group
     slot_queries = q.new_zeros(slot_count + 1, *q.shape[1:]).index_copy_(0, query_slot.clamp_max(slot_count), q)[
         :slot_count
@@ -114,7 +114,7 @@ def _attend(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Attention over two sets of keys, from what `_attend` found over each."""
+    """Attention over two sets of keys, from `_attend`'s result of each."""
     row_max = torch.maximum(one[2], other[2])
     (a, b), (o, m), (p, n) = ((part[2] - row_max).exp() for part in (one, other)), one[:2], other[:2]
     return ((o * a + p * b) / (m * a + n * b)).to(o.dtype)

@@ -1,4 +1,4 @@
-"""Where the groups of a packed sequence lie."""
+"""Offsets of the groups of a packed sequence."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .checks import expect
 class GroupLayout:
     """Offsets of groups packed end to end: prefix 0, its completions, prefix 1, its completions, ... without padding.
 
-    A prefix token sees its prefix causally; a completion token sees its whole prefix and, causally, its own completion.
-    Keys and values are there of all tokens, queries perhaps not: where the beginning of a prefix, or all of it, was
-    computed before, only its last tokens still ask. Queries are packed in the same order.
+    A prefix token attends causally to its prefix; a completion token to its whole prefix and, causally, to its own
+    completion. All tokens have keys and values. Where the keys and values of the beginning of a prefix, or all of it,
+    are cached, only its last tokens have queries. Queries are packed in the same order.
 
     Args:
         prefix_lengths: tokens of each group's prefix.
-        completion_lengths: for each group, tokens of each of its completions; empty where only the prefix is there.
+        completion_lengths: for each group, tokens of each of its completions; empty for a prefix alone.
         prefix_queries: how many of each prefix's last tokens have queries; all of them by default.
-        device: where the offset tensors go.
+        device: of the offset tensors.
 
     Attributes:
         tokens: keys of the packed sequence. queries: its queries. groups: number of groups.
@@ -107,8 +107,8 @@ class GroupLayout:
         return _between(self._queries, self._completion(i, g))
 
     def key_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows among the keys, int64: of each query's own token (queries,), and of the tokens without a query, in
-        order (tokens - queries,)."""
+        """Rows among the keys, int64, ascending: of the tokens with a query (queries,), and of the cached tokens, which
+        have none (tokens - queries,)."""
         query_rows, cached_rows = [], []
         for first, last, *rows in zip(self._offsets, self._offsets[1:], self._queries, self._queries[1:]):
             split = last - (rows[1] - rows[0])
@@ -118,7 +118,8 @@ class GroupLayout:
         return torch.cat(query_rows).to(device), torch.cat(cached_rows).to(device)
 
     def visible(self, query: int) -> tuple[slice, slice]:
-        """The keys that a row of the queries sees: of its prefix (none for one of a prefix), and of its own segment."""
+        """The keys visible to a row of the queries: of its prefix (empty for a prefix's own row), and of its
+        segment."""
         expect(0 <= query < self.queries, "query", query, f"0 to {self.queries - 1}, the packed queries")
         segment = bisect_right(self._queries, query) - 1
         start, stop = self._offsets[segment], self._offsets[segment + 1]

@@ -1,4 +1,4 @@
-"""Products with a dense frozen matrix: of few rows, what a decode step is made of where nothing is quantised."""
+"""Products of few rows with a dense frozen matrix: most of a decode step where nothing is quantised."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers the compiled kernel
 from .checks import FLOATS, expect_tensor
 
-FEW_ROWS = 128  # of x; of more, PyTorch's BLAS has the matrix packed in a small part of its time
+FEW_ROWS = 128  # of x; with more, packing the matrix is a small part of the BLAS's time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (rows, in), weight (out, in), bias (out,) → (rows, out).
 
-    Without gradient, up to FEW_ROWS rows in float32 on a CPU go through a kernel that reads the weight once, where it
-    lies. What it gives for a row does not change with the other rows.
+    Without gradient, up to FEW_ROWS rows in float32 on a CPU go through a kernel that reads the weight once, without
+    packing it. The result of a row does not depend on the other rows.
     """
     expect_tensor("x", x, (None, None), FLOATS)
     expect_tensor("weight", weight, (None, x.shape[1]), (x.dtype,))

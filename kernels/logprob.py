@@ -1,4 +1,4 @@
-"""Log-probability of chosen tokens and its gradient in one pass, the logits never standing whole."""
+"""Log-probability of chosen tokens and its gradient in one pass, in chunks of logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
 CHUNK_LOGITS = 1 << 25  # on a CPU 128 MB of float32 logits at a time unless the caller says otherwise
-# On a GPU a chunk is as tall as makes its GEMMs bound by arithmetic, for each reads the head: at 512 rows, 512 FLOPs a
-# byte. And their dH of width 4096 is 128 tiles of 128 x 128 for an H100's 132 processors. 311 MB at 151,936 tokens.
+# On a GPU a chunk has enough rows for its GEMMs, which read the head each time, to be bound by arithmetic: 512 FLOPs a
+# byte at 512 rows. dH of width 4096 is then 128 tiles of 128 x 128, for an H100's 132 multiprocessors. The logits take
+# 311 MB at 151,936 tokens.
 CHUNK_ROWS = 512
 TILE_ROWS = 1 << 14  # rows of a narrow head widened at a time
 
@@ -28,7 +29,7 @@ def token_logprob(
     Args:
         h: (N, D). head: (V, D), of h's dtype. targets: (N,) int64, 0 <= target < V (checked on CPU).
         coeff: (N,) floating. temperature: of the softmax, above 0.
-        chunk: rows whose logits stand at a time; by default as many as 128 MB of float32 hold, on a GPU 512.
+        chunk: rows whose logits are in memory at a time; by default as many as 128 MB of float32 hold, on a GPU 512.
 
     Returns:
         logp: (N,) float32 (float64 for float64). dh: like h. On a GPU, which is not waited for, a target out of range

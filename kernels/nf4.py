@@ -147,7 +147,7 @@ def nf4_dequantize(w: NF4Weight, out: Tensor | None = None, dtype: torch.dtype |
     """The (out, in) matrix, bit for bit what `bitsandbytes.functional.dequantize_4bit` gives.
 
     Args:
-        out: contiguous buffer of w's shape to fill, a run of rows of a larger one perhaps; allocated if None.
+        out: contiguous buffer of w's shape to fill, possibly rows of a larger one; allocated if None.
         dtype: of an allocated result; w.dtype by default. float64 holds the float32 values.
     """
     _expect_weight(w)
@@ -163,10 +163,10 @@ def nf4_dequantize(w: NF4Weight, out: Tensor | None = None, dtype: torch.dtype |
 def nf4_matmul(x: Tensor, w: NF4Weight) -> Tensor:
     """x (..., in) @ W.T -> (..., out), W dequantised to x's dtype. The gradient goes to x alone: W is frozen.
 
-    On a GPU, 1 to 128 rows of bfloat16 or float16 meet weights decoded in registers, if in is a multiple of 64; all
-    else, and the gradient, dequantises W into a buffer first, whose bits are bitsandbytes'. Decoded weights are those
-    too, or, in the compiled kernel (nested, in a multiple of 128), nearer to NF4's own values: a code is rounded once
-    and absmax is not.
+    On a GPU, products with 1 to 128 rows of bfloat16 or float16 decode W in registers, if in is a multiple of 64; all
+    others, and the gradient, dequantise W into a buffer first, bit for bit as bitsandbytes does. Decoded weights have
+    the same bits, or, in the compiled kernel (nested, in a multiple of 128), are nearer to NF4's own values: a code is
+    rounded once and absmax is not.
     """
     _expect_weight(w)
     expect_tensor("x", x, (*x.shape[:-1], w.shape[1]), FLOATS)

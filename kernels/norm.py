@@ -27,8 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """s = x + residual and `rms_norm(s)`, with s neither read back forward nor its two gradients added in a pass of
-    their own backward.
+    """s = x + residual and `rms_norm(s)` in one kernel: the forward does not read s back, and the backward does not add
+    its two gradients in a separate pass.
 
     Args:
         x, weight, eps: as `rms_norm`. residual: like x.

@@ -1,4 +1,4 @@
-"""What lies between a decoder layer's matmuls, compiled for CPUs (csrc/pointwise.cpp)."""
+"""The pointwise ops between a decoder layer's matmuls, compiled for CPUs (csrc/pointwise.cpp)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rotary position embedding in the rotate-half convention (arXiv 2104.09864); M-RoPE is a matter of cos and sin.
+"""Rotary position embedding in the rotate-half convention (arXiv 2104.09864); M-RoPE differs in cos and sin alone.
 
-Where a model norms each query and key head first (Qwen3), the norm is part of the op.
+For models that norm each query and key head first (Qwen3), the norm is part of the op.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ WIDEST_ON_GPU, STEP_ON_GPU = 128, 16  # head_dim
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    """x * cos + rotate_half(x) * sin, each token by its own angles; given a weight, of `rms_norm(x, weight, eps)`.
+    """x * cos + rotate_half(x) * sin, each token by its own angles; with a weight, x is `rms_norm(x, weight, eps)`
+    first.
 
     Args:
         x: (tokens, heads, head_dim), head_dim even; on a GPU a multiple of 16 up to 128, each token's heads contiguous,

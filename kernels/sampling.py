@@ -1,4 +1,4 @@
-"""Nucleus sampling (arXiv 1904.09751) whose every draw can be repeated: random numbers by (seed, row, step)."""
+"""Nucleus sampling (arXiv 1904.09751), reproducible: random numbers are a function of (seed, row, step)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers the comp
 from .checks import FLOATS, accumulator, expect, expect_contiguous_on_gpu, expect_same_device, expect_tensor
 
 SHORTLIST, GROWTH = 64, 4  # most nuclei hold fewer tokens than this; for other rows it grows by this factor
-CACHED = 1 << 20  # probabilities that are worked on at once
+CACHED = 1 << 20  # probabilities per block
 
 
 def sample_top_p(
@@ -27,7 +27,7 @@ def sample_top_p(
     Args:
         logits: (N, V); -inf bars a token. temperature: divides the logits; 0 takes the argmax, of whatever is there.
         top_p: above 0, at most 1. seed: 64 bits.
-        rows: (N,) int64, each row's lasting id. step: (N,) int64 or one int for all rows, the place in the sequence.
+        rows: (N,) int64, ids of the rows. step: (N,) int64 or one int for all rows, the position in the sequence.
 
     Returns:
         (N,) int64 token ids; -1 where a temperature above 0 makes no finite distribution (nan, +inf or only -inf).
@@ -52,7 +52,7 @@ def sample_top_p(
 def sample_top_p_reference(
     logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, step: Tensor
 ) -> Tensor:
-    """`sample_top_p` in plain PyTorch: what is sorted and summed, in float64, is a shortlist and not the vocabulary."""
+    """`sample_top_p` in plain PyTorch; it sorts, and sums in float64, a shortlist and not the vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
     uniform, dtype = philox_uniform(seed, rows, step), accumulator(logits.dtype)
@@ -73,7 +73,7 @@ def _draw(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
         # A product that rounds up to the total would fall off the end: the last kept token is meant.
         last = ids.shape[1] - 1 - keep.flip(-1).int().argmax(-1, keepdim=True)
         token[row] = ids.gather(-1, place.minimum(last))[:, 0]
-    # One nan, one +inf or nothing but -inf makes nan of a whole row.
+    # One nan, one +inf or nothing but -inf makes a whole row nan.
     return torch.where(probabilities[:, 0].isnan(), -1, token)
 
 

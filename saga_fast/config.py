@@ -1,4 +1,4 @@
-"""A run's configuration: one small dataclass per component, the paper's settings as defaults, presets by name.
+"""A run's configuration: one dataclass per component, the paper's settings as defaults, presets by name.
 
 python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
 """
@@ -51,7 +51,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What training sees of an image; nothing else is augmented."""
+    """Augmentation of training images; there is no other."""
 
     least_area: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Random resized crops that keep at least this share of an image's area; 1 for whole images."""
@@ -243,12 +243,12 @@ class Config:
 
     @property
     def uses_prompt(self) -> bool:
-        """The pooler `attributes` takes their names from the prompt, whether or not anybody is asked it."""
+        """The pooler `attributes` takes their names from the prompt, whether or not the supervisor is used."""
         return self.uses_supervisor or self.encoder.pooler == "attributes"
 
     @property
     def reads_attributes(self) -> bool:
-        """Whether tokens of completions are traced to the attributes that they describe."""
+        """Whether tokens of completions are mapped to the attributes that they describe."""
         return self.lambda_.kl > 0 or self.rollout.credit == "attributes"
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,9 +262,9 @@ class Config:
         return from_dict(cls, values)
 
 
-PAIRWISE = ("multi-similarity", "nt-xent")  # losses without proxies: what draws is another image of the class
+PAIRWISE = ("multi-similarity", "nt-xent")  # losses without proxies: each image needs another one of its class
 
-# The embedded default's supervisor is named, not imported: config knows nothing of ours. train.py resolves it.
+# The embedded default's supervisor by name, which train.py resolves: config imports utils alone.
 TINY = "tiny"
 
 PRESETS: dict[str, Config] = {
@@ -274,16 +274,16 @@ PRESETS: dict[str, Config] = {
         supervisor=SupervisorConfig(model=TINY, prompt="drawn-birds"),
         rollout=RolloutConfig(pairs=4, max_new_tokens=192, credit="attributes", credit_weight=5.0),
         lambda_=LambdaConfig(adaptive=True),
-        # On 50 species Potential Field's gradient is a thousand times that of the other two terms.
+        # On 50 species the gradient of Potential Field is a thousand times that of the other two terms.
         dml=DmlConfig(loss="multi-similarity"),
         optim=OptimConfig(encoder_lr=2e-4, pooler_lr=4e-3, steps=70, precision="fp32"),
         log=LogConfig(checkpoint_every=25),
     ),
-    # The paper's configurations: what is not said is in the defaults.
+    # The paper's configurations; the other settings are the defaults.
     "cub": Config(data=DataConfig(name="cub")),
     "cars": Config(data=DataConfig(name="cars"), supervisor=SupervisorConfig(prompt="cars")),
     "aircraft": Config(data=DataConfig(name="aircraft"), supervisor=SupervisorConfig(prompt="aircraft")),
-    # Two proxies for each of 743 classes make as many as 15 for CUB's 100; every point meets every other.
+    # Two proxies for each of 743 classes are about as many as 15 for each of CUB's 100; the cost is quadratic in them.
     "inat-aves": Config(data=DataConfig(name="inat-aves"), dml=DmlConfig(proxies_per_class=2)),
     # Chosen on held-out training classes of the emoji, see README.
     "folder": Config(
@@ -297,7 +297,7 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-# What a preset whose tower stands alone is where an MLLM is named.
+# Replaces the preset of that name, whose tower is a vision model on its own, where --supervisor.model is given.
 SUPERVISED: dict[str, Config] = {
     "folder": Config(
         data=DataConfig(image_size=112),
@@ -374,7 +374,7 @@ def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation
 
 
 def record_of(out: Path) -> dict[str, Any]:
-    """What the config.json of the run in `out` says: `run`, its name; `config`, a `Config`'s dict; `prompt`; and more.
+    """The content of config.json of the run in `out`: `run`, its name; `config`, a `Config`'s dict; `prompt`; and more.
 
     Raises InputError, naming the file, for one that is missing or malformed.
     """
@@ -401,7 +401,7 @@ def stored(out: Path) -> Config:
         raise InputError(f"{file!r}: {error}; restore the file, or start a new run with another --out") from None
 
 
-# Why a resumed run keeps what is not RESUMABLE: what speaks against the longest prefix of the field's name.
+# Why a resumed run keeps a field that is not RESUMABLE, by the longest matching prefix of the field's name.
 KEEP_REASONS = {
     "data": "it decides which images make which batch",
     "data.skip-unreadable": "it decides which images there are, and with them every batch",
@@ -423,11 +423,11 @@ KEEP_REASONS = {
 
 
 def _resumed(arguments: list[str], out: Path, preset: str | None) -> _Arguments:
-    """The run's own configuration, with what this command line says anew. Raises InputError for what must stay."""
+    """The run's stored configuration with this command line's RESUMABLE flags. Raises InputError for other changes."""
     original = stored(out)
     if preset and PRESETS[preset].data.name != original.data.name:
         raise InputError(f"preset: {preset!r}, and {out} is a run on {original.data.name}; leave it out, or mend --out")
-    # Its configuration is the default now, so that only flags typed this time can differ from it.
+    # The stored configuration provides the defaults, so that only flags on this command line can differ from it.
     parsed = _parse(arguments, original)
     for field, before in zip(fields_of(_config(parsed)), fields_of(original)):
         if field.value != before.value and RESUMABLE not in field.metadata:

@@ -4,10 +4,10 @@
     torchrun --nproc-per-node N -m saga_fast.embed …
 
 IMAGES are folders, searched through for images, files, glob patterns, or `-` for a list on stdin, a line each. The
-index keeps what earlier calls put there: only files that are new, or whose size or time of change differs, are
-embedded, and those that are gone leave. Vectors are saved in chunks beside the index as they come, so an interrupted
-call goes on where it stopped. Under torchrun every process embeds its share, and the first one makes the index; all
-must see the images under the same paths, but need not share the disk that the index is on.
+index keeps the vectors of earlier calls: only files that are new, or whose size or modification time differs, are
+embedded, and vectors of deleted files are removed. Vectors are saved in chunks beside the index while embedding, so an
+interrupted call continues where it stopped. Under torchrun every process embeds its share, and the first one makes the
+index; all must see the images under the same paths, but need not share the disk of the index.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from saga_fast.utils.images import SUFFIXES, is_image, kind_of, passed_over
 
 BATCH = 64  # images that go through the encoder at once
 CHUNK = 1024  # images, or
-CHUNK_SECONDS = 60.0  # of work, that an interrupted call may lose at most
+CHUNK_SECONDS = 60.0  # of work, whichever is less, are lost at most by an interrupted call
 
 Result = TypeVar("Result")
 
 
 class Embedded(NamedTuple):
-    """What a call did: counts of files, those it could not read, each with its reason, and a line about the index."""
+    """The outcome of a call: counts of files, a line per unreadable file, and a line about the index."""
 
     new: int
     unchanged: int
@@ -73,15 +73,14 @@ def embed(
     """Bring the index in the folder `index` up to date with `images`: folders, files and glob patterns.
 
     encoder: folder or hub id; faiss: a factory string for the kind of index, by default that of the last call, or
-    chosen by the number of images; workers: processes that decode. Raises InputError for an encoder, index or path
-    that is not what it should be, an index of another encoder, a full disk, and if no image can be read: the index is
-    as it was.
+    chosen by the number of images; workers: processes that decode. Raises InputError for an invalid encoder, index or
+    path, an index of another encoder, a full disk, and if no image can be read: the index is then unchanged.
     """
     index = Path(index).absolute()
     with _processes(), contextlib.ExitStack() as stack:
         model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
-            indices.make(faiss, model.embedding_dim)  # a wrong string is refused before the work
+            indices.make(faiss, model.embedding_dim)  # a malformed string is refused before the work
         _on_rank_zero(lambda: stack.enter_context(locked(index, "--index")) and None)  # for all processes
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
@@ -96,13 +95,13 @@ def embed(
             done = _on_rank_zero(lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed))
             shutil.rmtree(chunks.folder, ignore_errors=True)
         finally:
-            with contextlib.suppress(OSError):  # gone, or what it holds is for another try
+            with contextlib.suppress(OSError):  # gone, or not empty: kept for the next call
                 chunks.folder.rmdir()
     return done
 
 
 class Chunks:
-    """Vectors on their way into an index: safetensors files in `folder`, written aside and renamed, of one encoder."""
+    """Vectors that are not in the index yet: safetensors files in `folder`, written atomically, of one encoder."""
 
     def __init__(self, folder: Path, encoder_sha256: str):
         self.folder, self.prefix = folder, encoder_sha256[:16]
@@ -115,7 +114,7 @@ class Chunks:
         return sorted(path.name for path in self.folder.glob(f"{self.prefix}-*.safetensors"))
 
     def files(self) -> dict[File, tuple[str, int]]:
-        """Where each embedded file's vector is: name of the chunk, and row in it. Damaged chunks are passed over."""
+        """Embedded file → (name of the chunk, row in it). Damaged chunks are skipped."""
         found = {}
         for name in self.names():
             with contextlib.suppress(SafetensorError, OSError), safe_open(self.folder / name, "numpy") as chunk:
@@ -175,7 +174,9 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, known to every process. `files`: those that shall be in the index, sorted by path."""
+    """The work of a call, the same in every process. files: those to be in the index, sorted by path; pending: those to
+    be embedded; missing: a line per file that is not there; gone: number of indexed files that are not there any
+    more."""
 
     files: list[File]
     pending: list[File]
@@ -227,7 +228,7 @@ class Plan:
         factory: str | None,
         unreadable: list[str],
     ) -> Embedded:
-        """Merge the chunks into the index and write it, unless it is that already."""
+        """Merge the chunks into the index and write it, unless it is up to date."""
         known = indices.read_info(index)
         indexed = {file: row for row, file in enumerate(indices.read_files(index, known))} if known else {}
         fresh = chunks.files()
@@ -271,8 +272,8 @@ def _moved(vectors: np.ndarray, pairs: Sequence[tuple[int, int]]) -> Iterator[tu
 def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) -> Iterator[str]:
     """The image files in folders and under glob patterns, by their names; files as they are; `-`: lines of stdin.
 
-    What else is in the folders, but litter, is counted in `skipped` by its kind. Raises InputError for a path that is
-    not there; one that stdin names is passed on all the same.
+    Other files in the folders, except litter, are counted in `skipped` by kind. Raises InputError for a path that is
+    not there, except one that stdin names.
     """
     skipped = Counter() if skipped is None else skipped
     for item in (os.fspath(image) for image in images):
@@ -320,7 +321,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _processes() -> Iterator[None]:
-    """The group of torchrun's processes, unless they have one. Gloo's: what is exchanged are files, at the ends."""
+    """A Gloo group of torchrun's processes, unless there is a group: only lists and files are exchanged."""
     ours = dist.is_torchelastic_launched() and not dist.is_initialized()
     if ours:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # shares may take unequally long
@@ -330,7 +331,7 @@ def _processes() -> Iterator[None]:
 
 
 def _on_rank_zero(function: Callable[[], Result]) -> Result:
-    """What `function` returns in the first process, or the InputError that it raises there, in every process."""
+    """Calls `function` in the first process; returns its result, or raises its InputError, in every process."""
     outcome: Any = None
     if distributed.rank() == 0:
         try:
@@ -344,7 +345,7 @@ def _on_rank_zero(function: Callable[[], Result]) -> Result:
 
 
 def _collect(chunks: Chunks) -> None:
-    """Send to the first process the chunks that only others see, as on another host."""
+    """Send to the first process the chunks that it cannot see, as on another host."""
     names_by_rank = distributed.all_gather_object(chunks.names())
     for name in sorted(set().union(*names_by_rank) - set(names_by_rank[0])):
         owner = next(rank for rank, names in enumerate(names_by_rank) if name in names)

@@ -276,7 +276,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
 
 def expect_finite(vectors: Tensor) -> Tensor:
-    """`vectors`. Raises InputError if they hold what is no number: nothing is near such a vector."""
+    """`vectors`. Raises InputError if any is not finite: such a vector has no neighbours."""
     if not vectors.isfinite().all():
         raise InputError(f"encoder: gives vectors that are not finite; {DIVERGED}")
     return vectors
@@ -301,7 +301,7 @@ def _download(name: str, options: dict[str, Any]) -> Path:
 
 
 def _check(folder: Path) -> dict[str, str]:
-    """The SHA-256 of configuration and weights, by name, which are as the manifest says. Raises InputError if not."""
+    """name → SHA-256 of configuration and weights. Raises InputError if they are not those of the manifest."""
     for name in (CONFIG, WEIGHTS, MANIFEST):
         if not (folder / name).is_file():
             raise InputError(f"encoder: {str(folder)!r} holds no {name}; give a whole encoder/ folder of a run")

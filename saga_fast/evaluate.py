@@ -1,9 +1,9 @@
-"""How well an encoder retrieves: every image of the test half queries all the others.
+"""Evaluates an encoder by retrieval: every image of the test half queries all the others.
 
     python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
 
-Prints Recall@K, MAP@R, R-precision and NMI, the classes that fare worst, and what they are taken for. The file holds
-all classes and confusions. Of images that are equally near the one that comes first in the data set ranks first.
+Prints Recall@K, MAP@R, R-precision and NMI, the worst classes, and the worst confusions. The file holds all classes and
+confusions. Of images that are equally near, the one that comes first in the data set ranks first.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def embed_images(encoder: Encoder, images: PixelLoader, batch: int = 256) -> Ten
 
 
 def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """`retrieval_metrics`, computed by the first rank and told to all."""
+    """`retrieval_metrics`, computed by the first rank, on all ranks."""
     return distributed.all_gather_object({} if distributed.rank() else retrieval_metrics(embeddings, labels))[0]
 
 
 def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:
     """(train, test) as `data` describes them, at `image_size` pixels a side.
 
-    Raises InputError, on every rank, if the ranks do not hold the same: each reads for itself, and what one of them
-    skips, as its disk failed for a moment, would have it train on other batches than the rest.
+    Raises InputError, on every rank, if the ranks do not hold the same images: each reads for itself, and a rank that
+    skips an image, because its disk fails for a moment, would train on other batches than the rest.
     """
     settings = {}
     if data.name == "drawn-birds":
@@ -123,10 +123,8 @@ def by_class(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dict[
 
 
 def confusions(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Which class is found first in place of a query's own, how often, and of how many queries; the worst share first.
-
-    Of equal shares the more frequent comes first.
-    """
+    """For each class and the wrong class found first: how often, of how many queries; the largest share first, of equal
+    shares the more frequent one."""
     query_labels, first_labels = labels[scores.queries], labels[scores.first]
     queries = torch.bincount(query_labels, minlength=len(names))
     pairs, counts = torch.stack([query_labels, first_labels], 1)[query_labels != first_labels].unique(

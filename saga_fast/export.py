@@ -1,9 +1,9 @@
-"""Export an encoder to ONNX, and check what came out.
+"""Export an encoder to ONNX, and check the result.
 
     python -m saga_fast.export --encoder DIR --out encoder.onnx
 
 The graph takes `pixels`, uint8 (B, 3, S, S) for any B, as `Encoder.pixels` makes them, and gives `embeddings`, float32
-(B, D_e), unit vectors. It is run by onnxruntime before it is left where it was asked for, and must agree with PyTorch.
+(B, D_e), unit vectors. Before it is moved to its place, onnxruntime runs it, and the result must agree with PyTorch's.
 Needs the extra `onnx`.
 """
 
@@ -33,7 +33,7 @@ OPSET = 18
 
 
 class Disagreement(RuntimeError):
-    """onnxruntime computes something else than PyTorch."""
+    """onnxruntime's result differs from PyTorch's."""
 
 
 def export(encoder: Encoder, out: Path) -> float:
@@ -71,7 +71,7 @@ def export(encoder: Encoder, out: Path) -> float:
 def _write(encoder: Encoder, file: Path) -> None:
     pixels = torch.zeros(2, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
-        # What the exporter says of its own parts, and of packages it could do without, is no news to anybody.
+        # The exporter's warnings concern its own parts and optional packages.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         expect_finite(encoder(pixels))  # and the tower's positions are known now: they go in as constants

@@ -1,4 +1,4 @@
-"""Whether a model will work as a supervisor, and what it will take, before anything of it is loaded.
+"""Checks whether a model works as a supervisor, and the memory that it takes, before its weights are loaded.
 
     python -m saga_fast.models check ID_OR_FOLDER [--cards 24 40 80] [--section.field VALUE …]
 
@@ -36,7 +36,7 @@ from saga_fast.tiny import SUPERVISOR
 
 
 def check(name: str, config: CheckArguments) -> Iterator[str]:
-    """What there is to say of a model, line by line. Raises InputError where it cannot be used as `config` says."""
+    """The report about a model, line by line. Raises InputError where it cannot be used as `config` says."""
     model = SUPERVISOR if name == TINY else name
     pretrained = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
     mllm = shapes(pretrained, config)
@@ -76,7 +76,7 @@ def check(name: str, config: CheckArguments) -> Iterator[str]:
 
 
 def shapes(pretrained: Pretrained, config: Config) -> Mllm:
-    """The model's parts on the meta device, quantised in name."""
+    """The model's parts on the meta device, with the shapes of their quantised weights."""
     decoder = on_meta(pretrained.mllm.decoder, config.supervisor.quantize)
     if config.supervisor.quantize_head:
         expect_head_in_blocks(pretrained)
@@ -85,7 +85,7 @@ def shapes(pretrained: Pretrained, config: Config) -> Mllm:
 
 
 def empty_encoder(mllm: Mllm, config: Config, attributes: Sequence[str] = ()) -> Encoder:
-    """The encoder on the CPU, its weights' memory asked for and never written; buffers are what they are."""
+    """The encoder on the CPU, with uninitialised weights and its real buffers."""
     with init_empty_weights(include_buffers=False):
         encoder = Encoder(
             mllm.visual.config.to_diff_dict(),

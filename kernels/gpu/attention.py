@@ -1,24 +1,24 @@
 """Triton for `group_attention`: FlashAttention-2 (arXiv 2307.08691) over packed groups, forward and backward.
 
-Rows. The heads / kv_heads = REP query heads of one key head stand as neighbours: row r of a key head is query r // REP,
-head r % REP, as they lie in memory. So a tile is full for any ratio and any length (a completion of 700 tokens is 21.9
-tiles of 128 rows where REP is 4, not four times 5.5), its causal corner is REP times shorter in tokens, and the sum of
-dK and dV over query heads is the inner product of a matmul that is there anyway: nothing to add up afterwards.
+Rows. The heads / kv_heads = REP query heads of one key head are adjacent rows: row r of a key head is query r // REP,
+head r % REP, as in memory. So a tile is full for any ratio and any length (a completion of 700 tokens is 21.9 tiles of
+128 rows where REP is 4, not four times 5.5), its causal corner is REP times shorter in tokens, and the sum of dK and dV
+over query heads is part of the inner product of their matmul.
 
-Tiles. A tile belongs to one segment. Segment s owns the tiles from start(s) // BLOCK + s on, which leaves room for all
-it needs wherever it starts, so the grid follows from shapes alone, without asking the GPU; a program finds its segment
-by counting such starts, and a few programs too many leave at once.
+Tiles. A tile belongs to one segment. Segment s owns the tiles from start(s) // BLOCK + s on, which is enough wherever
+it starts, so the grid follows from shapes, without a synchronisation; a program finds its segment by counting such
+starts, and a few surplus programs return at once.
 
-Queries and tokens. What follows q (o, dO, dQ, LSE) is indexed by queries, what follows k by tokens, and tiles of either
-are counted by offsets of their own. Queries are of a segment's last tokens; only a prefix has fewer of them than it has
-tokens, perhaps none; so one shift takes every query of a group to its token.
+Queries and tokens. o, dO, dQ and LSE are indexed by queries as q is, what belongs to k by tokens, and tiles of either
+are counted by their own offsets. Queries belong to a segment's last tokens; only a prefix has fewer queries than
+tokens, perhaps none; so one shift maps every query of a group to its token.
 
-Ranges. A query tile sees its prefix whole and its own segment up to itself. Full key blocks of both go first, without a
-mask; then the prefix's last block and those on the diagonal. In packed order every visible key has column <= token,
-so one comparison serves them all. A key tile is seen by all queries from its tokens on, to its segment's end, or for a
+Ranges. To a query tile its prefix is visible whole, and its own segment up to itself. Full key blocks of both go first,
+without a mask; then the prefix's last block and those on the diagonal. In packed order every visible key has column <=
+token, so one comparison serves all. A key tile is visible to all queries from its tokens to its segment's end, or for a
 prefix its group's.
 
-Head dims up to 128 are padded to 64 or 128 in registers: 80 or 96 in parts would need each matmul twice.
+Head dims up to 128 are padded to 64 or 128 in registers: splitting 80 or 96 would need each matmul twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .shipped import SHARED_MEMORY, Cost, Shipped, launch_options
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 PRECISION = tl.constexpr("tf32x3")  # of float32 matmuls, on tensor cores to float32's accuracy; no other dtype heeds it
-SEARCH = tl.constexpr(256)  # segments looked at together when a program looks for its own
+SEARCH = tl.constexpr(256)  # segments per step of a program's search for its own
 DELTA_ROWS, DELTA_WARPS = 64, 4
 
 
@@ -91,7 +91,7 @@ def backward(
     query_tile: Tile | None = None,
     key_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; fills `attention` (R, C) if given (`AttentionOnto` says how `row_index` and `first_columns` choose)."""
+    """dq, dk, dv; fills `attention` (R, C) if given. row_index, first_columns: see `AttentionOnto`."""
     do, q, k, v = _rows(do, q, k, v)
     o, lse = o.contiguous(), lse.contiguous()
     queries, heads, head_dim = q.shape
@@ -162,11 +162,8 @@ def _query_tile(offsets, prefixes, q_offsets, segments, tile, BLOCK_M: tl.conste
     prefix that is not its own (or empty).
     """
     segment, before = _segment(q_offsets, segments, tile, BLOCK_M, REP)
-    start, stop, prefix_segment = (
-        tl.load(offsets + segment),
-        tl.load(offsets + segment + 1),
-        tl.load(prefixes + segment),
-    )
+    start, stop = tl.load(offsets + segment), tl.load(offsets + segment + 1)
+    prefix_segment = tl.load(prefixes + segment)
     q_start, q_stop = tl.load(q_offsets + segment), tl.load(q_offsets + segment + 1)
     prefix_start = tl.load(offsets + prefix_segment)
     prefix = tl.where(prefix_segment == segment, 0, tl.load(offsets + prefix_segment + 1) - prefix_start)
@@ -175,8 +172,8 @@ def _query_tile(offsets, prefixes, q_offsets, segments, tile, BLOCK_M: tl.conste
 
 @triton.jit
 def _key_blocks(row, queries, keys, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REP: tl.constexpr):
-    """Key blocks of a query tile, of the prefix and of its own segment: those that every row sees whole, and the rest,
-    which is the prefix's last block (0 or 1) and the segment's own to the end of the diagonal.
+    """Number of key blocks of a query tile, of the prefix and of its own segment: those visible to every row in full,
+    and the rest: the prefix's last block (0 or 1), and the segment's own up to the end of the diagonal.
     """
     row += (keys - queries) * REP
     full_prefix, full_own = prefix // BLOCK_N, (row // REP + 1) // BLOCK_N
@@ -196,7 +193,7 @@ def _forward(
     q_token, q_head, k_token, k_head, v_token, v_head, scale,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Backwards: a completion's tiles see most keys, a prefix's first ones fewest, so the light ones come last.
+    # In reverse: a completion's tiles have most keys, a prefix's first ones fewest, so the light ones run last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     start, stop, q_start, q_stop, row, prefix_start, prefix = _query_tile(
@@ -244,7 +241,7 @@ def _forward(
 
 @triton.jit
 def _softmax_step(acc, row_max, row_sum, scores, values, scale2):
-    """Online softmax in base 2. The first block of every row holds a key it sees, so `row_max` is finite from there on."""
+    """Online softmax in base 2. The first block of every row has a visible key, so `row_max` is finite after it."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale2)
     p = tl.exp2(scores * scale2 - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
@@ -277,7 +274,7 @@ def _dq(
     LEVELS: tl.constexpr,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the light ones last, as in the forward
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # light tiles last, as in the forward
     kv_head = tl.program_id(1)
     start, stop, q_start, q_stop, row, prefix_start, prefix = _query_tile(
         offsets, prefixes, q_offsets, segments, tile, BLOCK_M, REP
@@ -342,7 +339,7 @@ def _dq(
 
 @triton.jit
 def _wanted_columns(row_index, first_columns, query, inside, q_count, columns, LEVELS: tl.constexpr):
-    """The range of columns that any chosen row of the tile wants; empty where no row is chosen, as in most tiles."""
+    """The range of columns of the tile's chosen rows; empty where no row is chosen, as in most tiles."""
     low, high = 2147483647, 0
     for level in tl.static_range(LEVELS):
         index = tl.load(row_index + level * q_count + query, inside, -1)
@@ -357,8 +354,8 @@ def _emit(
     by_head, row_index, first_columns, p, query, head, inside, first, end, low, high, q_count, chosen, columns,
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The chosen rows of P, each into its own columns of by_head (heads, R, C). No place is written twice: the last
-    block of a prefix stops at `end`, though it reaches into the next segment, which another may have for its own.
+    """Stores the chosen rows of P, each in its columns of by_head (heads, R, C). No place is written twice: the last
+    block of a prefix stops at `end`, as the columns behind it belong to the next segment.
     """
     if (first < high) & (end > low):
         column = first + tl.arange(0, BLOCK_N)
@@ -381,8 +378,8 @@ def _dkv(
     segment, before = _segment(offsets, segments, tile, BLOCK_N, 1)
     start, stop = tl.load(offsets + segment), tl.load(offsets + segment + 1)
     start += (tile - before) * BLOCK_N
-    # A prefix's keys are seen by the whole group, ten times the work of a completion's: all of them come first, so that
-    # the completions' fill the gaps they leave. Hence the grid twice, each half leaving the other's tiles alone.
+    # A prefix's keys are visible to the whole group, ten times the work of a completion's: prefixes run first, and the
+    # completions fill the gaps. Hence the grid twice, each half skipping the other's tiles.
     is_prefix = tl.load(prefixes + segment) == segment
     if (start >= stop) | (is_prefix != (tl.program_id(2) == 0)):
         return
@@ -402,7 +399,8 @@ def _dkv(
     delta += (kv_head.to(tl.int64) * q_count + first) * REP
     lse2 += (kv_head.to(tl.int64) * q_count + first) * REP
 
-    # Rows count from `first`, the first query that sees the tile; its own tokens see it in part, all later ones whole.
+    # Rows count from `first`, the first query to which the tile is visible: in part to its own tokens, in full to later
+    # ones.
     rows = (end - first) * REP
     own = tl.maximum(start - shift + BLOCK_N - first, 0) * REP
     corner = tl.cdiv(tl.minimum(rows, own), BLOCK_M) * BLOCK_M
@@ -459,9 +457,9 @@ def _dkv_step(
 
 
 def tile_of(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The one table of the launcher and `shipped`: the largest that spill no register, by shared memory of the chip.
+    """Tiles for launcher and `shipped`: the largest without register spills, by the chip's shared memory.
 
-    "dq onto" holds P for its rows' addresses as well.
+    "dq onto" needs registers for the addresses of P as well.
     """
     if dtype == torch.float32:
         return {"forward": Tile(32, 32, 8, 1), "dkv": Tile(32, 16, 8, 1)}.get(kernel, Tile(16, 32, 8, 1))
@@ -487,7 +485,7 @@ def tile_of(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
 
 @lru_cache
 def _arch(device: torch.device) -> int:
-    """The chip of the table that this one is like: of its family, or the one that asks least."""
+    """The architecture to look up in the table: of the same family, else the most frugal."""
     if device.type != "cuda":
         return 80  # interpreted
     major, minor = torch.cuda.get_device_capability(device)
@@ -504,7 +502,7 @@ def _tiles(rows: int, segments: int, block: int) -> int:
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    """Kernels take any stride of token and head, but a head's numbers side by side."""
+    """Kernels take any stride of tokens and heads, but need stride 1 within a head."""
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 

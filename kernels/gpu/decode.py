@@ -1,17 +1,17 @@
 """Triton for `decode_attention`: flash decoding in two launches, the keys of a prefix read once for all of its rows.
 
-Pieces. The keys of a prefix, and those of each row's own tokens, are cut into pieces, one program a piece and key
-head, so that 8 rows fill a GPU as 128 do. Both kinds go in one launch: a piece of a prefix meets the queries of all
-rows that sit there at once (32 where G is 8 and there are four query heads a key head), a piece of own tokens those of
-its row. Either leaves its sum of values, divided by its sum of weights, and that sum's logarithm; the second launch
-merges what a row has. How many tokens a row has is known on the GPU alone: programs beyond them leave at once.
+Splits. The keys of a prefix, and those of each row's own tokens, are split, one program per split and key head, so that
+8 rows fill a GPU as 128 do. Both kinds go in one launch: a split of a prefix serves the queries of all rows of its pair
+at once (32 where G is 8 and there are four query heads per key head), a split of own tokens those of its row. Each
+stores its weighted mean of the values and the logarithm of its sum of weights; the second launch merges the splits of
+a row. The number of a row's tokens is known on the GPU alone: programs beyond it return at once.
 
-The new token. A row's first piece starts from it, as the caller gives it, and writes it to the cache, where nobody
-reads it in this launch: nothing depends on who comes first.
+The new token. A row's first split starts from it, as the caller gives it, and writes it to the cache, which no program
+reads at that place in this launch: there is no race.
 
-Memory sets the pace, so queries are few in a tile and wasted tensor-core rows are free. Keys of a prefix lie
-transposed, P side by side: with P or the distance of rows odd, nothing wider than a number can be loaded, so loads are
-as wide as all distances allow (`_vector`). A distance that is a multiple of 16 bytes is best, and P need not be.
+The kernel is bound by memory, so tiles have few queries, and unused tensor-core rows cost nothing. Keys of a prefix are
+transposed, P side by side: with P or a row's stride odd, only single numbers can be loaded, so loads are as wide as all
+strides allow (`_vector`). A stride that is a multiple of 16 bytes is best; P need not be one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .shipped import SHARED_MEMORY, Cost, Shipped, launch_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("tf32x3")  # of float32 matmuls, on tensor cores to float32's accuracy; no other dtype heeds it
-SEARCH = tl.constexpr(128)  # rows looked at together when a program looks for those of its prefix
+SEARCH = tl.constexpr(128)  # rows per step of a program's search for the rows of its prefix
 MAX_QUERIES = 32  # of a tile; a prefix with more is read again for the rest of them
-CHUNK, MERGE_WARPS = 8, 1  # pieces that are merged together
+CHUNK, MERGE_WARPS = 8, 1  # splits per step of the merge
 
 
 class Tile(NamedTuple):
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Into how many pieces keys of a prefix and own tokens are cut, and the tiles of a piece."""
+    """Number of splits of a prefix's keys and of own tokens, and tiles per split."""
 
     prefix: int
     prefix_tiles: int
@@ -52,10 +52,10 @@ class Splits(NamedTuple):
 
 
 def choose_splits(n: int, pairs: int, kv_heads: int, length: int, end: int, keys: int, multiprocessors: int) -> Splits:
-    """Pieces of 256 keys where that makes work for all multiprocessors several times over, else shorter ones.
+    """Splits of 256 keys where these are several per multiprocessor, else shorter ones.
 
-    What a piece leaves is 3% of what it reads at 256 keys of four query heads, so longer ones would gain little, and
-    lose at the end of the launch, when the last ones run alone.
+    A split writes 3% of what it reads at 256 keys of four query heads, so longer ones would gain little, and lose at
+    the end of the launch, when the last ones run alone.
     """
 
     def splits(span: int) -> Splits:
@@ -72,7 +72,7 @@ def choose_splits(n: int, pairs: int, kv_heads: int, length: int, end: int, keys
 
 
 def accepts(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor) -> bool:
-    """Whether the kernels are for these: at most 128 numbers a head and 32 query heads a key head, float32 or narrower,
+    """Whether the kernels take these: head_dim at most 128, at most 32 query heads per key head, float32 or narrower,
     values and own keys dense in their last two axes, keys of a prefix in the last.
     """
     dim = q.shape[2]
@@ -99,8 +99,8 @@ def forward(
     tile: Tile | None = None,
     splits: Splits | None = None,
 ) -> Tensor:
-    """(n, heads, head_dim), contiguous, of arguments that `accepts` says yes to. A row nobody reads attends to its own
-    tokens alone. The shape chooses `tile` and `splits`.
+    """(n, heads, head_dim), contiguous, for arguments that `accepts` accepts. A row that is not read attends to its own
+    tokens alone. `tile` and `splits` follow from the shape by default.
     """
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     (n, heads, dim), (pairs, kv_heads, _, length), end = q.shape, prefix_k.shape, own_k.shape[2]
@@ -143,8 +143,8 @@ def _attend(
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, OWN_QUERIES: tl.constexpr,
     KEYS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a prefix, which come first as they take longer, or of a row's own tokens. Distances of prefix_k are
-    counted in VECTOR, which tells the compiler that they are multiples of it.
+    """One split of a prefix (these come first, as they take longer), or of a row's own tokens. Strides of prefix_k are
+    given in units of VECTOR, which tells the compiler that they are multiples of it.
     """
     work, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     before = pairs * chunks * prefix_splits
@@ -160,7 +160,7 @@ def _attend(
             REP, HEAD_DIM, WIDTH, QUERIES, KEYS, VECTOR,
         )  # fmt: skip
     else:
-        row = ((work - before) % n).to(tl.int64)  # first pieces first: each row has that one
+        row = ((work - before) % n).to(tl.int64)  # first splits first: each row has that one
         _onto_own(
             q + row * q_row, k + row * k_row + kv_head * k_head, v + row * v_row + kv_head * v_head,
             own_k + row * ok_row + kv_head * ok_head, own_v + row * ov_row + kv_head * ov_head,
@@ -177,7 +177,7 @@ def _onto_prefix(
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Queries of a pair's rows, REP of each seat, onto a piece of its prefix."""
+    """Queries of a pair's rows, REP per query slot, onto a split of its prefix."""
     query = first_query + tl.arange(0, QUERIES)
     row = _rows_at(query_slot, first_query_slot + query // REP, query < query_count, n, QUERIES)
     valid, head = row >= 0, tl.program_id(1) * REP + query % REP
@@ -208,7 +208,7 @@ def _onto_own(
     q, k, v, own_k, own_v, partial, lse, q_head, scale2, row, count, split, tiles, prefix_splits, splits,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A row's REP queries onto a piece of its own tokens, the first of which starts from the new token."""
+    """A row's REP queries onto a split of its own tokens; the first split starts from the new token."""
     first = split * tiles * KEYS
     if (split == 0) | (first < count):
         query = tl.arange(0, QUERIES)
@@ -238,7 +238,7 @@ def _onto_own(
 
 @triton.jit
 def _rows_at(query_slot, query_slots, wanted, n, QUERIES: tl.constexpr):
-    """(QUERIES,) the row that sits at each of `query_slots`, -1 where nobody does or it is not `wanted`."""
+    """(QUERIES,) the row of each of `query_slots`, -1 where there is none or it is not `wanted`."""
     found = tl.full((QUERIES,), -1, tl.int32)
     for first in range(0, n, SEARCH):
         row = first + tl.arange(0, SEARCH)
@@ -260,8 +260,8 @@ def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _step(acc, row_max, row_sum, queries, keys, values, visible, scale2):
-    """Online softmax in base 2 over keys (WIDTH, KEYS) and values (KEYS, WIDTH), one or more of them seen. A score that
-    is nan is passed over by the maximum, not by the sums.
+    """Online softmax in base 2 over keys (WIDTH, KEYS) and values (KEYS, WIDTH), one or more of them visible. The
+    maximum ignores a score that is nan, the sums do not.
     """
     scores = tl.dot(queries, keys, input_precision=PRECISION)
     scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -278,7 +278,7 @@ def _store_partial(
     partial, lse, row, head, valid, split, splits, acc, row_max, row_sum,
     REP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What a piece found, to (n, heads, pieces): values (…, HEAD_DIM), and the logarithm in base 2 of their weight."""
+    """Stores a split's result in (n, heads, splits): values (…, HEAD_DIM), and the base-2 logarithm of their weight."""
     dims = tl.arange(0, WIDTH)
     at = (row * (tl.num_programs(1) * REP) + head) * splits + split
     mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
@@ -291,7 +291,7 @@ def _merge(
     partial, lse, query_slot, cached, out, query_slots, prefix_splits, own_splits, span,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A head of a row from its pieces, of its prefix if it has one, and of own tokens as far as there are any."""
+    """Merges a head of a row from its splits: those of its prefix, if it has one, and those of its own tokens."""
     head, row = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, WIDTH)
     start = tl.where(tl.load(query_slot + row) < query_slots, 0, prefix_splits)
@@ -328,8 +328,8 @@ def tile_of(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
 
 
 def _vector(prefix_k: Tensor) -> int:
-    """How many numbers can be loaded at once, 16, 4 or fewer bytes of them, from wherever a row of keys begins. The
-    last ones may be beyond P if the distance to the next row leaves room, and the memory ends no sooner.
+    """Numbers per load, 16, 4 or fewer bytes of them, from the start of any row of keys. The last ones may be beyond P
+    if the row's stride leaves room and the memory does not end before.
     """
     *strides, _ = prefix_k.stride()
     sizes, size = prefix_k.shape, prefix_k.element_size()
@@ -352,7 +352,7 @@ def _queries(group: int, rep: int) -> tuple[int, int]:
 
 @lru_cache
 def _device(device: torch.device) -> tuple[int, int]:
-    """The chip of the table that this one is like, of its family or the one that asks least, and its multiprocessors;
+    """The architecture to look up in the table (of the same family, else the most frugal), and the multiprocessors;
     those of an H100 for the interpreter."""
     if device.type != "cuda":
         return 90, 132

@@ -22,7 +22,7 @@ from triton.language.extra import libdevice
 
 from .shipped import Cost, Shipped, launch_options
 
-# The 16 quantiles of `saga_kernels.nf4.CODE`, known to the compiler.
+# `saga_kernels.nf4.CODE` as a compile-time constant.
 CODE = tl.constexpr(
     (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -30,7 +30,7 @@ CODE = tl.constexpr(
         *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     )
 )
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no libdevice
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no libdevice
 
 MAX_ROWS = 128  # above, a dense matmul on dequantised weights is limited by arithmetic and wins
 DEQUANTIZE_WARPS = 4
@@ -177,7 +177,7 @@ def _compiled_fits(x: Tensor, packed: Tensor, absmax: Tensor, code2: Tensor | No
 def _scales_or_any(
     absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """absmax, code2, absmax2, offset as a kernel takes them: without nesting the last three are there, but not read."""
+    """absmax, code2, absmax2, offset as a kernel takes them; without nesting the last three are placeholders."""
     if code2 is None or absmax2 is None or offset is None:
         return absmax, absmax, absmax, absmax
     return absmax, code2, absmax2, offset
@@ -279,7 +279,7 @@ def _absmax(absmax, code2, absmax2, shift, block, inside, NESTED: tl.constexpr):
     """
     if NESTED:
         code = tl.load(absmax + block, inside).to(tl.int32)
-        group = block >> 8  # a division would mind the sign
+        group = block >> 8  # a shift, as a signed division costs more instructions
         product = tl.load(code2 + code) * tl.load(absmax2 + group, inside)
         return product + (tl.load(shift + group, inside) if shift.dtype.is_ptr() else shift)
     else:

@@ -97,7 +97,7 @@ def forward(
 
 @triton.jit
 def _survey(logits, top, total, vocabulary, span, scale, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each split: the maximum and the sum of exp((x - maximum) * scale), which nan and +inf turn into nan."""
+    """Per split: the maximum and the sum of exp((x - maximum) * scale), which is nan where a logit is nan or +inf."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.minimum((split + 1) * span, vocabulary)
     peak = tl.full([BLOCK], LOWEST, tl.float32)
@@ -130,8 +130,8 @@ def _weigh(
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """Of each split: the mass at or above each pivot. A row's first program leaves its bracket and pivots: computed
-    again, in another kernel, they might be rounded otherwise.
+    """Of each split: the mass at or above each pivot. A row's first program stores its bracket and pivots: computed
+    again, in another kernel, they could be rounded differently.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     peak, sums = _row_of(top, total, row, scale, SPLITS)
@@ -174,7 +174,7 @@ def _gather(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each split: its logits inside the bracket, in token order, their number and extremes; the mass above it."""
+    """Per split: its logits inside the bracket, in token order, their number and extremes; the mass above it."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     peak, _ = _row_of(top, total, row, scale, SPLITS)
     low, high = _narrow(bracket, pivot, mass, row * ROUNDS + ROUNDS - 1, tail, SPLITS)
@@ -225,7 +225,7 @@ def _draw(
     WIDE: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """The least logit of the nucleus, the mass that each split has in it, and the token at the random number."""
+    """Finds the least logit of the nucleus and each split's mass in it, then the token at the random number."""
     row = tl.program_id(0).to(tl.int64)
     peak, sums = _row_of(top, total, row, scale, SPLITS)
     sound = (sums > 0) & (sums < INFINITY)

@@ -1,4 +1,4 @@
-"""What the GPU modules share: how a kernel is launched, which configurations ship, and what one call costs.
+"""Shared by the GPU modules: launch options, descriptions of shipped configurations, and costs of a call.
 
 Each module has `shipped(arch) -> Iterator[Shipped]`: every configuration it can launch on that chip, read from the
 same table as its launcher, so that what is compiled without a GPU is what runs on one; and `cost(...) -> Cost`.

@@ -1,8 +1,7 @@
-"""Data sets by name. Each comes as (train, test), with no class in both unless a split of one's own has it so; one file
-a data set.
+"""Data sets by name, a file each. Each is loaded as (train, test), without a class in both, unless the user's own split
+has one.
 
-The drawn birds live with the tiny supervisor that is taught on drawings; they are the one thing here imported from
-outside, and only when asked for.
+The drawn birds are in `tiny`, with the supervisor that is trained on them, and are imported only when loaded.
 """
 
 from __future__ import annotations
@@ -84,8 +83,8 @@ def load_dataset(
 ) -> tuple[ImageDataset, ImageDataset]:
     """(train, test) of the data set `name`. root: the folder of its files, None if it is drawn; settings: its own.
 
-    Tells what its reader passed over, if there is more or less of it than was published, as figures are then not
-    comparable, and if a split of one's own has classes in both halves.
+    Warns of skipped files, of counts that differ from the published ones, as figures are then not comparable, and of
+    classes in both halves of the user's own split. Raises InputError for an unknown name and a missing root.
     """
     if name not in DATASETS:
         raise InputError(f"--data.name: {name!r} is unknown; accepted are {', '.join(DATASETS)}")
@@ -100,7 +99,7 @@ def load_dataset(
 
 
 def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
-    """What is right, but should be known of the two halves, a line each."""
+    """Notes on the two halves that are no errors, a line each: skipped files, shared classes."""
     skipped: Counter[str] = Counter()
     for half in (train, test):
         skipped.update(getattr(half, "skipped", {}))
@@ -108,6 +107,6 @@ def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
         yield f"passed over: {skipped_summary}"
     if shared := set(train.classes) & set(test.classes):
         yield (
-            f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are not "
-            "of classes never seen"
+            f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are "
+            "not of classes never seen"
         )

@@ -1,9 +1,9 @@
-"""Is the data set whole? Counts it against what was published, and opens every image.
+"""Checks a data set: compares its counts with the published ones, and opens every image.
 
     python -m saga_fast.data check NAME --root DIR [--skip-unreadable] [--workers N]
 
-Prints a line for each thing that is wrong, then the counts: images that are missing, unreadable or cut short, images
-that no list names, counts that differ. Exit code 2 if anything is.
+Prints a line per fault, then the counts. Faults are images that are missing, unreadable or truncated, images in no
+list, and counts that differ. Exit code 2 if there is any.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Faults(Dataset[tuple[int, str | None]]):
 
 
 def broken(data: ImageFiles, workers: int, name: str) -> dict[int, str]:
-    """What is wrong, by index, with each image that cannot be read whole; a progress bar on stderr meanwhile."""
+    """index → fault, of the images that cannot be read; shows a progress bar on stderr."""
     opened = prefetch(_Faults(data.paths), range(len(data)), workers)
     bar = tqdm(opened, f"opening {name}", len(data), unit="image", leave=False)
     return {index: fault for index, fault in bar if fault is not None}
@@ -57,10 +57,10 @@ def unlisted(train: ImageFiles, test: ImageFiles) -> Iterator[Path]:
 
 
 def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
-    """Prints what is wrong with the data set and how much there is of it; True if nothing is wrong.
+    """Prints the data set's faults and counts; returns whether there are no faults.
 
-    skip_unreadable: broken images are printed, but right, as long as enough of each class are left. Raises InputError
-    for a data set whose lists cannot be read.
+    skip_unreadable: broken images are printed, but are no faults as long as each class has enough others. Raises
+    InputError for a data set whose lists cannot be read.
     """
     train, test = IN_FILES[name](root)
     wrong = 0

@@ -1,7 +1,7 @@
-"""Training images as they are never twice: another part of each, at another size, perhaps mirrored, in other light.
+"""Augmentation of training images: random resized crops, mirroring, and changes of light.
 
-What is drawn depends on the run's seed, the number of the micro-batch and the place in it, on nothing else: a resumed
-run sees what the unbroken one would have, and ranks agree.
+Random numbers depend on the run's seed, the number of the micro-batch and the position in it alone: a resumed run gets
+the same images as an unbroken one, and ranks agree.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601: what of red, green and blue the
 
 @dataclass(frozen=True)
 class Augmentation:
-    """least_area: the smallest share of an image's area that a crop keeps, 1 for whole images; the crop's sides are
-    to each other as 3 : 4 to 4 : 3, and it is resized to the image's size. flip: mirror every other image. light:
+    """least_area: the smallest share of an image's area that a crop keeps, 1 for whole images; a crop's aspect ratio is
+    3 : 4 to 4 : 3, and it is resized to the image's size. flip: mirror an image with probability 1/2. light:
     brightness, contrast and saturation are multiplied by 1 - light to 1 + light."""
 
     least_area: float = 1.0
@@ -31,7 +31,7 @@ class Augmentation:
     light: float = 0.0
 
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
-        """uint8 (B, 3, S, S) of such."""
+        """uint8 (B, 3, S, S) → the same, augmented by random numbers of `seed`."""
         if self == Augmentation():
             return pixels
         random, count = torch.Generator().manual_seed(seed), len(pixels)
@@ -40,7 +40,7 @@ class Augmentation:
             return low + (high - low) * torch.rand(count, generator=random)
 
         x = pixels.float()
-        # All of it is drawn whatever is asked for, so that one setting does not change what another draws.
+        # All random numbers are drawn whatever the settings, so that one setting does not change those of another.
         area, ratio = uniform(self.least_area, 1), uniform(-math.log(4 / 3), math.log(4 / 3)).exp()
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         across, down, mirrored = uniform(-1, 1), uniform(-1, 1), uniform(0, 1) < 0.5
@@ -66,7 +66,7 @@ class Augmentation:
 
 
 def augmented(batches: Iterable[Batch], augmentation: Augmentation, seed: int, first: int = 0) -> Iterator[Batch]:
-    """The micro-batches, the first of which is number `first` of the run, augmented."""
+    """The augmented micro-batches; the first is number `first` of the run."""
     for number, batch in enumerate(batches, first):
         (mixed,) = np.random.SeedSequence((seed, number)).generate_state(1)  # 32 bits are all that a generator reads
         yield batch._replace(pixels=augmentation(batch.pixels, int(mixed)))

@@ -1,4 +1,4 @@
-"""What a data set is, and how its classes are split and checked."""
+"""The interface of a data set; splitting and checking its classes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ImageDataset(Protocol):
 
 
 class ImageFiles:
-    """Image files and their labels, decoded when asked for. `folders` should hold no image but these.
+    """Image files and their labels, decoded on access. folders: should hold no other images.
 
-    skipped: what its reader passed over, by kind.
+    skipped: number of files that the reader skipped, by kind.
     """
 
     def __init__(self, paths: list[Path], labels: list[int], classes: list[str], folders: Sequence[Path] = ()):
@@ -45,7 +45,7 @@ class ImageFiles:
 
 
 def checksum(dataset: ImageDataset, called: Callable[[Path], str] = os.fspath) -> str:
-    """SHA-256 of which images it holds, in what order, and their labels: equal where a seed draws the same batches.
+    """SHA-256 of the images' names, in order, and their labels: if it is equal, a seed draws the same batches.
 
     called: what tells a file; of a data set that may have been moved, its name alone.
     """
@@ -58,7 +58,7 @@ def checksum(dataset: ImageDataset, called: Callable[[Path], str] = os.fspath) -
 
 
 class Published(NamedTuple):
-    """How much there is of a data set, by those who released it or train on it."""
+    """Published counts of a data set."""
 
     classes: int
     train_images: int
@@ -66,7 +66,7 @@ class Published(NamedTuple):
     images_per_class: int | None = None
 
     def differences(self, train: ImageDataset, test: ImageDataset) -> list[str]:
-        """What was found otherwise, a line each; none if all is there."""
+        """A line per count that differs from the published one."""
         counts = {
             "classes": (len(train.classes) + len(test.classes), self.classes),
             "training images": (len(train), self.train_images),
@@ -107,7 +107,7 @@ def first_classes(dataset: ImageDataset, count: int) -> Subset:
 
 
 def split_classes(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sorted names cut in halves, (train, test); of an odd number train gets the one over."""
+    """(train, test): the halves of the sorted names; train has one more of an odd number."""
     names = sorted(names)
     middle = (len(names) + 1) // 2
     return names[:middle], names[middle:]

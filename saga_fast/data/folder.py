@@ -1,6 +1,6 @@
-"""One folder of images a class: `root/<class>/<image>`, the layout for one's own pictures.
+"""The user's own images, one folder per class: `root/<class>/<image>`.
 
-Also a split of one's own, `root/train/<class>/<image>` and `root/test/<class>/<image>`, or a list in place of the
+Also with a split of their own, `root/train/<class>/<image>` and `root/test/<class>/<image>`, or a list in place of the
 folder: see `split`.
 """
 
@@ -21,8 +21,8 @@ from saga_fast.utils.images import is_image, kind_of
 class ImageFolder(ImageFiles):
     """The classes of `root` named in `classes` (default: all), sorted by name, and in each its images, sorted by name.
 
-    Hidden entries and what systems leave behind (`is_litter`) are passed over; other files and deeper folders are
-    too, and are counted in `skipped`. Raises InputError for a missing or empty root, an unknown class, and a class with
+    Hidden entries and system files (`is_litter`) are skipped; other files and deeper folders are skipped too, and
+    counted in `skipped`. Raises InputError for a missing or empty root, an unknown class, and a class with
     fewer than two images. Images are decoded when asked for, not here.
     """
 
@@ -37,7 +37,7 @@ class ImageFolder(ImageFiles):
 
 
 def images_in(folder: Path, skipped: Counter[str]) -> list[Path]:
-    """The image files in `folder`, sorted; what else is there, but litter, is counted in `skipped` by its kind."""
+    """The image files in `folder`, sorted; other entries, except litter, are counted in `skipped` by kind."""
     paths = []
     for path in sorted(_visible(folder)):
         if path.is_dir():
@@ -102,7 +102,7 @@ def _load_split(root: Path, names: list[str], halves: dict[str, list[str]]) -> t
 
 
 def _unpacked(root: Path) -> Path:
-    """`root`, or the folder that is all there is in it, as archives unpack, if that one holds folders alone."""
+    """`root`, or its only entry where that is a folder of folders, as archives unpack; repeated up to four times."""
     for _ in range(4):
         inside = _visible(root)
         if len(inside) != 1 or not inside[0].is_dir() or not _folders(inside[0]):

@@ -1,7 +1,7 @@
-"""Lists that come with a data set: which image is of which class.
+"""Readers of the lists that come with a data set and assign images to classes.
 
-A list may be cut short, edited, or someone else's. So an error names the file and the line, and an image that would lie
-outside the data set's folder is refused.
+A list may be truncated, edited or hostile. So an error names the file and the line, and an image outside of the data
+set's folder is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import is_litter, read_regular
 
 MAX_BYTES = 2**26  # of a list; the longest released is 1 MB
-WRAPPERS = 20  # more folders side by side are classes, not what an archive was unpacked to
+WRAPPERS = 20  # folders side by side, at most, that may be what archives unpack to; more of them are classes
 
 
 class Entry(NamedTuple):

@@ -1,4 +1,4 @@
-"""From data set to uint8 batches: decoded once and kept if they fit in memory, else decoded ahead by workers."""
+"""From data set to uint8 batches: pixels are cached if they fit in memory, else decoded ahead by workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saga_fast.utils.errors import InputError, warn_rank_zero
 from saga_fast.utils.images import to_pixels
 
 Item = TypeVar("Item")
-MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept, of each half of a data set
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are cached, for each half of a data set
 
 
 class Batch(NamedTuple):
@@ -34,9 +34,10 @@ class Batch(NamedTuple):
 class PixelLoader:
     """Every image of `dataset`, resized to (size, size).
 
-    The constructor decodes each image once, so a broken file is found before anything is trained or written: InputError
-    names it, or with `skip_unreadable` it is left out with a warning and listed in `skipped`. Indices count within the
-    attribute `dataset`, which holds the readable images only. The pixels are kept if they fit in `memory_limit` bytes.
+    The constructor decodes each image once, so a broken file is found before anything is trained or written: it raises
+    InputError, which names the file, or with `skip_unreadable` leaves it out with a warning and lists it in `skipped`.
+    Indices count within the attribute `dataset`, which holds the readable images only. Pixels are cached if they fit in
+    `memory_limit` bytes.
 
     workers: processes that decode; 0 decodes in this one.
     """
@@ -78,7 +79,8 @@ class PixelLoader:
         return len(self.dataset)
 
     def hold_out(self) -> tuple[PixelLoader, PixelLoader]:
-        """(rest, held out): the last tenth of the classes apart, two at least; nothing is decoded again."""
+        """(rest, held out): holds out the last tenth of the classes, two at least, without decoding again. Raises
+        InputError if fewer than two classes are left."""
         classes = self.dataset.classes
         first = len(classes) - max(2, round(len(classes) / 10))
         if first < 2:
@@ -92,13 +94,13 @@ class PixelLoader:
         return halves
 
     def batch(self, indices: list[int]) -> Batch:
-        """The images at `indices`, now."""
+        """The images at `indices`, decoded in this process where they are not cached."""
         if self._cached is not None:
             return Batch(indices, self._cached[indices], self.labels[indices])
         return self._checked_batch(*Decoder(self.dataset, self.size)[indices])
 
     def stream(self, batches: Iterable[list[int]]) -> Iterator[Batch]:
-        """The batches in order. Where pixels are not kept, workers decode ahead: `batches` is read before its time."""
+        """The batches in order. Where pixels are not cached, workers decode ahead, so `batches` is read ahead too."""
         if self._cached is not None:
             return map(self.batch, batches)
         return (self._checked_batch(*decoded) for decoded in self._decode(batches))
@@ -113,7 +115,8 @@ class PixelLoader:
 
 
 class Decoder(Dataset[tuple[list[int], Tensor, dict[int, str]]]):
-    """Maps indices to (indices, pixels, {index: fault}); a worker's exception would arrive wrapped in a traceback."""
+    """Maps indices to (indices, pixels, {index: fault}). Faults are returned, as a worker's exception would arrive
+    wrapped in a traceback."""
 
     def __init__(self, dataset: ImageDataset, size: int):
         self.dataset, self.size = dataset, size
@@ -131,13 +134,13 @@ class Decoder(Dataset[tuple[list[int], Tensor, dict[int, str]]]):
 
 
 def prefetch(dataset: Dataset[Item], items: Iterable[Any], workers: int) -> Generator[Item]:
-    """dataset[item] of each item, in order, computed ahead by `workers` processes, or when asked for if 0.
+    """dataset[item] of each item, in order, computed ahead by `workers` processes, or lazily in this one if 0.
 
-    The processes end with the iterator, when it is spent or dropped, and with this process, however that ends. Raises
-    InputError if one of them is killed.
+    The processes end with the iterator, when it is exhausted or dropped, and with this process, however that ends.
+    Raises InputError if one of them is killed.
     """
     stream = _prefetched(dataset, items, workers)
-    # A process that ends waits for its children, which it has asked to end by the very signal that ours leave to it.
+    # At exit Python waits for its children, after a SIGTERM to them, which these workers ignore: close them before.
     atexit.register(_close, weakref.ref(stream))
     return stream
 
@@ -148,7 +151,7 @@ def _close(stream: weakref.ref[Generator[Any]]) -> None:
 
 
 def _prefetched(dataset: Dataset[Item], items: Iterable[Any], workers: int) -> Generator[Item]:
-    generator = torch.Generator()  # a DataLoader draws a seed, by default from the run's own generator
+    generator = torch.Generator()  # else the DataLoader draws a seed from the run's own generator
     try:
         yield from DataLoader(
             dataset,
@@ -168,14 +171,16 @@ def _prefetched(dataset: Dataset[Item], items: Iterable[Any], workers: int) -> G
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: workers leave it, and SIGTERM, to the one they decode for."""
+    """Ignores SIGINT, which Ctrl-C sends to all processes of the terminal, and SIGTERM; ends with the parent
+    instead."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """Ends this worker with its process. PyTorch's own watch misses one that is gone before the watch begins."""
+    """Ends this worker when its parent ends. PyTorch's own check misses a parent that is gone before the check
+    starts."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)

@@ -12,9 +12,9 @@ from saga_fast.utils.errors import InputError
 class ClassBalancedSampler:
     """Endless iterator of index lists, `images_per_class` consecutive indices a class.
 
-    Classes, and the images of each class, are dealt from shuffled decks: none comes again before all have come, and
-    none twice in a batch, except that a class with too few images repeats them. The state is how many batches were
-    dealt; restoring deals them again, thousands a second. So a reader that runs ahead saves its count of those used.
+    Classes, and the images of each class, are dealt from shuffled decks: none is repeated before all have been dealt,
+    nor within a batch, except that a class with too few images repeats them. The state is the number of batches dealt;
+    restoring deals them again, thousands a second. A reader that reads ahead saves the number of batches that it used.
 
     contents: what the labels are of, such as `checksum`; a state that was saved with others is refused.
     Raises InputError if there are fewer classes than `classes_per_batch` or a class has a single image.
@@ -77,7 +77,7 @@ class ClassBalancedSampler:
 
 
 class _Deck:
-    """Cards dealt in shuffled order, shuffled anew when spent; cards still in the hand then go to the bottom."""
+    """Deals `cards` in shuffled order, and reshuffles when they run out; cards in the current hand then go last."""
 
     def __init__(self, cards: list[int], rng: random.Random):
         self.cards, self.rng = cards, rng

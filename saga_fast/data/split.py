@@ -1,4 +1,4 @@
-"""A split of one's own: which images train and which test, by folders or by a list.
+"""The user's own split into training and test images, by folders or by a list.
 
 By folders, ROOT/train/CLASS/IMAGE and ROOT/test/CLASS/IMAGE. By a list, in place of the folder:
 
@@ -36,7 +36,7 @@ HALVES = {
 
 
 def halves_among(names: Iterable[str]) -> dict[str, list[str]]:
-    """{half: those of `names`, in any case of letters, that it goes by}."""
+    """half → those of `names` that stand for it, in any letter case."""
     found: dict[str, list[str]] = {}
     for name in names:
         if half := HALVES.get(name.casefold()):
@@ -164,4 +164,4 @@ def _objects(path: Path, text: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as it is written, so that a key that comes twice is seen."""
+    """The (key, value) pairs of a JSON object, so that a repeated key is noticed."""

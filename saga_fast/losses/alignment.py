@@ -1,5 +1,5 @@
-"""L_KL: the pooler should look where the supervisor looked while it described the image's attributes: its one query
-where any of them was described, or the query of each attribute where that one was."""
+"""L_KL: the pooler's attention follows the supervisor's attention from the tokens that describe an image's attributes.
+The paper's single query follows all of them; with one query per attribute, each follows its own attribute's tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ def attention_targets(attention: Tensor, query: Tensor, queries: int) -> Tensor:
     """ᾱ of one image in one rollout, for each of the pooler's queries: (queries, N), rows that sum to 1.
 
     attention: (T, N), of each of T attribute tokens onto the image's N patches, averaged over heads: a slice of a
-    softmax over everything the token sees. query: (T,) int64, which of the pooler's queries learns from each token; the
-    paper's pooler has one, which learns from all. Each token is renormalised over the patches first, so that a token
-    that hardly looks at the image weighs as much as one that stares, then the tokens of a query are averaged. Tokens
-    with no mass on the image at all are left out; a query that none is left for has a row of zeros, for which
-    `alignment_kl` is zero.
+    softmax over all keys of the token. query: (T,) int64, the pooler's query that learns from each token; the paper's
+    pooler has one, which learns from all. Each token is renormalised over the patches first, so that tokens with little
+    attention on the image weigh as much as the others; then the tokens of a query are averaged. Tokens without mass on
+    the image are left out; a query without tokens has a row of zeros, for which `alignment_kl` is zero.
     """
     mass = attention.sum(1, keepdim=True)
     renormalised = attention / mass.clamp_min(torch.finfo(attention.dtype).tiny)

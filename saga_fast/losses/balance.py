@@ -1,9 +1,9 @@
-"""How loud the supervisor speaks beside the metric loss, found from the run itself, so that λ = 1 needs no tuning.
+"""Weights of the supervisor's loss terms beside the metric loss, adapted during a run, so that λ = 1 needs no tuning.
 
-Two things set it. The policy gradient in the tower may be a fraction of the metric loss's or twenty times as large, and
-where it is, one drowns the other: it is scaled to a fixed multiple of that norm. And a supervisor whose verdicts have
-nothing to do with the truth teaches noise: the weights of both its terms fall to zero with what its verdicts say. It is
-heard before it speaks: AdamW's second moment would remember what it said in a run's first steps for the rest of it.
+Two rules. The policy gradient in the tower may be a fraction of the metric loss's or twenty times as large, so it is
+scaled to a fixed multiple of that norm. And a supervisor whose verdicts do not depend on the truth teaches noise, so
+the weights of both its terms follow the informedness of its verdicts down to zero. They start at zero: AdamW's second
+moment would remember noise of a run's first steps for the rest of it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-DECAY = 0.9  # of the running norms, a step
+DECAY = 0.9  # of the running norms, per step
 RATIO = 3.0  # of the norm of the policy gradient to that of the metric loss; chosen on drawn birds of another seed
-MIN_PAIRS = 32  # pairs after which a supervisor's verdicts are judged, half of them of one class
+MIN_PAIRS = 32  # pairs before informedness is known, half of them of one class
 DECAY_PAIRS = 512  # pairs after which a verdict counts 1/e
-ZERO_UP_TO, FULL_FROM = 0.15, 0.3  # informedness at which the supervisor has no voice, and all of it
+ZERO_UP_TO, FULL_FROM = 0.15, 0.3  # informedness at which the supervisor's weight is 0, and 1
 
 
 class Balance:
@@ -23,12 +23,12 @@ class Balance:
 
     def __init__(self) -> None:
         self.norm_dml = self.norm_lm = 0.0
-        # Of pairs of one class and of two: how many were judged, and the rewards they earned in the mean.
+        # Of pairs of one class and of two: decayed count, and decayed sum of mean rewards.
         self.pairs, self.rewards = [0.0, 0.0], [0.0, 0.0]
 
     def scale(self, norm_dml: float, norm_lm: float) -> float:
-        """What to multiply the policy gradient by so that its norm is `RATIO` times the metric loss's, in their running
-        means, this step included. 1 where either term has no gradient."""
+        """The factor that makes the policy gradient's norm `RATIO` times the metric loss's, by running means that
+        include this step. 1 where either term has no gradient."""
         if not (0 < norm_dml < float("inf") and 0 < norm_lm < float("inf")):
             return 1.0
         self.norm_dml = DECAY * self.norm_dml + (1 - DECAY) * norm_dml
@@ -36,7 +36,7 @@ class Balance:
         return RATIO * self.norm_dml / self.norm_lm
 
     def update(self, same: Sequence[bool], rewards: Sequence[float]) -> None:
-        """Takes in a step's pairs: whether each is of one class, and the mean reward of its rollouts."""
+        """Adds a step's pairs. same: whether each is of one class. rewards: the mean reward of each pair's rollouts."""
         for alike, reward in zip(same, rewards):
             kind = 0 if alike else 1
             decay = 1 - 1 / DECAY_PAIRS
@@ -53,7 +53,7 @@ class Balance:
 
     @property
     def supervisor_weight(self) -> float:
-        """The weight, in 0..1, of what the supervisor says; 0 until enough is known."""
+        """The factor of λ_lm and λ_kl, in 0..1; 0 until informedness is known."""
         if self.informedness is None:
             return 0.0
         return min(1.0, max(0.0, (self.informedness - ZERO_UP_TO) / (FULL_FROM - ZERO_UP_TO)))

@@ -30,9 +30,9 @@ def add_attribute_credit(
 ) -> None:
     """Adds, in place, -`scale`·A to the coefficients of the tokens that write an attribute's value.
 
-    coefficients: G tensors (T_g,), as `token_coefficients` gives them. credit: (2, M, G), the advantage of what each
-    completion says of each of the `attributes` of item 1 and item 2. attribute_positions: G times, for item 1 and item 2, attribute
-    → positions in the completion of its value's tokens. scale: the credit's weight over |T|.
+    coefficients: G tensors (T_g,), as `token_coefficients` gives them. credit: (2, M, G), the advantage of each
+    completion's value of each of the `attributes`, for item 1 and item 2. attribute_positions: per completion, for item
+    1 and item 2, attribute → positions of its value's tokens. scale: the credit's weight over |T|.
     """
     of = credit.tolist()
     for g, items in enumerate(attribute_positions):

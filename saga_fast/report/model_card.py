@@ -86,7 +86,7 @@ def model_card(
     rows = [f"| {when} training | " for when in ("before", "after")]
     rows = [row + " | ".join(f"{100 * m[key]:.2f}" for key in COLUMNS) + " |" for row, m in zip(rows, (before, after))]
     settings = config.to_dict()
-    # Where things lay on the machine that trained is nobody's business.
+    # Paths on the training machine stay private.
     settings["data"]["root"] = None
     settings["supervisor"]["model"] = model if tower is None and (published or model == TINY) else None
     settings["encoder"]["tower"] = tower if tower is None or not Path(tower).exists() else None

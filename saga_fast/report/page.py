@@ -1,4 +1,4 @@
-"""From a run's files to the values that page.html shows. Jinja escapes them all: what a model wrote is text."""
+"""From a run's files to the values of page.html. Jinja escapes all of them, as a model's answers are untrusted text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ KINDS = {
     "still_wrong": "Wrong before and after",
     "spoilt": "Right before, wrong after",
 }
-MENDED = 3  # attributes named beside a query that training mended
+MENDED = 3  # attributes named beside a query that is right after training only
 SHADES = 5  # of a token's share in the gradient, each half of the next
 
 
@@ -139,7 +139,7 @@ def write_report(run: Path) -> Path:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "shades": range(1, SHADES + 1),
     }
-    with _reading(run / "config.json"):  # whose fields are read there alone
+    with _reading(run / "config.json"):  # its fields are read by the template
         page = folder.get_template("page.html").render(values)
     staging = run / ".report.html.partial"
     staging.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -149,7 +149,7 @@ def write_report(run: Path) -> Path:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Path]:
-    """Whatever `path`, damaged or written by hand, makes the code in here stumble over is one line that names it."""
+    """Turns errors that a malformed file `path` causes inside into an InputError that names it."""
     try:
         yield path
     except InputError:

@@ -1,4 +1,4 @@
-"""What a step did, kept to be looked at: a few of its contributing pairs, the answers to them, and who looked where.
+"""Samples of a step for the report: a few contributing pairs, their answers, and attention maps.
 
 `RUN/samples/step-NNNNNN.json` (documented at `describe`) and beside it a JPEG with the pairs' images, a pair a row.
 Nothing here draws a random number or touches a gradient: a run with samples ends in the same bytes as one without.

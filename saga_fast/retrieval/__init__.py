@@ -1,3 +1,3 @@
-"""Nearest neighbours: how good they are, a searchable folder of vectors, and what is found before and after training.
+"""Nearest neighbours: metrics, a searchable folder of vectors, and the gallery before and after training.
 Called by train, evaluate, embed, search and runtime; imports data and utils alone.
 """

@@ -1,7 +1,7 @@
-"""What retrieval looks like: queries of the test half with their five nearest, before training and after.
+"""Queries of the test half with their five nearest neighbours, before and after training, for the report.
 
-`RUN/gallery/before.npy` holds every image's neighbours before anything is trained, int32 (n, 5), as only the end of the
-run tells which queries are worth showing: those that were wrong and became right, those still wrong, those spoilt.
+`RUN/gallery/before.npy` holds every image's neighbours before training, int32 (n, 5); the queries to show are chosen at
+the end: those that became right, those still wrong, those that became wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def neighbours(embeddings: Tensor) -> Tensor:
 
 
 def compare(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """Queries by what became of their first neighbour: kept (right both times), and the kinds of `ROWS`.
+    """Queries by whether their first neighbour is right before and after: kept (right both times), and those of `ROWS`.
 
     labels: (n,); before, after: as `neighbours` gives them. An image alone in its class is no query.
     """

@@ -6,7 +6,7 @@
     index.json    the encoder's folder and SHA-256, the kind of faiss index, the SHA-256 of the other files, and where
                   the encoder has attributes, how many numbers of a vector are each one's
 
-It is written aside and renamed, so a kill or a full disk leaves the earlier one as it was.
+It is written to a staging folder and renamed, so a kill or a full disk leaves the earlier one intact.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from saga_fast.utils.files import hidden, recover, replace, sha256
 
 FORMAT = 1
 INFO_FILE, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
-EXACT_BELOW = 100_000  # vectors: so few are searched whole
+EXACT_BELOW = 100_000  # vectors: fewer are searched exhaustively
 BLOCK = 2**16  # vectors handed to faiss at once
-FIRST_EFFORT = 4  # times as much as for a query like the vectors is searched at first for one that is not
+FIRST_EFFORT = 4  # initial search effort of `nearest`, in multiples of the tuned one
 TARGET_RECALL = 0.97  # recall@10 of exact search, on a sample of the vectors
 
 
 class File(NamedTuple):
-    """An indexed file as it was when it was embedded: bytes, and ns since 1970."""
+    """An indexed file. size: bytes, mtime: ns since 1970, both when it was embedded."""
 
     path: str
     size: int
@@ -43,10 +43,10 @@ class File(NamedTuple):
 
 
 class IndexInfo(NamedTuple):
-    """What index.json says.
+    """The content of index.json.
 
-    kind: faiss's factory string; asked: the same if somebody asked for it; blocks: attribute -> numbers of a vector, in
-    order, None where the encoder has no attributes or the index is older than they are.
+    kind: faiss's factory string; asked: the factory string that the user gave, None by default; blocks: attribute ->
+    numbers of a vector, in order, None where the encoder has no attributes or the index is older than they are.
     """
 
     encoder: str
@@ -58,7 +58,8 @@ class IndexInfo(NamedTuple):
 
 
 def read_info(folder: Path) -> IndexInfo | None:
-    """What the index in `folder` says of itself, None if there is none. Raises InputError for what is no index."""
+    """The index.json of the index in `folder`, None if there is none. Raises InputError for a folder that is no
+    index."""
     recover(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -104,11 +105,11 @@ def exact_vectors(index: faiss.Index) -> np.ndarray | None:
 def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(products float32, rows int64), both (Q, k): the rows of largest inner product with queries (Q, D_e) of any kind.
 
-    For queries that are not as the vectors are, as where blocks are weighed: how much of an index is searched was tuned
-    for those that are. An exact index finds them as ever. From any other come candidates, whose products are those of
-    the `vectors` themselves, and a query is asked again, with twice the cells (of an inverted file) or steps (of HNSW)
-    and twice the candidates, until the nearest 2k stand (the k alone would stand too often with one missing), or it is
-    time to compare them all.
+    For queries that are distributed otherwise than the vectors, as weighted ones: an approximate index is tuned for
+    queries like the vectors. An exact index needs nothing more. Any other gives candidates, whose products are computed
+    from `vectors`; a query is repeated with twice the cells (of an inverted file) or steps (of HNSW) and twice the
+    candidates until its nearest 2k do not change (the k alone stay equal too often with one missing), or until an
+    exhaustive search is cheaper.
     """
     if exact_vectors(index) is not None:
         return index.search(queries, k)
@@ -146,7 +147,7 @@ def _compare_all(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.n
 
 
 def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchParameters | None:
-    """What makes a search that many times as thorough as the index would; None where faiss has nothing of the kind."""
+    """faiss's parameters of a search with `effort` times the index's own effort; None where faiss has none."""
     kind, make = faiss.downcast_index(index), cast(Any, faiss)  # its stubs know neither all of these nor their keywords
     if isinstance(kind, faiss.IndexPreTransform):
         inner = _parameters(kind.index, effort, count)
@@ -207,8 +208,8 @@ def write(
 def choose(count: int) -> str:
     """faiss's description of the kind of index for `count` vectors.
 
-    From `EXACT_BELOW` on an inverted file of 4√n cells, to a power of two. Against HNSW speaks that it takes longer to
-    build, and that what an inverted file searches can be tuned once it is built.
+    From `EXACT_BELOW` on an inverted file of 4√n cells, rounded to a power of two. HNSW takes longer to build, and an
+    inverted file can be tuned after it is built.
     """
     return "Flat" if count < EXACT_BELOW else f"IVF{2 ** round(np.log2(4 * count**0.5))},Flat"
 
@@ -251,7 +252,7 @@ def make(kind: str, dimension: int) -> faiss.Index:
 
 
 def _cause(error: RuntimeError) -> str:
-    """What faiss says, without where in its source it says so."""
+    """faiss's message without its source location."""
     return re.sub(r"^.*?\.cpp:\d+: (Error: )?", "", " ".join(str(error).split()))
 
 

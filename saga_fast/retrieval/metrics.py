@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 KS = (1, 2, 4, 8)
-NEIGHBOUR_BYTES = 2**30  # bytes of neighbours found so far
+NEIGHBOUR_BYTES = 2**30  # largest size of the neighbours of all rows
 
 
 class Scores(NamedTuple):
-    """How each of Q queries fared. `queries`: its row among all embeddings; `first`: the row found first for it."""
+    """Results of Q queries. queries: rows of the embeddings; first: the row of the nearest neighbour of each."""
 
     queries: Tensor  # int64 (Q,)
     first: Tensor  # int64 (Q,)
@@ -39,8 +39,8 @@ def retrieval_metrics(
 def retrieve(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = KS, chunk: int = 1024) -> Scores:
     """Every image queries all the others, in fp32 and exactly.
 
-    embeddings: (n, d), unit vectors; labels: (n,) integers. Images alone in their class have nothing to find: they are
-    no queries, but stay in the gallery. chunk: rows whose similarities to all are held at once. Raises ValueError if an
+    embeddings: (n, d), unit vectors; labels: (n,) integers. Images alone in their class are no queries, but stay in the
+    gallery. chunk: rows whose similarities to all are in memory at once. Raises ValueError if an
     embedding is not finite or no query has a match.
     """
     if broken := int((~embeddings.isfinite()).any(1).sum()):
@@ -90,7 +90,8 @@ def neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Iterator[tuple[
     """(rows (c,), found (c, k)), both int64: for each row the k others of largest inner product, best first.
 
     Chunk by chunk, in order. Exact; of equal products the lower index comes first, at the k-th place too. Each product
-    of two rows is computed once and serves both, as long as what was found for all rows so far fits in `NEIGHBOUR_BYTES` bytes.
+    of two rows is computed once and serves both, as long as what was found for all rows so far fits in
+    `NEIGHBOUR_BYTES` bytes.
     """
     n, device = len(embeddings), embeddings.device
     once = 12 * n * k <= NEIGHBOUR_BYTES

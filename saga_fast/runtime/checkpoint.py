@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints.
 
     checkpoint/
       step-000123/
@@ -7,7 +7,7 @@
         manifest.json      format version, whose run it is, and the SHA-256 of every other file
 
 A checkpoint is written to a hidden sibling, flushed to disk and renamed, so a kill or a full disk leaves the earlier
-ones as they were. `latest` checks the hashes and steps over a damaged one, or another run's. Nothing is pickled, so
+ones intact. `latest` checks the hashes and skips a damaged checkpoint, or one of another run. Nothing is pickled, so
 loading runs no code.
 """
 
@@ -42,8 +42,8 @@ def save(
 
     parts: {part: {name: tensor}}, one file a part, on any device; state: JSON-able (int keys come back as strings).
     run: whose checkpoint it is, which `latest` asks for.
-    Checkpoints of later steps, which a resume stepped over as damaged, are dropped too.
-    Raises OSError if the disk is full or read-only; the earlier checkpoints then stand as before.
+    Checkpoints of later steps, which a resume skips as damaged, are dropped too.
+    Raises OSError if the disk is full or read-only; the earlier checkpoints are then intact.
     """
     folder = Path(folder)
     final = folder / f"step-{step:06d}"
@@ -77,7 +77,7 @@ def save(
 
 
 def latest(folder: str | os.PathLike[str], run: str = "") -> Path | None:
-    """The newest whole checkpoint of `run` in `folder`, or None if there is none at all; others are named in a warning.
+    """The newest intact checkpoint of `run` in `folder`, None if there are no checkpoints; warns of those it skips.
 
     Raises InputError if there are checkpoints and every one is damaged or foreign.
     """
@@ -179,7 +179,7 @@ def _step(path: Path) -> int:
 
 
 def _fault(path: Path, run: str) -> str | None:
-    """What is wrong with the checkpoint at `path`, naming the file; None if it is whole, and `run`'s."""
+    """What is wrong with the checkpoint at `path`, naming the file; None if it is intact, and of `run`."""
     manifest = path / "manifest.json"
     try:
         recorded = json.loads(read_regular(manifest, 2**20))

@@ -2,12 +2,13 @@
 
     torchrun --nproc-per-node 8 -m saga_fast.train …
 
-Each rank holds all weights. All draw the same batches and pairs, each computes its share, and what was found is told to
-everyone, so that all decide alike. The loss of a step is the *sum* of what the ranks call backward on; their gradients
-are added up before the update. With one process nothing here communicates, and no process group exists.
+Each rank holds all weights. All ranks draw the same batches and pairs, each computes its share, and results are
+gathered on all of them, so that all take the same decisions. The loss of a step is the *sum* of what the ranks call
+backward on; gradients are summed over the ranks before the update. With one process nothing communicates, and there is
+no process group.
 
-Left out: sharded weights and optimizer states, and a sum of gradients that overlaps with the backward pass: a step
-takes seconds, the sum milliseconds (`python -m bench.scale --ranks 1..512`).
+Left out: sharded weights and optimizer states, and an all-reduce that overlaps with the backward pass: a step takes
+seconds, the all-reduce milliseconds (`python -m bench.scale --ranks 1..512`).
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """How many of the ranks are on this host."""
+    """Number of ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
 def device() -> torch.device:
-    """The GPU that torchrun means for this process, or the only one, or the CPU. Raises InputError for a GPU that does
+    """The GPU of this process by torchrun's local rank, or the CPU where there is none. Raises InputError for a GPU that does
     not run."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -82,7 +83,7 @@ def device() -> torch.device:
 
 
 def launcher() -> list[str]:
-    """The command that runs this module, as it is typed, without the module's own arguments."""
+    """The command line that started this process, without the module's own arguments."""
     typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     if not dist.is_torchelastic_launched():
         return typed
@@ -99,18 +100,20 @@ def all_gather_object(value: Item) -> list[Item]:
 
 
 def shard_rows(count: int) -> Tensor:
-    """Which of `count` rows are this rank's: int64 (⌈count / ranks⌉,), from the first again where they run out."""
+    """Indices of this rank's share of `count` rows: int64 (⌈count / world size⌉,); they wrap around to the first rows
+    where `count` is not a multiple of the world size."""
     per_rank = -(-count // world_size())
     return (rank() * per_rank + torch.arange(per_rank)) % count
 
 
 def all_gather_rows(shard: Tensor, count: int) -> Tensor:
-    """All `count` rows, of which `shard` holds those of `shard_rows(count)`. Backward adds up what the ranks ask of a row."""
+    """All `count` rows, from the shards (`shard_rows(count)`) of all ranks. Its backward sums the ranks' gradients."""
     return shard if world_size() == 1 else _AllGather.apply(shard)[:count]
 
 
 class _AllGather(torch.autograd.Function):
-    """As `torch.distributed.nn.functional.all_gather`, which PyTorch 2.13 warns of and 2.11 has no successor to."""
+    """As `torch.distributed.nn.functional.all_gather`, which is deprecated in PyTorch 2.13, without successor in
+    2.11."""
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor) -> Tensor:
@@ -126,8 +129,8 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Puts in place of each tensor (all of a dtype) its sum over the ranks, the same bits on all of them. In one piece:
-    a copy of all gradients, made when no activations are left, for the latency of a single collective."""
+    """Replaces each tensor (all of one dtype) by its sum over the ranks, bitwise equal on all of them. One collective
+    on a flat copy: it costs the memory of all gradients, at a time when no activations are left, and one latency."""
     if world_size() > 1 and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -136,8 +139,8 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sums `.grad` over the ranks. One that only some ranks have is zero on the others; one that none has stays None,
-    as the optimizer passes such a parameter over."""
+    """Sums `.grad` over the ranks. A gradient that a rank lacks counts as zero; one that all lack stays None, as the
+    optimizer skips such a parameter."""
     if world_size() > 1:
         present = all_gather_object([parameter.grad is not None for parameter in parameters])
         owners = [parameter for parameter, *has_gradient in zip(parameters, *present) if any(has_gradient)]
@@ -148,8 +151,11 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def balance_loads(sizes: Sequence[int], shares: int) -> list[list[int]]:
-    """Numbers of the items of `sizes`, in order, in `shares` lists of nearly equal total: longest first, each to the
-    lightest (Graham 1969: the heaviest is at most 4/3 of the best possible)."""
+    """Distributes items of the given `sizes` over `shares` lists of nearly equal total; returns their indices,
+    ascending.
+
+    Longest processing time first (Graham 1969): the largest total is at most 4/3 of the optimum.
+    """
     assigned: list[list[int]] = [[] for _ in range(shares)]
     loads = [(0, share) for share in range(shares)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -160,7 +166,7 @@ def balance_loads(sizes: Sequence[int], shares: int) -> list[list[int]]:
 
 
 def assert_in_sync(*modules: nn.Module) -> None:
-    """Raises Drifted, on every rank, if their parameters differ between ranks; compares a checksum of the bits."""
+    """Raises OutOfSync, on every rank, if the modules' parameters differ between ranks, by a checksum of their bits."""
     if world_size() == 1:
         return
     names = [name for module in modules for name, _ in module.named_parameters()]

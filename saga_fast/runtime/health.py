@@ -1,4 +1,4 @@
-"""What goes wrong in a run without ending it: told once, with the figures and what may mend it."""
+"""Warnings about a run that does not learn as it should: each once, with the figures and a remedy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import warnings
 
 from torch import Tensor
 
-DRIFT_LIMIT = (
-    0.2  # nats, mean |Δ log π| between what was sampled and what is replayed: a ratio of 1.2 where 1 is assumed
-)
-COLLAPSE_LIMIT = 0.99  # mean cosine between a batch's embeddings: beyond it all images look alike
+# Nats, mean |Δ log π| between sampling and replay: a ratio of 1.2 where GRPO assumes 1.
+DRIFT_LIMIT = 0.2
+COLLAPSE_LIMIT = 0.99  # mean cosine between a batch's embeddings: above it all images are alike to the encoder
 
 
 def embedding_spread(embeddings: Tensor) -> dict[str, float]:
-    """How far apart a batch's unit vectors (B, D_e) are: standard deviation of a coordinate, mean cosine of a pair."""
+    """Of a batch's unit vectors (B, D_e): mean standard deviation of a coordinate, mean cosine of a pair."""
     count = len(embeddings)
     together = embeddings.sum(0).square().sum().item()  # Σ over all ordered pairs, each with itself included
     return {
@@ -24,15 +23,15 @@ def embedding_spread(embeddings: Tensor) -> dict[str, float]:
 
 
 class Health:
-    """Reads the log of every step. pass_batches: micro-batches of one pass over the training images."""
+    """Checks the log of every step. pass_batches: micro-batches of one pass over the training images."""
 
     def __init__(self, pass_batches: int) -> None:
         self.pass_batches = pass_batches
         self.warned: set[str] = set()
-        self.steps_without_contribution: list[dict[str, float]] = []  # the steps since a pair last contributed
+        self.steps_without_contribution: list[dict[str, float]] = []  # logs of the steps since a pair contributed
 
     def check(self, step: int, log: dict[str, float]) -> None:
-        """log: as metrics.jsonl holds it."""
+        """Warns of what is wrong in a step's `log`, which is its line of metrics.jsonl."""
         if log.get("skipped_now"):
             broken = [f"{name} {value}" for name, value in log.items() if not math.isfinite(value)]
             self._warn_once("skipped", step, f"not applied: {', '.join(broken)}; {log['skipped_now']:.0f} in a row")
@@ -78,7 +77,7 @@ class Health:
     def _warn_no_contribution(self, step: int) -> None:
         pairs = sum(entry["pairs_drawn"] for entry in self.steps_without_contribution)
 
-        def mean(name: str) -> float:  # a step may have drawn pairs of one kind alone
+        def mean(name: str) -> float:  # a step may draw pairs of one kind only
             known = [entry[name] for entry in self.steps_without_contribution if name in entry]
             return sum(known) / max(1, len(known))
 

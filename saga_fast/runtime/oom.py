@@ -1,8 +1,8 @@
-"""What fits in memory: each phase begins with all it has at once, and halves that when the device is out of memory.
+"""Backoff when the device is out of memory: each phase starts with its whole batch and halves it on each such error.
 
-A phase's results are those of its nominal batch, to rounding. What is embedded in pieces is embedded twice, as in
-gradient caching (Gao et al., 2021, arXiv 2101.06983): first without a graph, for the loss over all; then piece by piece
-with one, for the gradient that the loss asked of each row.
+A phase's results are those of its nominal batch, up to rounding. A batch that is embedded in chunks is embedded twice,
+as in gradient caching (GradCache; Gao et al., 2021, arXiv 2101.06983): first without a graph, for the loss over all
+rows; then chunk by chunk with one, for the gradient of the loss in each row's outputs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Result = TypeVar("Result")
 
 
 class OomBackoff:
-    """`limits`: for each phase that ran out of memory, how much of its batch goes through at once from then on."""
+    """limits: for each phase that ran out of memory, the number of items that go through at once from then on."""
 
     def __init__(self) -> None:
         self.limits: dict[str, int] = {}
 
     def run(self, phase: str, size: int, work: Callable[[int], Result], minimum: int = 1) -> Result:
-        """`work(limit)`, again with half the limit for as long as it raises OutOfMemoryError; `size` is the first.
+        """`work(limit)`, with limit = `size` at first, and half of it after each OutOfMemoryError.
 
-        Raises OutOfMemoryError if `minimum` does not fit either. `work` must be fit to be begun again.
+        `work` must be repeatable. Raises OutOfMemoryError if `minimum` does not fit either.
         """
         while True:
             limit = min(size, self.limits.get(phase, size))
@@ -36,7 +36,7 @@ class OomBackoff:
             except torch.OutOfMemoryError:
                 if limit <= minimum:
                     raise
-            # Out of the handler the traceback is gone, and with it what the failed attempt held.
+            # Outside of the handler, where the traceback no longer keeps the failed attempt's tensors alive.
             torch.cuda.empty_cache()
             self.limits[phase] = limit // 2
             warnings.warn(
@@ -45,7 +45,7 @@ class OomBackoff:
             )
 
     def map_chunks(self, phase: str, count: int, work: Callable[[slice], Result]) -> list[Result]:
-        """`work` of consecutive slices of `count` items, each as long as fits."""
+        """Results of `work` on consecutive slices of `count` items, each as long as memory allows."""
         results: list[Result] = []
         first = 0
         while first < count:
@@ -62,11 +62,12 @@ class OomBackoff:
 
 
 class GradientCachedForward:
-    """`outputs`: what `model` makes of all rows of `inputs`, as leaves: a loss's backward ends there, ours goes on.
+    """A forward of `model` on all rows of `inputs` whose backward may run in chunks.
 
-    model: rows → tensors of as many rows. parameters: those that its gradients fall on. The graph is kept only where
-    all rows went through at once; else, or where the backward pass runs out of memory, rows are encoded again. Under
-    `torch.no_grad` the outputs are no leaves.
+    outputs: the model's outputs as leaves, where the backward pass of a loss ends; `backward` carries on from them.
+    model: rows → tensors with as many rows. parameters: those that get gradients. The graph is kept only where all rows
+    went through at once; else, or where its backward runs out of memory, rows are encoded again. Under `torch.no_grad`
+    the outputs need no gradient.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class GradientCachedForward:
         self.outputs = [output.detach().requires_grad_(needs_gradient) for output in joined]
 
     def backward(self) -> None:
-        """Adds to the parameters' gradients what follows from the outputs'. Once only."""
+        """Backpropagates the outputs' gradients into the parameters, adding to `.grad`. May be called once."""
 
         def backward_rows(rows: slice) -> None:
             with gradients_all_or_none(self.parameters):
@@ -107,8 +108,8 @@ class GradientCachedForward:
 
 @contextmanager
 def gradients_all_or_none(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """What is added to `.grad` in here is added at the end, and not at all if an exception leaves; where there was a
-    gradient before, both stand in memory until then."""
+    """Gradients that accumulate inside are added to `.grad` at the end, and discarded if an exception leaves. Where
+    there is a gradient already, both are in memory until then."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

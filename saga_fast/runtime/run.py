@@ -1,7 +1,7 @@
-"""A run's folder, and the run's place in it: what is written while it goes, and what `--resume` goes on from.
+"""A run's folder: what is written during training, and the state from which `--resume` continues.
 
-A disk that is full or read-only while the run goes costs what could not be written, is told once, and stops nothing;
-before the first step, and at the end, it is an error. Earlier checkpoints stand whatever happens.
+A disk that is full or read-only during training loses what cannot be written, with one warning, and does not stop the
+run; before the first step, and at the end, it is an error. Earlier checkpoints stay intact.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SELECTION_METRIC = "validation_recall_at_1"  # the logged figure that best/ is c
 
 
 def run_lock(out: Path) -> AbstractContextManager[None]:
-    """Holds the folder of a run for this process, the first rank's for all. Raises InputError if another has it."""
+    """Locks the folder of a run, by the first rank for all. Raises InputError if another process holds the lock."""
     return locked(out, "--out") if distributed.rank() == 0 else nullcontext()
 
 
@@ -70,12 +70,12 @@ class State:
 
 
 class Run:
-    """A run's folder and its place in it: what `--resume` needs to go on to the same bytes. So it is on a CPU, with as
-    many ranks and the same plan for memory; a GPU adds some gradients up in no fixed order (`index_add_`, the backward
-    of attention), and another plan in another, so that there a resumed run is the same up to rounding.
+    """A run's folder and state. On a CPU, with as many ranks and the same memory plan, a resumed run ends in the same
+    bytes as an unbroken one. On a GPU, where some gradients are summed in no fixed order (`index_add_`, the backward of
+    attention), and with another plan, it is the same up to rounding.
 
-    Of several ranks the first alone writes, and all read: the folder is one that every host sees. Nothing saved is of a
-    rank, so any number of them can go on.
+    Only the first rank writes, and all read: every host must see the folder. Nothing saved belongs to a rank, so any
+    number of ranks can resume.
     """
 
     def __init__(self, out: Path, config: Config, state: State, total: int) -> None:
@@ -85,7 +85,7 @@ class Run:
         self.before: dict[str, float] = {}
         self.telemetry = Telemetry(next(state.encoder.parameters()).device)
         self.best: dict[str, float] | None = None
-        # At the held-out classes: the best figure so far, and how many looks there were since.
+        # Recall@1 on the held-out classes: the best so far, and the number of evaluations since.
         self.recall, self.stale = -1.0, 0
         self.health = Health(state.sampler.batches_per_epoch)
         self._failing: set[str] = set()
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def contribution_rate(self) -> float:
-        """Share of the pairs drawn so far that contributed; half before anything is known."""
+        """Share of the pairs drawn so far that contributed (rule of succession): 1/2 before any is drawn."""
         return (self.contributing + 1) / (self.drawn + 2)
 
     def begin(
@@ -101,8 +101,8 @@ class Run:
     ) -> None:
         """Makes the folder, with a checkpoint of step 0. Raises InputError where that cannot be written.
 
-        neighbours: what the gallery compares with; prompt: what the supervisor is asked, if there is one; supervisor:
-        its fingerprint.
+        neighbours: of the test images before training, for the gallery. prompt: the supervisor's, if there is one.
+        supervisor: the SHA-256 of its weights.
         """
         self.before, self.id = before, secrets.token_hex(8)
         if distributed.rank() > 0:
@@ -121,7 +121,7 @@ class Run:
             "commit": git_commit(),
         }
         external = OptionalTracker(self.config.tracker, self.out.name, record)
-        # Made aside and renamed, as checkpoints are: a folder that is there can be resumed.
+        # Written to a staging folder and renamed, as checkpoints are: an existing folder can be resumed.
         staging = hidden(self.out, "partial")
         try:
             shutil.rmtree(staging, ignore_errors=True)
@@ -137,7 +137,7 @@ class Run:
             raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or name another") from error
 
     def restore(self, supervisor: str | None = None) -> None:
-        """Goes to the newest whole checkpoint. supervisor: its fingerprint.
+        """Restores the newest intact checkpoint. supervisor: the SHA-256 of its weights.
 
         Raises InputError if there is none, if it is of another configuration or supervisor, or if the folder cannot be
         written.
@@ -164,7 +164,7 @@ class Run:
         if distributed.rank() > 0:
             return
         try:
-            # Steps after the checkpoint are run again, so their lines go, whole or not.
+            # Steps after the checkpoint run again, so their log lines are dropped, complete or not.
             for name in LOG_FILES:
                 with open(self.out / name, "a+b") as file:
                     file.seek(0)
@@ -201,8 +201,8 @@ class Run:
         self.best = figures(state["best"]) if state["best"] else None
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The steps `numbers`, each followed by the checkpoint that is due, until patience is at an end. Raises Stopped
-        after SIGTERM or Ctrl-C."""
+        """Yields the steps `numbers`, and after each saves a checkpoint that is due; ends early when patience runs out.
+        Raises Stopped after SIGTERM or Ctrl-C."""
         due = True
         with StopSignals() as stop:
             for step in numbers:
@@ -220,7 +220,7 @@ class Run:
             self.save()
 
     def save(self) -> bool:
-        """A checkpoint in the run's folder; False if it could not be written, which is told. Raises Drifted."""
+        """Saves a checkpoint; returns False, with a warning, if it cannot be written. Raises OutOfSync."""
         distributed.assert_in_sync(self.state.encoder, self.state.dml)
         if distributed.rank() > 0:
             return True
@@ -252,7 +252,7 @@ class Run:
     def _warn_on_error(
         self, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError
     ) -> Iterator[None]:
-        """An error of these kinds in here is told, once until `what` can be written again."""
+        """Turns errors of these kinds inside into a warning, one until `what` can be written again."""
         try:
             yield
             self._failing.discard(what)
@@ -262,7 +262,7 @@ class Run:
             self._failing.add(what)
 
     def count(self, log: dict[str, float]) -> dict[str, int]:
-        """Takes in how many pairs a step drew and whether its update was applied; what is logged of that."""
+        """Counts a step's pairs and whether its update was applied; returns the running counts for the log."""
         self.drawn += int(log.get("pairs_drawn", 0))
         self.contributing += int(log.get("pairs_contributing", 0))
         applied = log.pop("applied")
@@ -271,8 +271,8 @@ class Run:
         return {"skipped": self.skipped, "skipped_now": self.skipped_in_a_row}
 
     def record(self, step: int, log: dict[str, float]) -> None:
-        """One more step is done: a line of metrics.jsonl, what it cost in telemetry.jsonl, both to TensorBoard; and
-        best/, if it is the best."""
+        """Records a finished step: a line in metrics.jsonl and telemetry.jsonl, both to the tracker; and saves best/,
+        if it is the best so far."""
         self.step, self.batches = step + 1, self.batches + int(log["micro_batches"])
         better = log.get(SELECTION_METRIC, -1.0) > self.recall
         if SELECTION_METRIC in log:
@@ -295,30 +295,30 @@ class Run:
                 self.best = {"step": self.step, SELECTION_METRIC: log[SELECTION_METRIC]}
 
     def sample(self, step: int, content: dict[str, Any], sheet: Tensor) -> None:
-        """A step's rollouts, see `samples.describe`, and the images they are about, uint8 (rows, columns, 3)."""
+        """Writes a step's rollouts. content: see `samples.describe`; sheet: their images, uint8 (rows, columns, 3)."""
         folder, name = self.out / "samples", f"step-{step:06d}"
         with self._warn_on_error("samples/"):
             folder.mkdir(exist_ok=True)
             Image.fromarray(sheet.numpy()).save(folder / f"{name}.jpg", quality=90)
-            # Renamed last: a JSON file that is there is whole, and so is its picture.
+            # Renamed last: an existing JSON file is complete, and so is its picture.
             (folder / f".{name}.partial").write_text(json.dumps({"step": step, **content}))
             os.replace(folder / f".{name}.partial", folder / f"{name}.json")
             if picture := overlays(content, sheet):
                 self.tracker.image(step, "attention", picture)
 
     def _export(self, name: str) -> None:
-        """The encoder as `Encoder.from_pretrained` reads it, whole or as it was before."""
+        """Writes the encoder as `Encoder.from_pretrained` reads it; on an error the earlier one stays."""
         staging = hidden(self.out / name, "partial")
         shutil.rmtree(staging, ignore_errors=True)
         try:
             self.state.encoder.save_pretrained(staging)
-        except SafetensorError as error:  # what its own writer makes of a full disk
+        except SafetensorError as error:  # safetensors' error on a full disk
             raise OSError(str(error)) from error
         replace(staging, self.out / name)
 
     def load_best(self) -> None:
-        """Makes the encoder the one in best/, where patience asks for it and there was a look. Raises InputError where
-        that cannot be read."""
+        """Loads the encoder of best/, with `log.patience` and after an evaluation. Raises InputError where it cannot be
+        read."""
         if self.config.log.patience is None or self.recall < 0:
             return
         if not (folder := self.out / "best").is_dir():
@@ -328,9 +328,10 @@ class Run:
     def finish(
         self, after: dict[str, float], supervisor: str | None, images: PixelLoader, embeddings: Tensor
     ) -> dict[str, Any]:
-        """Writes encoder/ and final.json; returns what that holds. Raises InputError where they cannot be written.
+        """Writes encoder/, final.json, gallery and report; returns final.json's content. Raises InputError where
+        encoder/ or final.json cannot be written.
 
-        images, embeddings: of the test half, after training; with the neighbours of before they make the gallery.
+        images, embeddings: of the test half, after training.
         """
         final = {
             "before": self.before,
@@ -349,7 +350,7 @@ class Run:
             (self.out / "final.json").write_text(json.dumps(final, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"{self.out}: the encoder could not be written ({error}); --resume writes it") from error
-        with self._warn_on_error("the report", (OSError, ValueError)):  # what it reads may have been damaged meanwhile
+        with self._warn_on_error("the report", (OSError, ValueError)):  # the files it reads may be damaged
             before_neighbours = torch.from_numpy(np.load(self.out / "gallery" / "before.npy"))
             encoder = self.state.encoder
 
@@ -378,7 +379,7 @@ def figures(found: Mapping[str, float]) -> dict[str, float]:
 
 
 def append(path: Path, data: bytes) -> None:
-    """All of `data` or nothing: what a full disk took of it is cut off again."""
+    """Appends all of `data` or nothing: a partial write on a full disk is truncated."""
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:
@@ -390,7 +391,7 @@ def append(path: Path, data: bytes) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of the source that runs, if it runs from a checkout."""
+    """The git commit of the running source; None outside of a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

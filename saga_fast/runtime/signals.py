@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 class StopSignals:
     """While entered, SIGTERM and SIGINT set `requested` instead of ending the process. The second SIGINT raises
-    KeyboardInterrupt; a second SIGTERM, as launchers send after a Ctrl-C that reached everyone, asks for nothing more.
+    KeyboardInterrupt; a second SIGTERM, as launchers send after a Ctrl-C that all processes got, changes nothing.
 
     Handlers belong to the main thread: entered in another, it changes nothing.
     """

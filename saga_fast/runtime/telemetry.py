@@ -1,6 +1,6 @@
-"""What a step cost the machine: CPU seconds and peak memory, and of an NVIDIA GPU its power, load, memory and energy.
+"""Resource use of a step: CPU seconds and peak memory, and an NVIDIA GPU's power, utilisation, memory and energy.
 
-Where there is no GPU, or NVML cannot say, the reading is left out: no line, no warning.
+Readings that NVML does not support, and all of them without a GPU, are left out without a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class Telemetry:
-    """Reads `device`, and this process; made once, before the first step."""
+    """Readings of `device` and of this process; constructed once, before the first step."""
 
     def __init__(self, device: torch.device) -> None:
         self._readings: dict[str, Callable[[], float]] = {}
@@ -29,7 +29,7 @@ class Telemetry:
 
     def _open(self, device: torch.device) -> None:
         pynvml.nvmlInit()
-        # By UUID: NVML knows nothing of CUDA_VISIBLE_DEVICES.
+        # By UUID: NVML ignores CUDA_VISIBLE_DEVICES.
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
         readings = {
@@ -42,7 +42,7 @@ class Telemetry:
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
 
         for name, reading in readings.items():
-            with contextlib.suppress(pynvml.NVMLError):  # what this GPU cannot say is not asked again
+            with contextlib.suppress(pynvml.NVMLError):  # a reading that this GPU does not support is left out
                 reading()
                 self._readings[name] = reading
         with contextlib.suppress(pynvml.NVMLError):

@@ -1,4 +1,4 @@
-"""Where a run shows itself while it goes: TensorBoard, and a tracker where one is asked for.
+"""Experiment tracking: TensorBoard always, and trackio or wandb with `--tracker`.
 
 trackio and wandb are no dependencies; of both only `init`, `log`, `Image` and `finish` are used, which they share.
 """
@@ -19,9 +19,10 @@ from saga_fast.utils.errors import first_line
 
 
 class OptionalTracker:
-    """A tracker, or nobody: what it raises is told, and then it is left alone. No run ends, or stays undone, by it.
+    """An external tracker, or none. What it raises becomes a warning and disables it, so that it never ends a run.
 
-    name: a module's; run: what the tracker shall call the run, which in it is a new one after a resume.
+    name: of the tracker's module, None for no tracker. run: the run's name in the tracker, where a resumed run is a new
+    one.
     """
 
     def __init__(self, name: str | None, run: str, config: dict[str, Any]) -> None:
@@ -34,7 +35,7 @@ class OptionalTracker:
                 self._module = module
 
     def call(self, function: Callable[[Any], object]) -> None:
-        """`function` of the tracker's module, if there still is one."""
+        """Calls `function` with the tracker's module, unless there is none or it is disabled."""
         if self._module:
             with self._disabled_on_error():
                 function(self._module)
@@ -53,10 +54,10 @@ class OptionalTracker:
 
 
 class Tracker:
-    """TensorBoard's events in `out`, and the guest. step: where a resumed run goes on."""
+    """Writes TensorBoard events to `out` and passes them on to `external`. step: the first step of a resumed run."""
 
     def __init__(self, out: Path, external: OptionalTracker, step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a while, and nobody else has need of it
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._writer, self._external = SummaryWriter(out, purge_step=step), external
 

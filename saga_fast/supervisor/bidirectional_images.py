@@ -1,8 +1,8 @@
-"""Attention among the tokens of an image in both directions, for models that read images so (Gemma 3).
+"""Attention among the tokens of an image in both directions, as Gemma 3 needs it.
 
-`group_attention` is causal. To what it gives, the later tokens of each image are added here, the two softmaxes merged
-by their LSE; its backward, given the merged o and LSE, is then right for the keys that it knows, and the later tokens'
-share is added here again. They are few: a matrix of N x N a head and image.
+`group_attention` is causal. `add_bidirectional` adds attention onto the later tokens of each image to its result and
+merges the two softmaxes by their LSE. The causal backward, given the merged o and LSE, is then exact for the causal
+keys, and `bidirectional_backward` adds the share of the later tokens. The scores are N x N per head and image.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 
 class ImageRows(NamedTuple):
-    """Where the tokens of images stand: rows (images, N) int64, of q; columns alike, of keys and values."""
+    """rows: (images, N) int64, the rows of q that are an image's tokens. columns: the same among keys and values."""
 
     rows: Tensor
     columns: Tensor
 
 
 def add_bidirectional(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, images: ImageRows) -> None:
-    """Has each image token see those behind it in its image too: o (rows, heads, head_dim) and lse (heads, rows) of
-    `group_attention` become those of all its keys, in place."""
+    """Adds attention of each image token onto those behind it in its image: o (rows, heads, head_dim) and lse (heads,
+    rows) of `group_attention` are updated in place."""
     scores, values = _scores(q, k, images), _by_head(v[images.columns], k.shape[1])
     causal_lse = _lse(lse, images, k.shape[1])
     full_lse = torch.logaddexp(causal_lse, scores.logsumexp(-1))
@@ -42,7 +42,7 @@ def bidirectional_backward(
     d: tuple[Tensor, Tensor, Tensor],
     images: ImageRows,
 ) -> None:
-    """Adds the later tokens' share to `d`, the gradients of q, k and v that `group_attention_backward` gave."""
+    """Adds the later tokens' share, in place, to `d`: gradients of q, k and v from `group_attention_backward`."""
     kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
     d_out, out = (_by_head(x[images.rows], kv_heads) for x in (d_o, o))
     queries, keys, values = (

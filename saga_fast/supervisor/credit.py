@@ -1,8 +1,8 @@
-"""Where the credit of one pair's rollouts goes, attribute by attribute: the policy gradient, and the attention.
+"""Policy gradient and attention of one pair's rollouts, by attribute, for the report.
 
-The gradient is told in two places. *At the token* it is |A (1 - π)| summed over rollouts, the gradient of A log π in
-the token's own logit. *At the images* it is the norm of the gradient that arrives in visual tokens and DeepStack
-features, after rollouts have cancelled out.
+The gradient is measured in two places. *At the token* it is |A (1 - π)| summed over rollouts: the gradient of A log π
+in the token's own logit. *At the images* it is the norm of the gradient in visual tokens and DeepStack features, summed
+over rollouts before the norm is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from saga_fast.supervisor.verdict import tokens_by_attribute
 
 
 class Credit(NamedTuple):
-    """Of one attribute in one pair. tokens: how many write its values, over all rollouts and both items."""
+    """Of one attribute in one pair. tokens: number of tokens of its values, over all rollouts and both items. at_token,
+    at_images: see above."""
 
     tokens: int
     at_token: float
@@ -29,8 +30,8 @@ class Credit(NamedTuple):
 
 
 class AttributeAttention(NamedTuple):
-    """attention (tokens, N) of the tokens that write an attribute's value onto the image they describe: averaged over
-    heads at the anchor layer, each row renormalised over the image."""
+    """weights: (tokens, N), attention of the tokens of an attribute's value onto the image they describe, averaged over
+    heads at the anchor layer, each row renormalised to sum 1 over the image."""
 
     rollout: int
     image: int

@@ -1,8 +1,8 @@
 """The frozen language model of an MLLM, run by our ops over packed tokens.
 
-`FrozenDecoder` holds the weights of a loaded transformers model (NF4 where bitsandbytes quantised them) and knows one
-thing: how to carry packed hidden states (tokens, D) through the layers. Which token may attend to which is the
-caller's: a prefill, a decode step and a replay differ only in the `attend` they pass. Its oracle is transformers.
+`FrozenDecoder` holds the weights of a loaded transformers model (NF4 where bitsandbytes quantised them) and runs packed
+hidden states (tokens, D) through the layers. The caller decides which token attends to which: prefill and decode step
+differ in the `attend` they pass. Tests compare it with transformers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from saga_fast.supervisor.gates import GATES
 from saga_kernels import NF4Weight, add_rms_norm, linear, nf4_dequantize, nf4_matmul, rms_norm, rope
 from saga_kernels.nf4 import BLOCK
 
-UNIT_OFFSET_NORMS = (
-    "gemma3_text",
-)  # model types of language models whose norms multiply by one more than their weight
+# Model types of language models whose norms multiply by 1 + weight.
+UNIT_OFFSET_NORMS = ("gemma3_text",)
 
 # Up to so many rows NF4's fused product is faster than a dense one, on an H200 (bench/results/nvidia-h200/nf4.json: at
 # 32 rows and not at 64); a CPU dequantises for each product.
@@ -78,10 +77,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear map, or several of the same input, whose outputs come side by side.
+    """A frozen linear map, or several of the same input whose outputs are concatenated.
 
-    weights: (out, in) of each, NF4 or dense; but one where they lie in one matrix, as dense ones always do and NF4 ones
-    wherever `NF4Weight.concatenate` can. bias: (out,) of all together, or None. resident: `dense` of all together, kept
+    weights: one (out, in) matrix per map, NF4 or dense; a single matrix where they are concatenated, as dense ones
+    always are and NF4 ones wherever `NF4Weight.concatenate` can. bias: (out,) of all maps, or None. resident: `dense` of all together, kept
     for products of many rows, or None.
     """
 
@@ -97,7 +96,7 @@ class Projection:
         if len(dense) == len(linears) > 1:
             whole = torch.cat(dense)
             rows = whole.split([linear.out_features for linear in linears])
-            for linear, row in zip(linears, rows):  # the model keeps views: nothing is there twice
+            for linear, row in zip(linears, rows):  # the model's weights become views: no weight is in memory twice
                 linear.weight.data = row
             weights = (whole,)
         elif len(packed) == len(linears) > 1:
@@ -199,8 +198,8 @@ class FrozenDecoder:
 
     embedding, head: (V, D), dense or NF4. Hidden states are (tokens, D): sequences lie packed end to end, without
     padding. dtype: of hidden states. mrope: rotary positions have three axes (Qwen-VL); else the first of them counts.
-    window: tokens that the layers of the shortest sliding window see, themselves among them; None where all see all. It
-    is the caller's not to go beyond it: nothing here masks.
+    window: tokens that a token sees in the layers with the shortest sliding window, itself included; None without
+    sliding windows. Callers keep sequences within it: nothing here masks.
 
     quantize_head: embedding and head in NF4 too, one matrix where they are tied. Raises ValueError where a row of them
     is no whole number of NF4's blocks of 64.
@@ -272,8 +271,8 @@ class FrozenDecoder:
         """Hidden states h (tokens, D) at rotary `positions` (3, tokens) → final normed hidden states (tokens, D).
 
         deepstack: per level a tensor (visual tokens, D), added after layers 0, 1, … at the rows `visual` (int64).
-        output_rows: the rows (n,) int64 that are read, none of them visual; (n, D) is returned, and the last layer attends
-        with their q alone. All by default.
+        output_rows: (n,) int64, the rows to return, none of them visual; the last layer computes only theirs, and the
+        result is (n, D). All rows by default.
         """
         rotations = self.rotate(positions, h.dtype)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
@@ -292,7 +291,7 @@ class FrozenDecoder:
         return x
 
     def norm_branch(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """What a layer's attention or MLP gives, normed where the model does that."""
+        """The output of a layer's attention or MLP, normed in models that norm it before the residual addition."""
         return x if weight is None else rms_norm(x, weight, self.eps)
 
     def rotate(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -324,7 +323,7 @@ class FrozenDecoder:
         return layer.o(attend(i, q, k, v).flatten(-2))
 
     def fingerprint(self) -> str:
-        """SHA-256 over every byte of the frozen weights: equal before and after a run, or the run was not SAGA. What is
+        """SHA-256 over every byte of the frozen weights, as hexadecimal digits. A run leaves it unchanged. What is
         resident is made of them, and does not count."""
         digest = hashlib.sha256()
         for tensor in self._tensors():
@@ -367,7 +366,8 @@ def _frozen(weight: Tensor) -> NF4Weight | Tensor:
 
 
 def _concatenated(parameters: Sequence[Params4bit], weights: Sequence[NF4Weight]) -> tuple[NF4Weight, ...]:
-    """All in one, of which the `Params4bit` become views; the weights as they are where NF4 cannot hold them in one."""
+    """The weights in one matrix, of which the `Params4bit` become views; unchanged where NF4 cannot concatenate
+    them."""
     try:
         whole = NF4Weight.concatenate(weights)
     except ValueError:
@@ -398,6 +398,6 @@ def _quantized(weight: Tensor) -> NF4Weight:
 
 
 def _dequantize_rows(weight: NF4Weight, rows: Tensor) -> Tensor:
-    """(n, D): the rows (n,) of what `_quantized` gave, the rest left packed."""
+    """(n, D): the dequantised `rows` (n,) int64 of a matrix from `_quantized`."""
     packed, absmax = (values.view(weight.shape[0], -1)[rows].flatten() for values in (weight.packed, weight.absmax))
     return nf4_dequantize(NF4Weight(packed, absmax, None, None, None, (len(rows), weight.shape[1]), weight.dtype))

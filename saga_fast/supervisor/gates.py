@@ -1,4 +1,4 @@
-"""The gates of decoders' MLPs: (rows, 2 F), gate and up side by side, to (rows, F), and their backward by hand."""
+"""The gates of decoders' MLPs: (rows, 2 F), gate and up side by side, → (rows, F); and their explicit backward."""
 
 from __future__ import annotations
 

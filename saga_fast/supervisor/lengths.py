@@ -1,4 +1,4 @@
-"""How many tokens the question and its answer take, told before anything is sampled."""
+"""How many tokens prompt and answer take, known before anything is sampled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ VALUE = "short red"  # a brief description: two words that every vocabulary has,
 
 class Lengths(NamedTuple):
     """Tokens. prefix: the question with both images; of it `images` and `instruction`, the rest is the chat template's.
-    answer: one line of JSON whose values have two words, and its end token; minimum: the same with empty values. thinks:
-    the model writes thoughts first, of any length."""
+    answer: one line of JSON whose values have two words, and its end token; minimum: the same with empty values.
+    thinks: whether the chat template has the model write thoughts first, of any length."""
 
     prefix: int
     images: int

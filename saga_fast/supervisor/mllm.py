@@ -1,10 +1,10 @@
 """Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
 
-A model is a folder or a hub id, of one of `families`. What cannot be run is told from the configuration, before any
-weight is read.
+A model is a folder or a hub id, of one of `families`. A model that cannot be run is refused by its configuration,
+before any weight is read.
 
-A model's folder may come from anywhere, and loading it runs nothing of it: weights are safetensors, never pickles, and
-code that it brings is refused. No flag trusts it: `FrozenDecoder` runs the layers, so such code could not be obeyed.
+A model's folder may come from anywhere, and loading it runs no code of it: weights are safetensors, never pickles, and
+models with code of their own are refused. No flag changes that: `FrozenDecoder` runs the layers, and would not use it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from saga_kernels.nf4 import BLOCK
 FLAG = "supervisor.model"
 LAYERS = ("full_attention", "sliding_attention")
 TIMM = "timm_wrapper"  # the model type of towers that transformers takes from timm
-DEPTH = 512  # more layers than any model has: what a configuration asks for is built before weights are looked at
-# Whose frequencies do not depend on the sequence's length, the last two up to a number of positions, see `_max_positions`.
+DEPTH = 512  # more layers than any model has: the configuration's model is built before its weights are checked
+# Kinds whose frequencies do not depend on the sequence's length, the last two up to `_max_positions`.
 ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 class Mllm(NamedTuple):
     """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
-    image_token: stands for one visual token in the prompt. image_text, newline, bidirectional_images: see `Family`, of which
-    newline (D,) is the vector itself. max_positions: how many a run may use, None where any number."""
+    image_token: stands for one visual token in the prompt. image_text, newline, bidirectional_images: see `Family`;
+    newline is the vector itself, (D,). max_positions: rotary positions that a run may use, None without a limit."""
 
     visual: PreTrainedModel
     decoder: FrozenDecoder
@@ -201,7 +201,7 @@ _TIMM = "of the models whose tower transformers takes from timm, FastVLM is acce
 
 
 def _objections(config: PretrainedConfig) -> Iterator[str]:
-    """Why this model would not be run as it was trained, if it would not; of what it is first, then of its details."""
+    """Reasons why this model cannot be run as it was trained; none for one that can."""
     kind = config.model_type
     text = getattr(config, "text_config", None)
     if text is None or not (hasattr(config, "image_token_id") or hasattr(config, "video_token_id")):
@@ -254,13 +254,13 @@ def _objections(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _rotary(text: PretrainedConfig) -> list[dict[str, Any]]:
-    """How rotary positions are scaled: once, or for each kind of layer."""
+    """The scaling parameters of rotary positions: one dict, or one for each kind of layer."""
     parameters = getattr(text, "rope_parameters", None) or {}
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
 
 
 def _max_positions(text: PretrainedConfig) -> int | None:
-    """How many positions the rotary frequencies hold for; None where for all."""
+    """The number of positions for which the rotary frequencies are constant; None without a limit."""
     limits = []
     for parameters in _rotary(text):
         match parameters.get("rope_type"):
@@ -272,13 +272,13 @@ def _max_positions(text: PretrainedConfig) -> int | None:
 
 
 def _fix_rotary(rotary: Any) -> None:
-    """Up to `_max_positions` the frequencies are what they are now: nothing looks and changes them."""
+    """Turns off updates of the rotary frequencies, which are constant up to `_max_positions`."""
     kinds = rotary.rope_type
     rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 def _normalise_flags(release: Release, config: PretrainedConfig) -> None:
-    """Flags that moved between versions of transformers count in both places."""
+    """Reads flags that moved between versions of transformers from both places."""
     raw = release.read_json("config.json") or {}
     inner = raw.get("text_config") or {}
     flags = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
@@ -321,8 +321,8 @@ class _Parts(NamedTuple):
 
 
 def _split_model(model: PreTrainedModel, statistics: dict[str, list[float]], quantize_head: bool = False) -> _Parts:
-    """What of a model of one of `families` its weights make; the model is of no use afterwards. On the meta device
-    too."""
+    """Vision model, decoder and newline of a model of one of `families`, which is unusable afterwards. Works on the
+    meta device too."""
     family = KINDS[model.config.model_type]
     decoder = FrozenDecoder(getattr(model.model, family.language_model), model.lm_head, quantize_head)
     newline = getattr(model.model, family.newline).detach() if family.newline else None

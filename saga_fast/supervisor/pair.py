@@ -1,4 +1,7 @@
-"""The question about one pair of images, ready to be packed. Its text is the same for every pair of a run."""
+"""The prefix of one pair of images, ready to be packed, and the cached keys and values of its static part.
+
+The prefix's text is the same for every pair of a run; only the visual tokens differ.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from saga_kernels import GroupLayout, group_attention
 class PairPrefix:
     """input_ids: (P,) int64. images: (2, N) int64, the rows of both images' visual tokens. positions: (3, P), rotary.
 
-    next_position: where every completion's positions begin, on all three axes. static_length: C, the tokens before the first
-    image; they are the same for every pair and nothing before them trains, see `PrefixCache`. newline: (D,), what stands
-    in the row behind each image's, where the model reads one there. bidirectional_images: the tokens of an image see each other
-    in both directions.
+    next_position: where every completion's positions begin, on all three axes.
+    static_length: C, number of tokens before the first image; they are the same for every pair, see `PrefixCache`.
+    newline: (D,), the embedding in the row behind each image, in models that have one.
+    bidirectional_images: whether the tokens of an image attend to each other in both directions.
     """
 
     input_ids: Tensor
@@ -85,8 +88,8 @@ class PairPrefix:
         return (starts[:, None, None] + self.images - self.static_length).flatten()
 
     def images_of(self, pairs: int, static_length: int) -> ImageRows | None:
-        """Where the images of `pairs` packed prefixes stand, whose first `static_length` tokens have keys but no queries;
-        None where images are read in one direction."""
+        """The rows of the images of `pairs` packed prefixes, whose first `static_length` tokens have keys but no
+        queries; None where attention is causal throughout."""
         if not self.bidirectional_images:
             return None
         starts = torch.arange(pairs, device=self.images.device)[:, None, None]
@@ -96,7 +99,7 @@ class PairPrefix:
     def input_embeddings(
         self, decoder: FrozenDecoder, input_ids: Tensor, visual_rows: Tensor, tokens: Tensor
     ) -> Tensor:
-        """Embeds packed `input_ids` (tokens,) and puts visual `tokens` (2n, N, D) in their rows."""
+        """(tokens, D): embeddings of packed `input_ids` (tokens,), with visual `tokens` (2n, N, D) in their rows."""
         h = decoder.embed_tokens(input_ids).index_copy_(0, visual_rows, tokens.flatten(0, 1).to(decoder.dtype))
         if self.newline is not None:
             h[visual_rows.view(len(tokens), -1)[:, -1] + 1] = self.newline
@@ -104,10 +107,10 @@ class PairPrefix:
 
 
 class PrefixCache:
-    """The prefix as one frozen decoder reads it: what comes before the first image is read once, here.
+    """A pair's prefix, and the keys and values of its static part (all before the first image), computed once.
 
-    keys, values: one (C, kv_heads, head_dim) a layer. With `instruction_first` they are of the whole instruction; with
-    `images_first`, of the template's first few tokens.
+    keys, values: a (C, kv_heads, head_dim) tensor per layer. With `instruction_first` they cover the whole instruction,
+    with `images_first` the template's first few tokens.
     """
 
     @torch.no_grad()
@@ -130,7 +133,8 @@ class PrefixCache:
         decoder.forward(decoder.embed_tokens(prefix.input_ids[:count]), prefix.positions[:, :count], attend)
 
     def with_static_prefix(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim)."""
+        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim), with the
+        cached ones in front."""
 
         def whole(first: Tensor, rest: Tensor) -> Tensor:
             return torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)

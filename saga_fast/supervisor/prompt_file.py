@@ -1,11 +1,11 @@
-"""Which question a run asks: a built-in prompt by its name, the user's own from a TOML file, or the one it began with.
+"""A run's prompt: a built-in one by its name, the user's own from a TOML file, or a stored run's from its config.json.
 
     role = "mycologist"
     item = "mushroom"
     verdict_key = "same_species"
     attributes = ["cap color", "cap shape", "gill spacing"]
 
-The file is read once, when a run begins: the run's config.json holds the prompt itself, and a resumed run asks that.
+The file is read once, when a run begins: the run's config.json holds the prompt itself, and a resumed run uses that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FIELDS = {"role": str, "item": str, "verdict_key": str, "attributes": list}
 def load_prompt(name: str) -> Prompt:
     """The built-in prompt `name`, or that of the file `name`, which ends in .toml. Whitespace in it is normalised.
 
-    Raises InputError, naming file and field, for anything that is not exactly such a file.
+    Raises InputError, naming file and field, for anything else.
     """
     if name in PROMPTS:
         return PROMPTS[name]
@@ -54,7 +54,7 @@ def load_prompt(name: str) -> Prompt:
 
 
 def stored_prompt(config_file: Path) -> Prompt:
-    """The prompt that a run began with, field by field in its config.json. Raises InputError if it holds none."""
+    """The prompt in a run's config.json. Raises InputError if that holds none."""
     try:
         values = json.loads(config_file.read_text())["prompt"]
         return Prompt(**{**values, "attributes": tuple(values["attributes"])})
@@ -64,7 +64,7 @@ def stored_prompt(config_file: Path) -> Prompt:
 
 
 def _kinds(value: Any) -> str:
-    """Types, not values: a number may have more digits than Python prints."""
+    """Describes a value by its type, not itself: a number may have more digits than Python prints."""
     if isinstance(value, list):
         return f"a list of {', '.join(sorted({type(inner).__name__ for inner in value}))}"
     return f"of type {type(value).__name__}"

@@ -1,11 +1,11 @@
 """Phase C: the policy gradient of buffered groups, from the completions' log-probabilities back into the visual tokens.
 
-Whole groups (one prefix, then its G completions) lie end to end in one packed sequence, so a prefix is computed once,
-not G times. A group that is longer than the token budget goes in slices: its prefix first, then a few completions at a
-time against the prefix's keys and values, whose gradients add up, and the prefix's own backward last. Either way the
-numbers are the same. Only rows that predict a generated token meet the head; the gradient into them comes out of the
-same pass as the log-probabilities, as every token's coefficient is known by then. Left out: importance ratio, clip,
-reference model, KL to it: one on-policy update needs none.
+Groups (one prefix, then its G completions) are packed end to end in one sequence, so a prefix is computed once, not G
+times. A group longer than the token budget goes in slices: first its prefix, then a few completions at a time against
+the prefix's keys and values, whose gradients are summed, and the prefix's backward pass last. Results are the same.
+The head is applied only to rows that predict a generated token; their gradient comes out of the same pass as the
+log-probabilities, as every token's coefficient is known. Left out: importance ratio, clip, reference model and KL to
+it, which one on-policy update does not need.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Group:
     """One pair's buffered rollouts.
 
     completions: G lists of token ids. coefficients: G tensors (T_g,), the weight of each token's log π in the loss:
-    -A_g / |T| for L_GRPO. attribute_token_positions: for rollouts whose attention is wanted, g → positions in the completion of the
-    tokens that describe image a, and image b.
+    -A_g / |T| for L_GRPO. attribute_token_positions: for rollouts whose attention is returned, g → positions in the
+    completion of the tokens that describe image a, and image b.
     """
 
     completions: Sequence[Sequence[int]]
@@ -38,7 +38,8 @@ class Group:
 
 
 class AnchorAttention(NamedTuple):
-    """Head-averaged attention (described tokens, N) at the anchor layer, onto one image's tokens; not renormalised."""
+    """weights: (attribute tokens, N), head-averaged attention at the anchor layer onto one image's tokens; rows sum to
+    less than 1. group, rollout, image: whose."""
 
     group: int
     rollout: int
@@ -47,7 +48,7 @@ class AnchorAttention(NamedTuple):
 
 
 class ReplayResult(NamedTuple):
-    """loss: () Σ coefficient · log π. log_probs [group][g]: (T_g,) fp32. attention: one entry a described image.
+    """loss: () Σ coefficient · log π. log_probs [group][g]: (T_g,) fp32. attention: one entry per image described.
     gradients: the `.grad` of each level of the features; none where they require none."""
 
     loss: Tensor
@@ -58,10 +59,10 @@ class ReplayResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a replay spends memory on time; the numbers it gives are the same.
+    """How a replay trades memory for time; results do not depend on it.
 
-    token_budget: packed tokens that go through together; a longer group goes in slices of its completions. recompute:
-    of groups that go whole, and of slices. prefix_recompute: of a prefix that stands while its slices go through.
+    token_budget: packed tokens per pass; a longer group goes in slices of its completions. recompute: policy of whole
+    groups and of slices. prefix_recompute: policy of a prefix whose activations are saved while its slices go through.
     resident: whether the decoder's layers are, see `FrozenDecoder.reside`.
     """
 
@@ -84,7 +85,7 @@ def replay_groups(
 ) -> ReplayResult:
     """Teacher-forces `groups` and adds d loss / d features to the `.grad` of `features`, where they require it.
 
-    features: of 2n images, a and b of group 0, of group 1, …; leaves.
+    features: leaves, of 2n images: a and b of group 0, of group 1, …
     """
     run = _ReplayPass(prefix_cache, features, groups, temperature, anchor_layer, plan)
     sizes = [
@@ -105,7 +106,7 @@ def replay_groups(
 
 
 def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Neighbours together, up to the budget; a larger one alone."""
+    """Numbers of consecutive items of `sizes`, packed up to the budget; a larger item is alone in its pack."""
     pack: list[int] = []
     for i, size in enumerate(sizes):
         if pack and sum(sizes[j] for j in pack) + size > token_budget:
@@ -122,7 +123,7 @@ def _largest_first(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 class _ReplayPass:
-    """One replay under way: what it was asked, and what it has found."""
+    """State of one call of `replay_groups`: its arguments, and log-probabilities and attention so far."""
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class _ReplayPass:
         rest = len(prefix) - prefix.static_length
         layout = GroupLayout(length, lengths, [rest] * count, self.device)
         last = GroupLayout(length, lengths, [1] * count, self.device)
-        # Of the last layer a prefix's last row is read, and its completions behind it.
+        # The last layer computes a prefix's last row and the completions behind it.
         ends = [layout.completion_queries(j, len(lengths[j]) - 1).stop for j in range(count)]
         output_rows = torch.cat([torch.arange(layout.prefix_queries(j).stop - 1, end) for j, end in enumerate(ends)])
         ids, positions = [], []
@@ -168,8 +169,9 @@ class _ReplayPass:
         images = slice(2 * pack[0], 2 * pack[-1] + 2)
         h = prefix.input_embeddings(self.decoder, torch.cat(ids), visual, self.features.tokens[images])
         run = FrozenPass(
-            self.decoder, self.weight_buffers, layout, torch.cat(positions, 1), self.plan.recompute, self._static_prefix_kv(count),
-            output_rows=output_rows.to(self.device), last_layout=last, bidirectional_images=self.bidirectional_images,
+            self.decoder, self.weight_buffers, layout, torch.cat(positions, 1), self.plan.recompute,
+            self._static_prefix_kv(count), output_rows=output_rows.to(self.device), last_layout=last,
+            bidirectional_images=self.bidirectional_images,
         )  # fmt: skip
         members = [(i, g, j, g) for j, i in enumerate(pack) for g in range(len(lengths[j]))]
         hidden = run.forward(h, self._levels(images), visual, self._observer(members), self.needs_gradient)
@@ -186,7 +188,7 @@ class _ReplayPass:
     def sliced(self, i: int) -> None:
         """One group: its prefix, then slices of its completions against the prefix's keys and values.
 
-        Within a slice completions are few, but never split: what one of them keeps is what bounds the memory.
+        A completion is never split, so the longest one bounds the memory from below.
         """
         prefix, completions = self.prefix, self.groups[i].completions
         rest = len(prefix) - prefix.static_length
@@ -234,7 +236,10 @@ class _ReplayPass:
     def _log_probs_and_gradient(
         self, hidden: Tensor, rows: Sequence[int], tokens: Sequence[tuple[tuple[int, int], slice]]
     ) -> Tensor:
-        """log π of the `tokens` ((group, g), which) that the `rows` of hidden predict; d loss / d hidden."""
+        """d loss / d hidden (rows of hidden, D); records log π of the tokens that `rows` of hidden predict.
+
+        tokens: ((group, g), slice of the completion) of each run of rows, in order.
+        """
         which = [(self.groups[i].completions[g][part], self.groups[i].coefficients[g][part]) for (i, g), part in tokens]
         targets = torch.tensor([token for ids, _ in which for token in ids], dtype=torch.int64, device=self.device)
         coefficients = torch.cat([c for _, c in which]).to(self.device)
@@ -246,7 +251,8 @@ class _ReplayPass:
         return torch.zeros_like(hidden).index_add_(0, at, dh)
 
     def _observer(self, members: Sequence[tuple[int, int, int, int]]) -> Observe:
-        """Notes the anchor layer's attention of members: (group, g), and where a layout has them."""
+        """Records the anchor layer's attention of members: (group, completion, group and completion within the
+        layout)."""
 
         def observe(layer: int, layout: GroupLayout, q: Tensor, keys: Tensor, lse: Tensor) -> None:
             if layer != self.anchor_layer:

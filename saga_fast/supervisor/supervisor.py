@@ -1,4 +1,5 @@
-"""The frozen judge: a language model, its question, and the three things asked of it: roll out, judge, replay."""
+"""The frozen supervisor: a language model and its prompt, with the three calls that training makes: rollout, judge,
+replay."""
 
 from __future__ import annotations
 
@@ -38,11 +39,11 @@ def prompt_prefix(
     sampling: Sampling,
     device: torch.device | str = "cpu",
 ) -> tuple[Prefix, PairPrefix]:
-    """The question about images of `grid` (rows, columns) tokens, placed on `device`.
+    """The prefix of a pair of images of `grid` (rows, columns) tokens, as ids and as tensors on `device`.
 
-    It needs no weights: what is wrong can be told before any is read, see `Pretrained`. Raises InputError as
-    `build_prefix` does, for tokens or positions that the model does not have, where nothing ends an answer, and where
-    a run could reach beyond a sliding window.
+    It needs no weights, so that errors are found before any weight is read, see `Pretrained`. Raises InputError as
+    `build_prefix` does, for tokens or positions that the model does not have, for a model without an end token, and
+    where prompt and answer exceed a sliding window.
     """
     name = f"supervisor.model: {mllm.tokenizer.name_or_path or 'model'}"
     if not mllm.eos_token_ids:
@@ -54,37 +55,38 @@ def prompt_prefix(
     )
     if (largest := max(prefix.input_ids)) >= vocabulary:
         raise InputError(
-            f"{name} has a tokenizer that writes the prompt with token {largest}, where its embedding has {vocabulary}; "
-            "restore the tokenizer's files and config.json of one release"
+            f"{name} has a tokenizer that writes the prompt with token {largest}, where its embedding has {vocabulary}"
+            "; restore the tokenizer's files and config.json of one release"
         )
     prefix_on_device = PairPrefix.of(
         prefix, grid if mllm.decoder.mrope else None, device, mllm.newline, mllm.bidirectional_images
     )
     if reason := beyond_window(mllm.decoder.window, len(prefix_on_device), sampling.max_new_tokens):
         raise InputError(reason)
-    # A rollout is looked at every SYNC_EVERY tokens, so it reaches a little beyond max_new_tokens.
+    # Finished rollouts are noticed every SYNC_EVERY tokens, so positions reach a little beyond max_new_tokens.
     if mllm.max_positions is not None and prefix_on_device.next_position + sampling.capacity + 1 > mllm.max_positions:
         left = (mllm.max_positions - prefix_on_device.next_position - 1) // SYNC_EVERY * SYNC_EVERY + 1
         mend = f"give {left} or fewer" if left > 0 else "take smaller images, fewer attributes or another model"
         raise InputError(
-            f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {prefix_on_device.next_position} positions, "
-            f"and the model's rotary frequencies are fixed for {mllm.max_positions} in all: {mend}"
+            f"rollout.max-new-tokens: {sampling.max_new_tokens}; the question takes {prefix_on_device.next_position} "
+            f"positions, and the model's rotary frequencies are fixed for {mllm.max_positions} in all: {mend}"
         )
     return prefix, prefix_on_device
 
 
 def anchor_layer_index(requested: int | None, depth: int) -> int:
-    """The layer of `depth` whose attention the pooler learns from; None is the paper's 26 of 36, scaled."""
+    """The zero-based layer whose attention the pooler learns from: `requested`, by default the paper's 26 of 36, scaled
+    to `depth`. Raises InputError for a layer that is not there."""
     if requested is not None and not 0 <= requested < depth:
         raise InputError(f"supervisor.anchor-layer: {requested}; the model's layers are 0 to {depth - 1}")
     return round(26 / 36 * depth) if requested is None else requested
 
 
 class Supervisor:
-    """An MLLM's language model asked one question about pairs of images of `grid` (rows, columns) merged tokens.
+    """An MLLM's language model with one prompt about pairs of images of `grid` (rows, columns) merged tokens.
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
-    plan: of replays. slots: pairs that roll out at once.
+    plan: how replays trade memory for time. slots: pairs that roll out at once.
     Raises InputError as `prompt_prefix` does, and for an anchor layer the model does not have.
     """
 
@@ -110,9 +112,9 @@ class Supervisor:
 
     @property
     def engine(self) -> RolloutEngine:
-        """What rolls out, with the memory for it, which stays as it is; where `slots` has changed, a new, empty one."""
+        """The rollout engine, with its cache; a new, empty one where `slots` has changed."""
         if self._engine is None or self._engine.slots != self.slots:
-            self._engine = None  # its memory makes room
+            self._engine = None  # frees its cache before the new one is allocated
             self._engine = RolloutEngine(self.prefix_cache, self.sampling, self.eos_token_ids, self.slots)
         return self._engine
 
@@ -131,17 +133,17 @@ class Supervisor:
         return torch.tensor(rewards), torch.tensor(well_formed)
 
     def attribute_values(self, completions: Sequence[Sequence[int]]) -> list[AttributeValues]:
-        """What each completion says of each attribute of both images."""
+        """Of each completion: attribute → value, for image a and for image b."""
         return [attribute_values(self.text(completion), self.prompt) for completion in completions]
 
     def attribute_positions(self, completions: Sequence[Sequence[int]]) -> list[AttributePositions]:
-        """For each completion, where it writes each attribute's value."""
+        """Of each completion: attribute → positions of the tokens of its value, for image a and for image b."""
         return [tokens_by_attribute(completion, self.tokenizer, self.prompt) for completion in completions]
 
     def replay(
         self, features: VisualFeatures, groups: Sequence[Group], token_budget: int | None = None
     ) -> ReplayResult:
-        """token_budget: other than the plan's."""
+        """See `replay_groups`. token_budget: in place of the plan's."""
         return replay_groups(
             self.prefix_cache,
             features,
@@ -153,8 +155,8 @@ class Supervisor:
 
 
 def beyond_window(window: int | None, prefix: int, max_new_tokens: int) -> str | None:
-    """Why prompt and answer do not fit into a sliding window, which nothing here masks; None where they do. The last
-    token of an answer is never read."""
+    """The message where prompt and answer exceed a sliding window, which nothing masks; None where they fit. The last
+    token of an answer is not fed to the model."""
     if window is None or prefix + max_new_tokens - 1 <= window:
         return None
     return (

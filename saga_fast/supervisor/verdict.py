@@ -1,10 +1,10 @@
-"""Reading what the supervisor wrote: the verdict, the reward it earns, and where it describes each attribute.
+"""Parsing the supervisor's answer: its verdict, the reward, and the value and position of each attribute.
 
 A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no
 key twice in any object, and the verdict's key nowhere but at its top. A code fence or prose may stand around that
 object, but no further bracket of any kind, and no word on the verdict (`same_species: no`): a verdict can be neither
-hidden in a larger structure nor given twice. Everything else is no answer, and nothing raises. Thoughts that
-lead an answer, up to the first `</think>`, are passed over, be it the text or the prompt that opened them.
+hidden in a larger structure nor given twice. Everything else counts as no answer, and nothing raises. Thoughts before
+an answer, up to the first `</think>`, are skipped, whether the text or the prompt opened them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_DEPTH = 8  # an answer needs 2
 _ATOM = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _SPACE = re.compile(r"[ \t\n\r]+")
 _BRACKETS = re.compile(r"[\[\]{}]")
-_SAYS = r"[\s\"'`*]*[:=]"  # what makes a verdict of its key in prose, be it quoted or bold
+_SAYS = r"[\s\"'`*]*[:=]"  # after the verdict's key, quoted or bold, in prose: it reads as a verdict
 
 
 class _String(NamedTuple):
@@ -133,7 +133,7 @@ def _read_answer(text: str, begin: int, prompt: Prompt) -> dict[str, Value] | No
 
 @dataclass(frozen=True)
 class Verdict:
-    """same: what the supervisor decided. well_formed: the answer has exactly the prompt's keys and attributes, in order
+    """same: whether the answer is yes. well_formed: the answer has exactly the prompt's keys and attributes, in order
     and all text, and a confidence of high, medium or low."""
 
     same: bool
@@ -168,14 +168,14 @@ def reward(verdict: Verdict | None, same: bool) -> float:
 
 
 def attribute_values(text: str, prompt: Prompt) -> tuple[dict[str, str], dict[str, str]]:
-    """What the completion says of each attribute of item 1 and of item 2. Attributes not described in text are left
-    out; unreadable text gives empty dicts."""
+    """Attribute → value in the completion, for item 1 and for item 2. Attributes without a text value are left out;
+    unreadable text gives empty dicts."""
     return _of_items(text, prompt, lambda string: string.value)
 
 
 def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[str, Span]]:
-    """Where the completion describes each attribute: for item 1 and item 2, attribute -> half-open character range of
-    its value, between the quotes. Attributes not described in text are left out; unreadable text gives empty dicts."""
+    """For item 1 and item 2: attribute → half-open character range of its value in `text`, between the quotes.
+    Attributes without a text value are left out; unreadable text gives empty dicts."""
     return _of_items(text, prompt, lambda string: (string.start, string.end))
 
 

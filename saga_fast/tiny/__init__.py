@@ -1,4 +1,5 @@
-"""The embedded default: birds drawn by code, a tiny Qwen3-VL that supervises on them, and its recipe."""
+"""The embedded default: birds drawn by code, a tiny Qwen3-VL that supervises training on them, and the
+training recipe of that model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the tiny supervisor can do, measured by the code that a run uses: NF4 weights, packed prefixes, rollouts."""
+"""Measurements of the tiny supervisor, by the code that a run uses: NF4 weights, packed prefixes, rollouts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def held_out_pairs(kind: str, count: int) -> list[tuple[dict[str, str], dict[str
 
 
 def written_right(text: str, birds: tuple[dict[str, str], dict[str, str]]) -> np.ndarray | None:
-    """Which values an answer has right: bool (2, 12), or None where it does not describe both birds."""
+    """Which values of an answer are right: bool (2, 12); None where it does not describe both birds."""
     spans = attribute_spans(text, PROMPT)
     if any(len(item) < len(ATTRIBUTES) for item in spans):
         return None
@@ -75,7 +75,8 @@ def written_right(text: str, birds: tuple[dict[str, str], dict[str, str]]) -> np
 
 
 def reading(mllm: Mllm, nuisance: Nuisance, order: Order, count: int) -> dict[str, Any]:
-    """Accuracy by attribute, well-formed rate; by kind of pair the verdict's accuracy and how many groups disagree."""
+    """Accuracy by attribute, well-formed rate; by kind of pair the verdict's accuracy and the share of groups whose
+    verdicts disagree."""
     right, formed, kinds = [], [], {}
     for kind in KINDS:
         pairs = held_out_pairs(kind, count)
@@ -99,7 +100,8 @@ def reading(mllm: Mllm, nuisance: Nuisance, order: Order, count: int) -> dict[st
 
 
 def contribution(mllm: Mllm, nuisance: str, batches: int = 6, pairs_per_batch: int = 16) -> dict[str, Any]:
-    """As a run starts: balanced pairs from class-balanced micro-batches (16 classes x 4) of the training species."""
+    """Rewards, and the share of contributing pairs, at the start of a run: balanced pairs from class-balanced
+    micro-batches (16 classes x 4) of the training species."""
     birds = DrawnBirds("train", nuisance=nuisance)
     labels = np.array(birds.labels)
     rng = np.random.default_rng(HELD_OUT)
@@ -134,7 +136,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 @torch.no_grad()
 def attention_shares(folder: Path, nuisance: Nuisance, count: int = 64) -> dict[str, Any]:
-    """Share of the last layer's attention, renormalised over the image, inside the mask of the attribute named.
+    """Share of the last layer's attention, renormalised over the image, inside the described attribute's mask.
 
     `value`: rows of the value tokens; `before`: rows whose output is the value; `uniform`: the mask's area.
     Teacher-forced on true answers about siblings, unquantised weights.

@@ -1,10 +1,11 @@
-"""Second half of the recipe: tokenizer and language model, taught to write the answer from the frozen tower's tokens.
+"""Second half of the recipe: tokenizer and language model, trained to write the answer from the frozen tower's tokens.
 
-Teacher forcing on answers about same birds, siblings and strangers, in both prompt orders and now and then the generic
-prompt. Some descriptions are miswritten on purpose (and not learned from), with differences and verdict following what
-is written, so that the verdict rests on the text, not on a second look. Feature noise keeps the reading unsure where
-the picture is poor. The last layer's attention at a value is drawn to where the tower's own heads looked for it. The
-last part trains through NF4 (straight-through), as bitsandbytes will store the weights.
+Teacher forcing on answers about pairs of the same bird, siblings and strangers, in both prompt orders, a fifth of the
+steps with the generic prompt. Some descriptions are wrong on purpose (those tokens are not trained on), with
+differences and verdict that follow the text, so that the verdict depends on the descriptions, not on the image tokens.
+Feature noise keeps the model uncertain where the picture is poor. A loss draws the last layer's attention at a value to
+where the tower's own head for that attribute attends. The last steps train through NF4 (straight-through), as
+bitsandbytes stores the weights.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ CHAT_TEMPLATE = (
 )
 
 
-FORGIVEN = {1: 0.35, 2: 0.15}  # chance that so many differing attributes are taken for misreadings of one species
+FORGIVEN = {1: 0.35, 2: 0.15}  # number of differing attributes -> probability of the verdict "same" anyway
 
 
 def answer(prompt: Prompt, a: dict[str, str], b: dict[str, str], rng: np.random.Generator | None = None) -> str:
-    """What a supervisor should write of two birds: it names the differing attributes before it judges.
+    """The target answer about two birds: their descriptions, the differing attributes, and the verdict.
 
-    Without `rng` it judges by the letter. With it, one or two differences are now and then forgiven, as a description
-    may be misread: a model taught so keeps some doubt where a word or two decide.
+    Without `rng` the verdict is "same" only where no attribute differs. With it, one or two differences give "same"
+    with the probabilities in FORGIVEN, as a description may be misread: the model then keeps some uncertainty where one
+    or two words decide.
     """
     names = differing(a, b)
     same = not names or (rng is not None and rng.random() < FORGIVEN.get(len(names), 0))
@@ -87,9 +89,10 @@ def answer(prompt: Prompt, a: dict[str, str], b: dict[str, str], rng: np.random.
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that spells anything, and writes an attribute, a value or what stands between them as one token.
+    """A byte-level BPE that encodes any text, and an attribute, a value or the text between them as one token each.
 
-    Words are cut where letters and spaces meet punctuation: `bill shape`, `": "`, `cone` and `", "` are one word each.
+    Words are split where letters and spaces meet punctuation: `bill shape`, `": "`, `cone` and `", "` are one word
+    each.
     """
     rng = np.random.default_rng(0)
     corpus = []
@@ -165,7 +168,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
 
 
 class TowerOutputs(NamedTuple):
-    """What the language model knows of n images: features, and where the tower's heads looked (n, 12, tokens)."""
+    """Of n images: the features that the language model reads, and the attention of the tower's heads (n, 12,
+    tokens)."""
 
     features: VisualFeatures
     head_attention: Tensor
@@ -188,7 +192,7 @@ def run_tower(tower: TowerTrainer, pixels: Tensor, size: int = 128) -> TowerOutp
 
 
 class FamilyPool:
-    """The last `capacity` families of an endless seeded stream, seen through the frozen tower.
+    """Outputs of the frozen tower for the last `capacity` families of an endless seeded stream.
 
     A family is four pictures: one bird twice, a sibling one attribute away, and one two away.
     """
@@ -208,7 +212,7 @@ class FamilyPool:
                 return family
 
     def grow_to(self, count: int) -> None:
-        """Draw and look at families until `count` of the stream have been, skipping those that would be overwritten."""
+        """Compute the stream's families up to number `count`, without those that later ones would overwrite."""
         numbers = range(max(self.drawn, count - self.capacity), count)
         for start in range(0, len(numbers), 64):
             some = numbers[start : start + 64]
@@ -236,7 +240,7 @@ class FamilyPool:
         return self.outputs.select(pictures)
 
     def pairs(self, count: int, rng: np.random.Generator) -> Tensor:
-        """(count, 2) picture numbers: 40% same bird, 40% siblings, 20% strangers, either way round."""
+        """(count, 2) picture numbers: 40% same bird, 40% siblings, 20% strangers, each in random order."""
         families = min(self.drawn, self.capacity)
         pairs = []
         for kind in rng.random(count):
@@ -256,7 +260,7 @@ def _flat(outputs: TowerOutputs) -> tuple[Tensor, ...]:
 
 
 class TokenizedPrompt(NamedTuple):
-    """A prompt in one order, tokenised: the prefix, and where each item's values stand in every structured answer."""
+    """A prompt in one order, tokenised: the prefix, and the positions of each item's values in structured answers."""
 
     prompt: Prompt
     prefix: PairPrefix
@@ -264,7 +268,7 @@ class TokenizedPrompt(NamedTuple):
 
 
 def tokenized_prompts(tokenizer: PreTrainedTokenizerBase) -> dict[tuple[Order, bool], TokenizedPrompt]:
-    """By (order, generic)."""
+    """(order, generic) -> the tokenised prompt."""
     found = {}
     bird = training_attributes(np.random.default_rng(0))
     for order, prompt in itertools.product(ORDERS, (PROMPT, PROMPT.as_generic())):
@@ -277,15 +281,15 @@ def tokenized_prompts(tokenizer: PreTrainedTokenizerBase) -> dict[tuple[Order, b
 
 
 def miswrite(bird: dict[str, str], rng: np.random.Generator, rate: float = 0.15) -> dict[str, str]:
-    """The bird with one or two values wrong, now and then."""
+    """The bird, with probability `rate` with one or two values changed."""
     return change(bird, int(rng.integers(1, 3)), rng) if rng.random() < rate else bird
 
 
 class Example(NamedTuple):
-    """A batch of pairs as the language model is taught them."""
+    """A training batch of B pairs for the language model."""
 
     input_ids: Tensor  # (B, L), prefix and answer, padded at the end
-    labels: Tensor  # (B, L), the token itself where it is learned from, else -100
+    labels: Tensor  # (B, L), the token itself where it is trained on, else -100
     features: VisualFeatures  # of 2B images
     head_attention: Tensor  # (B, 2, 12, tokens)
     differ: Tensor  # bool (B, 12), attributes whose written values differ
@@ -298,7 +302,7 @@ def make_examples(
     count: int,
     rng: np.random.Generator,
 ) -> Example:
-    """`count` pairs with their answers, some miswritten: what is written wrong is read, not learned from."""
+    """`count` pairs with their answers, some with wrong values, which are in the input but not in the labels."""
     pairs = pool.pairs(count, rng)
     outputs = pool.of(pairs.flatten())
     rows, marks, differ = [], [], []
@@ -325,7 +329,7 @@ def make_examples(
 
 
 class TextExamples(NamedTuple):
-    """Answers about birds that no picture shows."""
+    """B answers without pictures."""
 
     answer: Tensor  # (B, L), padded at the end
     real: Tensor  # bool (B, L), not padding
@@ -402,10 +406,11 @@ def attention_of_rows(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, rows: Ten
 
 
 class LanguageTrainer:
-    """The language model's losses: its answer's tokens, where its last layer looks at a value, and how it compares."""
+    """The language model's losses: of the answer's tokens, of the last layer's attention at values, of comparing
+    birds."""
 
     POINT, COMPARE = 0.1, 1.0
-    ROLE = 3  # tokens of the prefix that a text-only example keeps: who speaks next
+    ROLE = 3  # last tokens of the prefix, the assistant's role, that a text-only example keeps
 
     def __init__(self, model: Qwen3VLForConditionalGeneration):
         self.model, self.language = model, model.model.language_model
@@ -427,7 +432,7 @@ class LanguageTrainer:
         return [p for module in (self.language, self.model.lm_head, self.probes) for p in module.parameters()]
 
     def compare(self, tokenized: TokenizedPrompt, examples: TextExamples) -> Tensor:
-        """Loss on descriptions without pictures: the probes', and that of what follows the descriptions."""
+        """Loss on answers without pictures: the probes', and cross-entropy of the tokens after the descriptions."""
         prefix, (count, length) = tokenized.prefix, examples.answer.shape
         start = len(prefix) - self.ROLE
         ids = torch.cat([prefix.input_ids[start:].expand(count, -1), examples.answer], 1)
@@ -442,10 +447,11 @@ class LanguageTrainer:
         return name + self.probe(tokenized, self.ROLE, examples.differ)
 
     def probe(self, tokenized: TokenizedPrompt, start: int, differ: Tensor) -> Tensor:
-        """Loss of two probes (thrown away) on the pass before, whose answer began at `start`; differ: bool (B, 12).
+        """Loss of two probes, temporary, on the last forward pass, whose answer starts at `start`; differ: bool (B,
+        12).
 
-        After layer 1, at each value of item 2: does item 1's differ? After layer 2, at all that follows the
-        descriptions: which attributes differ? Without them the model took too long to find that it should compare.
+        After layer 1, at each value of item 2: does item 1's differ? After layer 2, at all tokens after the
+        descriptions: which attributes differ? Without the probes the model learns to compare far more slowly.
         """
         values = start + tokenized.values[1]
         differs_logits = self.probes["differs"](self.halfway[:, values]).squeeze(-1).float()
@@ -491,7 +497,7 @@ class LanguageTrainer:
     def loss(
         self, tokenized: TokenizedPrompt, example: Example, features: VisualFeatures
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss to minimise, cross-entropy a learned token, pointing cross-entropy)."""
+        """(loss to minimise, cross-entropy per trained token, cross-entropy of the attention at values)."""
         h = self.hidden(tokenized, example.input_ids, features)[:, len(tokenized.prefix) - 1 : -1]
         labels = example.labels[:, len(tokenized.prefix) :]
         name = F.cross_entropy(self.model.lm_head(h).flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

@@ -1,8 +1,9 @@
-"""First half of the recipe: the vision tower and its mergers, taught to name attributes by heads that are thrown away.
+"""First half of the recipe: the vision tower and its mergers, trained to classify attributes by temporary heads.
 
 A head is one attention pooling per attribute over the merged tokens, then a linear classifier; each DeepStack level has
-heads of its own, so that it too carries what the language model will read. A light term asks the pooling to rest where
-the attribute is, which keeps tokens local, as grounding data does for a large MLLM.
+its own heads, so that it too carries what the language model reads. A small term in the loss draws the pooling's
+attention onto the attribute's mask, which keeps tokens local, as grounding data does for a large MLLM. The heads are
+not part of the trained model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ VISION: dict[str, Any] = dict(
 
 
 def held_out(count: int = 100) -> set[tuple[str, ...]]:
-    """The benchmark's test species for the first seeds, as value tuples: what the recipe must never draw."""
+    """The benchmark's test species for the first seeds, as value tuples: the recipe must not train on them."""
     return {tuple(bird.values()) for seed in HELD_OUT_SEEDS for bird in species(count, seed)[count // 2 :]}
 
 
@@ -50,7 +51,7 @@ _HELD_OUT = held_out()
 
 
 def training_attributes(rng: np.random.Generator) -> dict[str, str]:
-    """A random combination that is no held-out species."""
+    """A random combination that is not a held-out species."""
     while True:
         attributes = random_attributes(rng)
         if tuple(attributes.values()) not in _HELD_OUT:
@@ -98,7 +99,7 @@ class Pool:
         )
 
     def grow_to(self, count: int) -> None:
-        """Draw pictures until `count` of the stream have been, skipping those that would be overwritten."""
+        """Draw the stream's pictures up to number `count`, without those that later ones would overwrite."""
         for n in range(max(self.drawn, count - self.capacity), count):
             one = render(
                 [training_attributes(np.random.default_rng((self.seed, n)))], self.nuisance, [(self.seed, n, 1)]
@@ -119,7 +120,7 @@ class Pool:
 
 
 class Heads(nn.Module):
-    """One attention-pooled classifier per attribute: tokens (B, N, D) → logits per attribute, and where each looked."""
+    """One attention-pooled classifier per attribute: tokens (B, N, D) → logits and attention per attribute."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -138,7 +139,7 @@ class Heads(nn.Module):
 class TowerTrainer(nn.Module):
     """Tower and heads under one loss."""
 
-    POINT, DEEPSTACK = 0.15, 0.3  # weights of pointing, and of each DeepStack level's heads
+    POINT, DEEPSTACK = 0.15, 0.3  # weights of the attention loss, and of each DeepStack level's heads
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ class TowerTrainer(nn.Module):
         self.heads = nn.ModuleList(Heads() for _ in range(1 + len(VISION["deepstack_visual_indexes"])))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss, and which attributes the last level read right: bool (B, 12)."""
+        """The loss, and which attributes the heads on the final tokens classify correctly: bool (B, 12)."""
         features = self.tower(batch.pixels)
         total, right = torch.zeros(()), torch.empty(0)
         inside = batch.areas > 0.02
@@ -188,7 +189,7 @@ def train_tower(
     capacity: int = 12288,
     fresh: int = 24,
 ) -> TowerTrainer:
-    """Train tower and heads, logging to OUT/tower.jsonl; resumes from OUT/tower.pt, which it leaves behind."""
+    """Train tower and heads, logging to OUT/tower.jsonl; resumes from OUT/tower.pt and keeps it."""
     torch.manual_seed(seed)
     trainer = TowerTrainer()
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.02)

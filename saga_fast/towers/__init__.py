@@ -1,5 +1,5 @@
-"""Vision towers, run over equal-sized images as one batch: those of multimodal models, and vision models that stand
-alone. Called by the encoder and by whoever needs visual tokens alone; imports utils alone.
+"""Vision towers, run over equal-sized images as one batch: those of multimodal models, and vision models on their own.
+Called by the encoder and by code that needs visual tokens alone; imports utils alone.
 
 Transformers' models take seconds to import, so the towers' files are imported when the first tower is made.
 """
@@ -30,19 +30,18 @@ def load_tower(name: str | Path) -> nn.Module:
 
 
 def tower_of(model: nn.Module) -> VisionTower:
-    """The tower around a vision model, a multimodal model that had its language model taken out, or what `load_tower`
-    gave."""
+    """The tower around a vision model, a multimodal model without its language model, or the result of `load_tower`."""
     return tower_class(config_of(model).model_type)(model)
 
 
 def tower_from_config(config: dict[str, Any]) -> VisionTower:
-    """A tower with fresh weights from what `model.config.to_diff_dict()` said."""
+    """A tower with new weights; config: the result of `model.config.to_diff_dict()`."""
     tower = tower_class(config.get("model_type", "qwen3_vl_vision"))
     return tower(tower.model_from_config(config))
 
 
 def tower_class(model_type: str) -> type[VisionTower]:
-    """The class of towers, by the model type of the configuration that stands beside the weights."""
+    """The tower class for a configuration's model type."""
     from saga_fast.towers.vit import VitTower
 
     return _classes().get(model_type, VitTower)

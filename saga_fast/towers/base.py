@@ -1,5 +1,5 @@
-"""What a vision tower is: pixels in, visual tokens out, with the pixel statistics that it was taught with. Attention is
-flash-attn's where that is installed and can run, else PyTorch's.
+"""The interface of vision towers: pixels in, visual tokens out, normalised by the pixel statistics of their
+pretraining. Attention is flash-attn's where that is installed and can run, else PyTorch's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError:
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# (mean, std) by the type of the ViT, for checkpoints that do not say: the published processors' own.
+# (mean, std) by the type of the ViT, for checkpoints without: those of the published processors.
 STATISTICS = {
     "qwen3_vl_vision": (HALF, HALF),
     "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD),
@@ -45,14 +45,14 @@ STATISTICS = {
 
 
 class VisualFeatures(NamedTuple):
-    """What a language model reads of B images: `tokens` (B, N, D), and per DeepStack level a tensor (B, N, D)."""
+    """A language model's input from B images: `tokens` (B, N, D), and per DeepStack level a tensor (B, N, D)."""
 
     tokens: Tensor
     deepstack: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, levels: Sequence[Tensor]) -> VisualFeatures:
-        """tokens, then the DeepStack levels."""
+        """From a sequence of tokens, then the DeepStack levels."""
         return cls(levels[0], tuple(levels[1:]))
 
     @property
@@ -77,8 +77,8 @@ class VisionTower(nn.Module, ABC):
     `image_mean` and `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if
     neither is known.
     vit: the configuration of the ViT in it, where that is not the model's own.
-    kinds: model types of the configurations that it is the tower of. not_vision: parts of the multimodal model that are
-    not the tower's, where it is the rest.
+    kinds: model types of the configurations it serves. not_vision: attributes of the multimodal model that are removed,
+    for a tower that wraps the multimodal model itself.
     """
 
     kinds: ClassVar[tuple[str, ...]]
@@ -107,17 +107,17 @@ class VisionTower(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def model_from_config(cls, config: dict[str, Any]) -> nn.Module:
-        """What `model` is, with fresh weights in fp32, of its configuration as a dict."""
+        """The `model` of a configuration dict, with new weights in fp32."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """D, of a visual token."""
+        """D, the width of a visual token."""
 
     @property
     @abstractmethod
     def cell(self) -> tuple[int, int]:
-        """Height and width in pixels that one token stands for."""
+        """Height and width in pixels of the image area behind one token."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens per column and row of an image of (height, width) pixels. Raises InputError if they do not divide."""
@@ -129,15 +129,15 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def checkpoint_blocks(self, on: bool = True) -> None:
-        """From now on keep only the blocks' inputs between forward and backward, and run each block again there; or
-        no longer. Raises InputError for a tower that cannot."""
+        """Turn gradient checkpointing of the blocks on or off: keep only their inputs between forward and backward, and
+        run each block again in the backward. Raises InputError for a tower that does not support it."""
 
     def normalize(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return (pixels / self.scale - self.shift).to(dtype)
 
     def patches(self, tokens: Tensor, count: int) -> Tensor:
-        """The last `count` of tokens (B, n, D): those of a class and registers stand before them. Raises InputError if
-        there are fewer."""
+        """The last `count` of tokens (B, n, D), without class token and registers, which come first. Raises InputError
+        if there are fewer."""
         if tokens.shape[1] < count:
             raise InputError(
                 f"tower: a {self.model.config.model_type!r} that gives {tokens.shape[1]} tokens where its patches make "
@@ -152,7 +152,7 @@ def config_of(model: nn.Module) -> PretrainedConfig:
 
 
 def checkpoint_layers(model: nn.Module, on: bool) -> None:
-    """Has transformers' layers in `model` keep their inputs alone for the backward pass, or no longer."""
+    """Turn gradient checkpointing of transformers' layers in `model` on or off."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # seconds to import
 
     for layer in model.modules():
@@ -163,7 +163,7 @@ def checkpoint_layers(model: nn.Module, on: bool) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attention without a mask, of q, k, v (B, n, heads, head_dim); o alike."""
+    """Attention without a mask: q, k, v (B, n, heads, head_dim) → o of that shape."""
     if flash_attn_func is not None and _flash_runs(q):
         return flash_attn_func(q, k, v, softmax_scale=scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

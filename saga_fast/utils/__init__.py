@@ -1,3 +1,3 @@
-"""What has nothing to do with training: errors a user can mend, flags, files that are whole or not there, images from
-disk. Anyone may call it; it imports nothing of ours.
+"""Helpers independent of training: errors that a user can fix, flags, atomic files, images from disk. Every package may
+import them; they import nothing of ours.
 """

@@ -1,4 +1,4 @@
-"""Errors a user can mend: one clear line, exit code 2."""
+"""Errors that a user can fix: one clear line, exit code 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message: names and values in it may come from anywhere
-PATIENCE = 2.0  # seconds; torchrun looks after its processes ten times a second
+PATIENCE = 2.0  # seconds; torchrun polls its processes ten times a second
 
 
 class InputError(ValueError):
@@ -33,7 +33,7 @@ def printable(message: str) -> str:
 
 
 def warn_rank_zero(message: str) -> None:
-    """Warn the user once: of torchrun's processes the first does, as all find the same."""
+    """Warn, on the first of torchrun's processes only, as all of them find the same."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(printable(message), stacklevel=3)
 
@@ -42,8 +42,8 @@ def warn_rank_zero(message: str) -> None:
 def exit_on_input_error() -> Iterator[None]:
     """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace.
 
-    Of torchrun's processes the first speaks at once. Another waits for `PATIENCE` seconds: if the first has met the
-    same and ended, torchrun ends this one meanwhile, so that one line says it; what is left had trouble of its own.
+    Of torchrun's processes the first prints at once. The others wait `PATIENCE` seconds: if the first has the same
+    error and ends, torchrun ends them meanwhile, so that the line appears once; those left have an error of their own.
     What is printed meanwhile may hold names of files that are no text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -59,6 +59,6 @@ def exit_on_input_error() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says at first, with what its heading announces; its kind, if it says nothing."""
+    """The first line of another library's exception, and the second if the first ends in a colon; its type if empty."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and files from anywhere."""
+"""Atomic writes, locks, and reading of untrusted files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sha256(path: Path) -> str:
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """A regular file's content.
 
-    Raises OSError, whose `strerror` says what is wrong, for more than `limit` bytes too, and for a pipe or a device,
-    which may have no end.
+    Raises OSError, whose `strerror` says what is wrong, also for more than `limit` bytes, and for a pipe or a device,
+    which may never end.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(0, "not a regular file", os.fspath(path))
@@ -49,7 +49,7 @@ LITTER = {
 
 
 def is_litter(name: str) -> bool:
-    """Whether an entry of a folder is hidden (`._x.jpg` too), or one that systems leave behind."""
+    """Whether an entry of a folder is hidden (`._x.jpg` too), or a system file."""
     return name.startswith(".") or name.casefold() in LITTER
 
 
@@ -60,7 +60,7 @@ def hidden(folder: Path, what: str) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Put back the folder that a killed `replace` had moved out of the way."""
+    """Restore the folder that a killed `replace` moved away."""
     old = hidden(folder, "old")
     if old.exists() and not folder.exists():
         os.rename(old, folder)
@@ -68,11 +68,11 @@ def recover(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Nobody else is in here with the same `folder`, which need not exist: .FOLDER.lock beside it is held.
+    """Holds an exclusive lock for `folder`, which need not exist, by the file .FOLDER.lock beside it.
 
-    The lock is the system's, so it goes with its process, however that ends, and the file that a killed one left is no
-    hindrance. Raises InputError, naming `flag`, for a folder that another process holds (and which one that is), or
-    beside which nothing can be written. Where the file system knows no locks it holds nobody off.
+    It is a lock of the operating system, so it ends with its process, and a leftover file does not block. Raises
+    InputError, naming `flag`, for a folder that another process has locked (and which one that is), or beside which
+    nothing can be written. Where the file system has no locks, nothing is locked.
     """
     path = hidden(folder, "lock")
     made = [outer for outer in path.parents if not outer.exists()]
@@ -93,14 +93,14 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
         _locked_paths.discard(path)
         os.close(file)
-        with suppress(OSError):  # not empty any more: the call was of use
+        with suppress(OSError):  # not empty: the caller wrote into it
             for outer in made:
                 outer.rmdir()
 
 
 def _lock(path: Path) -> int:
     """The open file, locked. Raises BlockingIOError, whose strerror is what the holder wrote into it."""
-    if path in _locked_paths:  # opened once more, it would be unlocked when that is closed
+    if path in _locked_paths:  # closing a second descriptor would release the lock
         raise BlockingIOError(0, "another call in this process")
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -121,7 +121,7 @@ def _lock(path: Path) -> int:
 
 
 def flush(path: Path) -> None:
-    """Have the file or folder itself written to disk, not only to the page cache."""
+    """Flush a file or folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

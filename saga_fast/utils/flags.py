@@ -1,6 +1,6 @@
-"""From a command line or a JSON file to (nested) dataclasses, and what their numbers may be.
+"""From a command line or a JSON file to (nested) dataclasses, with ranges of numbers.
 
-A dataclass says all there is to say: `Annotated[int, Range(1)]` is a flag's type and range, its docstring the help.
+A dataclass defines its flags: `Annotated[int, Range(1)]` is type and range, the field's docstring the help.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Arguments = TypeVar("Arguments")
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, beside the field that holds it: `low` to `high`, both included; with `above`, not `low`.
+    """The accepted range of a field's number: `low` to `high`, both included; with `above`, `low` excluded.
 
-    why: what is wrong with others, where that is not plain.
+    why: the reason, for the message, where it is not obvious.
     """
 
     low: float
@@ -39,7 +39,7 @@ class Range:
     why: str = ""
 
     def fault(self, value: float) -> str | None:
-        """What to say of `value`, None if it is accepted. Infinity never is, nor what is no number."""
+        """The message for `value`, None if it is accepted. Infinity and nan never are."""
         if self.low <= value <= self.high and value != math.inf and not (self.above and value == self.low):
             return None
         accepted = f"more than {self.low}" if self.above else f"{self.low} or more"
@@ -79,7 +79,7 @@ def _flag_name(name: str) -> str:
 
 
 def _unwrap_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type, and what it is annotated with."""
+    """(type, annotations) of a type hint."""
     return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
 
@@ -133,7 +133,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
 
 
 def parse_flags(default: Arguments, arguments: Sequence[str], program: str, description: str) -> Arguments:
-    """Flags of a (nested) dataclass over its defaults. Raises InputError, in a line, for what tyro frames in a box."""
+    """`default`, with the values of the flags in `arguments`. Raises InputError, in one line, for what tyro rejects."""
     _expect_values(default, arguments)
     screen = io.StringIO()
     try:

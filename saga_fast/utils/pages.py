@@ -1,4 +1,4 @@
-"""Pictures inside a page that needs no other file."""
+"""Pictures as data URIs, for self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from PIL import Image
 
 
 def data_uri(picture: Image.Image, format: str, **options: int) -> str:
-    """The picture inside an address, as a page holds it that needs no other file; options: as Pillow's `save` takes."""
+    """The picture as a data URI; options: as Pillow's `save` takes."""
     picture.save(data := io.BytesIO(), format, **options)
     return f"data:image/{format.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def shade(attention: np.ndarray) -> str:
-    """A PNG, as a data URI, of one pixel a token: what to lay over the image, darker where less is looked.
+    """A PNG of one pixel per token, as a data URI, to lay over the image: darker where attention is lower.
 
-    attention: (rows, columns), at least 0. Clear at the peak; a map that peaks below four times an even spread is dark
-    all over, as nothing stands out.
+    attention: (rows, columns), at least 0. Transparent at the peak; a map whose peak is below four times the uniform
+    value is dark all over.
     """
     scale = max(attention.max(), 4 / attention.size)
     alpha = np.rint(170 * (1 - attention / scale)).astype(np.uint8)

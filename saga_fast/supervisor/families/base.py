@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 class ImageText(NamedTuple):
-    """How an image stands in a prompt. placeholder: what the chat template writes for one; None for the image token.
-    before, after: what the model's processor writes around an image's tokens in its stead."""
+    """How an image is written in a prompt. placeholder: the chat template's text for an image; None for the image
+    token. before, after: the text around an image's tokens, as the model's processor writes it."""
 
     placeholder: str | None = None
     before: str = ""
@@ -28,12 +28,12 @@ class Family:
 
     name: as people say it. kinds: model types of its configurations. decoders: model types of the language models that
     it may have. visual: the vision model, where it is one part of `model.model`; else all of that but what the tower
-    calls `not_vision`. language_model: the part of `model.model` that `FrozenDecoder` takes. newline: the part of it
-    that stands behind each image's tokens as one more, (D,). bidirectional_images: whether the tokens of an image attend to
-    each other in both directions. marks: tokens that not the template but the model's processor writes around an image:
-    the attribute by which the tokenizer may name each, and what it is in its vocabulary. image_text: from the marks.
-    objections: why a configuration would not be run as
-    it was trained, beyond what is asked of all.
+    calls `not_vision`. language_model: the part of `model.model` that `FrozenDecoder` takes. newline: the parameter
+    (D,) of `model.model` that is one more embedding behind each image's tokens. bidirectional_images: whether the
+    tokens of an image attend to each other in both directions. marks: tokens that the model's processor, not the
+    template, writes around an image: (attribute of the tokenizer that may name it, its usual text). image_text: made
+    from the marks. objections: reasons why a configuration cannot be run as it was trained, beyond those that hold for
+    all families.
     """
 
     name: str
