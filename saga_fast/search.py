@@ -176,13 +176,12 @@ class Searcher:
             )
         if self.info.blocks is None:
             raise InputError(
-                f"--explain and --attribute: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as it is older "
-                "than they are; embed again into the same folder, which keeps the vectors"
+                f"--explain and --attribute: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as it is "
+                "older than they are; embed again into the same folder, which keeps the vectors"
             )
         if self.info.blocks != (sizes := self.encoder.block_sizes):
-            raise InputError(
-                f"{str(self.folder / indices.INFO_FILE)!r}: its attributes are not the encoder's; embed into another folder"
-            )
+            file = self.folder / indices.INFO_FILE
+            raise InputError(f"{str(file)!r}: its attributes are not the encoder's; embed into another folder")
         return Blocks(sizes)
 
     @cached_property

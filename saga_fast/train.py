@@ -78,7 +78,7 @@ class Diverged(RuntimeError):
 class Training:
     """What stands for a whole run. autocast: makes a fresh context; it covers tower and pooler, never the supervisor.
 
-    supervisor_or_none: None where neither of its terms has a weight; supervisor_sha256: the SHA-256 of its weights, which no step
+    supervisor_or_none: None where neither of its terms has a weight. supervisor_sha256: of its weights, which no step
     changes. batches: endless micro-batches of the training half.
     """
 

@@ -500,7 +500,7 @@ def as_nf4(weight: Tensor, nested: bool = True) -> NF4Weight:
 def replay_bytes(
     decoder: FrozenDecoder, prefix: PairPrefix, plan: Plan, lengths: Sequence[Sequence[int]], levels: int
 ) -> int:
-    """Peak of what `replay_groups` makes, gradients at the features included, for groups of these completion `lengths`."""
+    """Peak bytes of `replay_groups`, gradients at the features included, for groups of these completion `lengths`."""
     on_cpu = prefix.input_ids.device.type == "cpu"
 
     def logits(h: Tensor, head: Tensor, *_: Any) -> int:  # in float32

@@ -28,9 +28,9 @@ from saga_kernels import group_advantage
 class JudgedPair(NamedTuple):
     """A pair that was rolled out. rewards (fp32), well_formed (bool), advantages (fp32): (G,).
 
-    attribute_values: what each rollout says of the attributes of both images, and credit: its advantages (2, M, G); None without
-    attribute credit. contributes: whether any advantage is not zero. broken: its rollouts met
-    logits that are not finite, so it does not contribute, and earns nothing. log_probs: see `PairRollouts`.
+    attribute_values: of both images, from each rollout; credit: the attributes' advantages (2, M, G); both None without
+    attribute credit. contributes: whether any advantage is not zero. broken: its rollouts have logits that are not
+    finite, so it does not contribute and its rewards are 0. log_probs: see `PairRollouts`.
     """
 
     completions: list[list[int]]

@@ -63,10 +63,10 @@ class Weights(NamedTuple):
 
 
 class FirstHalf(NamedTuple):
-    """Of one layer, what its backward reads of its first half. attention_out: what attention gives, before its norm, where
-    it has one."""
+    """What the backward of one layer reads of its attention half. attention_out: the output projection of attention,
+    before its norm, in models that have that norm. residual: the residual stream after attention."""
 
-    q: Tensor  # (asking, heads, head_dim) before norm and rotation
+    q: Tensor  # (query rows, heads, head_dim) before norm and rotation
     kv: Tensor  # (rows, 2 kv_heads, head_dim), k before them
     o: Tensor
     lse: Tensor
@@ -75,7 +75,7 @@ class FirstHalf(NamedTuple):
 
 
 class SavedActivations(NamedTuple):
-    """Of one layer, between forward and backward: its input h, and what the policy keeps."""
+    """What one layer saves for its backward: its input h (rows, D), and what the recompute policy adds."""
 
     h: Tensor
     half: FirstHalf | None = None
@@ -83,13 +83,14 @@ class SavedActivations(NamedTuple):
 
 
 class FrozenPass:
-    """A run of hidden states (rows, D) that stand at the queries of `layout` and at rotary `positions` (3, rows).
+    """One forward pass, and its backward, over hidden states (rows, D) at the queries of `layout` and at rotary
+    `positions` (3, rows).
 
-    past_kv: of a layer, keys and values (tokens - rows, kv_heads, head_dim) of the tokens that have no query, in packed
-    order. past_kv_gradient: alike, and the backward adds to it; None where they are constants. output_rows: the rows (n,)
-    int64 of the last layer that are read, which are all queries of `last_layout`; None for all. save_kv: keep every
-    layer's keys and values, in `held`, for later runs, whose gradient is to be put into `held_gradient` before the
-    backward. bidirectional_images: N, of an image's visual tokens, which then see each other in both directions; they are not
+    past_kv: per layer, keys and values (tokens - rows, kv_heads, head_dim) of the tokens without a query, in packed
+    order. past_kv_gradient: of the same shapes, the backward adds to it; None where they are constants. output_rows: (n,)
+    int64, the rows of the last layer that are read, which are all queries of `last_layout`; None for all. save_kv: every
+    layer's keys and values are kept for later passes, whose gradient the caller adds before the backward.
+    bidirectional_images: N, the tokens of an image, which then attend to each other in both directions; they are not
     among `output_rows`.
     """
 
@@ -126,7 +127,8 @@ class FrozenPass:
         observe: Observe | None = None,
         save_for_backward: bool = True,
     ) -> Tensor:
-        """Final normed hidden states of the rows that ask, as `FrozenDecoder.forward`. save_for_backward: a backward will follow."""
+        """Final normed hidden states (n, D) of `output_rows`, as `FrozenDecoder.forward` gives them. save_for_backward: a
+        backward will follow."""
         decoder = self.decoder
         self._levels, self._visual = len(deepstack), visual
         if self.bidirectional_images and visual is not None:
