@@ -224,7 +224,7 @@ def optimizer_step(
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
     t.balance.update(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
     for pair, classes in zip(draw.pairs, draw.classes):
-        t.readings.add(pair.said or [], classes)
+        t.readings.add(pair.attribute_values or [], classes)
     log = {
         "loss_dml": sum(losses_dml) / len(losses_dml),
         "micro_batches": len(losses_dml),

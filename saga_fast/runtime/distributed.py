@@ -73,8 +73,8 @@ def local_world_size() -> int:
 
 
 def device() -> torch.device:
-    """The GPU of this process by torchrun's local rank, or the CPU where there is none. Raises InputError for a GPU that
-    does not run."""
+    """The GPU of this process by torchrun's local rank, or the CPU where there is none. Raises InputError for a GPU
+    that does not run."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -80,8 +80,8 @@ class Projection:
     """A frozen linear map, or several of the same input whose outputs are concatenated.
 
     weights: one (out, in) matrix per map, NF4 or dense; a single matrix where they are concatenated, as dense ones
-    always are and NF4 ones wherever `NF4Weight.concatenate` can. bias: (out,) of all maps, or None. resident: `dense` of
-    all maps, kept for products of many rows, or None.
+    always are and NF4 ones wherever `NF4Weight.concatenate` can. bias: (out,) of all maps, or None. resident: `dense`
+    of all maps, kept for products of many rows, or None.
     """
 
     weights: tuple[NF4Weight | Tensor, ...]

@@ -87,9 +87,9 @@ class FrozenPass:
     `positions` (3, rows).
 
     past_kv: per layer, keys and values (tokens - rows, kv_heads, head_dim) of the tokens without a query, in packed
-    order. past_kv_gradient: of the same shapes, the backward adds to it; None where they are constants. output_rows: (n,)
-    int64, the rows of the last layer that are read, which are all queries of `last_layout`; None for all. save_kv: every
-    layer's keys and values are kept for later passes, whose gradient the caller adds before the backward.
+    order. past_kv_gradient: of the same shapes, the backward adds to it; None where they are constants. output_rows:
+    (n,) int64, the rows of the last layer that are read, which are all queries of `last_layout`; None for all. save_kv:
+    every layer's keys and values are kept for later passes, whose gradient the caller adds before the backward.
     bidirectional_images: N, the tokens of an image, which then attend to each other in both directions; they are not
     among `output_rows`.
     """
@@ -127,8 +127,8 @@ class FrozenPass:
         observe: Observe | None = None,
         save_for_backward: bool = True,
     ) -> Tensor:
-        """Final normed hidden states (n, D) of `output_rows`, as `FrozenDecoder.forward` gives them. save_for_backward: a
-        backward will follow."""
+        """Final normed hidden states (n, D) of `output_rows`, as `FrozenDecoder.forward` gives them. save_for_backward:
+        a backward will follow."""
         decoder = self.decoder
         self._levels, self._visual = len(deepstack), visual
         if self.bidirectional_images and visual is not None:

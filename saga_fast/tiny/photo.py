@@ -270,7 +270,7 @@ class Trainer:
                 found["token"] = -torch.cat([rows[0] for rows in log_probs]).mean().item()
         sampler = copy.copy(supervisor)
         sampler.sampling = Sampling(group_size=rollouts, max_new_tokens=max(map(len, completions)) + 32)
-        rolled_out = sampler.roll_out(VisualFeatures(tokens, ()), torch.arange(count))
+        rolled_out = sampler.rollout(VisualFeatures(tokens, ()), torch.arange(count))
         verdicts = [
             (verdict, example.same)
             for example, group in zip(examples, rolled_out)
