@@ -1,13 +1,13 @@
-"""An optimizer step at the size of Qwen3-VL-8B, phase by phase, on one GPU: beside its floors, and rollouts beside
-transformers with bitsandbytes.
+"""An optimizer step at the size of Qwen3-VL-8B, phase by phase, on one GPU, compared with the roofline's floors; and
+rollouts compared with transformers and bitsandbytes.
 
     python -m bench.full_size [--parts PART …] [--json FILE]
 
 Weights are random, the language model's in NF4 with nested absmax, bf16 elsewhere, the tower's in fp32 under autocast,
 as in a run. Every part is warmed up (kernels compile, graphs are captured) and then timed, waiting for the device.
-Before any timing, log π of a replay must be no further from transformers' than transformers' own two attentions are
-from each other, give or take (`check`). The step is the trainer's own code on pairs that are given: 16 of 8 rollouts
-of about 700 tokens, every other one of which contributes. FILE is written anew after every part. By default all parts
+Before any timing, the difference of a replay's log π from transformers' must be about as small as that between
+transformers' own two attentions (`check`). The step is the trainer's own code on fixed pairs: 16 of 8 rollouts of about
+700 tokens, every other one of which contributes. FILE is rewritten after every part. By default all parts
 are measured but `generate, static cache`, for which transformers compiles the model, and that takes minutes.
 """
 
@@ -60,7 +60,7 @@ PLAN = Plan(1 << 13)  # a group at a time, which a card of 80 GB can hold whole
 
 
 class Given(Supervisor):
-    """A supervisor whose rollouts describe both images, whatever they say: random weights describe nothing."""
+    """A supervisor whose rollouts count as descriptions of both images, whatever their text: the weights are random."""
 
     def attribute_positions(self, completions: Sequence[Sequence[int]]) -> list[AttributePositions]:
         half, name = min(map(len, completions)) // 2, self.prompt.attributes[0]
@@ -113,7 +113,7 @@ class Rig:
         return RolloutEngine(self.prefix_cache, Sampling(self.shape.group, max_new_tokens=longest), (self.eos,), pairs)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds of `work`, to its end on the device, and what it returns."""
+        """(seconds of `work`, synchronised with the device; its result)."""
         self.wait()
         started = time.perf_counter()
         result = work()
@@ -125,7 +125,7 @@ class Rig:
             torch.cuda.synchronize()
 
     def peak(self) -> int | None:
-        """Most bytes allocated since it was last asked."""
+        """Peak of allocated bytes since the last call."""
         if self.device.type != "cuda":
             return None
         most = torch.cuda.max_memory_allocated()
@@ -133,7 +133,7 @@ class Rig:
         return most
 
     def kernels(self, work: Callable[[], Any], most: int = 30) -> list[dict[str, Any]]:
-        """Where the device's time goes in `work`: its kernels, the longest first."""
+        """Device time of `work` by kernel, the longest first."""
         if self.device.type != "cuda":
             return []
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -146,7 +146,7 @@ class Rig:
 
 
 def quantize(language_model: nn.Module) -> None:
-    """Its linear layers become bitsandbytes' own, in NF4 with nested absmax."""
+    """Replaces the linear layers by bitsandbytes' own, in NF4 with nested absmax."""
     for name, linear in list(language_model.named_modules()):
         if isinstance(linear, nn.Linear):
             dtype, weight = linear.weight.dtype, linear.weight.data
@@ -206,20 +206,20 @@ def decode(rig: Rig, pairs: int) -> dict[str, Any]:
     engine, features = rig.engine(pairs, longest), rig.features(pairs)
     with ending_at([[longest] * rig.shape.group] * pairs, rig.eos):
         prefill, _ = rig.timed(lambda: engine.admit(features, range(pairs)))
-        looks = rig.shape.short // SYNC_EVERY + 2
-        for _ in range(looks):
+        syncs = rig.shape.short // SYNC_EVERY + 2
+        for _ in range(syncs):
             engine.advance()
         seconds = [rig.timed(engine.advance)[0] / SYNC_EVERY for _ in range(4)]
         kernels = rig.kernels(engine.advance)
     lines = [line for line in roofline.decode(rows)]
     return {
-        "rows": rows, "own_tokens": SYNC_EVERY * looks, "seconds": statistics.median(seconds), "runs": seconds,
+        "rows": rows, "own_tokens": SYNC_EVERY * syncs, "seconds": statistics.median(seconds), "runs": seconds,
         "prefill_cold": prefill, "floor": sum(line.calls * line.floor for line in lines), "kernels": kernels,
     }  # fmt: skip
 
 
 def rollout(rig: Rig) -> dict[str, Any]:
-    """Tokens a second of rollouts of all pairs at once, the graphs captured before."""
+    """Tokens per second of rollouts of all pairs at once, with graphs captured before."""
     lengths = rig.shape.lengths(rig.shape.short)
     engine, features = rig.engine(rig.shape.pairs, max(map(max, lengths))), rig.features(rig.shape.pairs)
     with torch.no_grad(), ending_at(lengths, rig.eos):
@@ -258,7 +258,7 @@ def generate(rig: Rig, cache: str | None) -> dict[str, Any]:
 
 
 def groups(rig: Rig) -> list[Group]:
-    """One a pair, half of whose rollouts are rewarded and describe both images."""
+    """One group per pair: half of its rollouts have reward 1 and describe both images."""
     completions = rig.completions(rig.shape.long, rig.shape.pairs)
     total, made = sum(len(c) for group in completions for c in group), []
     for group in completions:
@@ -271,7 +271,7 @@ def groups(rig: Rig) -> list[Group]:
 
 
 def replays(rig: Rig) -> dict[str, Any]:
-    """All groups, their backward and the anchor attention included."""
+    """Replay of all groups, with backward and anchor attention."""
     work = groups(rig)
     features = rig.features(rig.shape.pairs)
     leaves = features.map(lambda level: level.clone().requires_grad_())
@@ -287,7 +287,7 @@ def replays(rig: Rig) -> dict[str, Any]:
 
 
 def step(rig: Rig) -> dict[str, Any]:
-    """Phases A, B and C of `saga_fast.train` and the update. Rewards are given, and what is drawn at all is drawn."""
+    """Phases A, B and C of `saga_fast.train` and the update, with fixed rewards and every drawn pair used."""
     shape, config, supervisor = rig.shape, Config(), rig.supervisor
     drawn = DRAWN * shape.pairs
     lengths, labels = shape.lengths(shape.long, drawn), torch.arange(IMAGES, device=rig.device) // (IMAGES // CLASSES)
@@ -388,21 +388,22 @@ def main() -> int:
         except Exception as problem:  # the other parts can be measured all the same
             traceback.print_exc()
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"}
-        told = {key: value for key, value in found[name].items() if key not in ("kernels", "runs")}
-        print(f"{name} ({time.perf_counter() - started:.0f} s): {told}", flush=True)
+        summary = {key: value for key, value in found[name].items() if key not in ("kernels", "runs")}
+        print(f"{name} ({time.perf_counter() - started:.0f} s): {summary}", flush=True)
         write_json(options.json, {"shape": options.shape, "cases": found, "ratios": ratios(found), "goals": GOALS})
     return int(any("failed" in figures for figures in found.values()))
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each phase, and times the tokens a second of the fastest `generate`: what the goals are of."""
+    """Seconds of each phase, and the rollouts' tokens per second over those of the fastest `generate`; the goals are in
+    these."""
     right = {name: figures for name, figures in found.items() if "failed" not in figures}
     named = {"decode": "decode, 64 rows", "replay": "replay", "step": "step"}
-    told = {name: right[case]["seconds"] for name, case in named.items() if case in right}
+    summary = {name: right[case]["seconds"] for name, case in named.items() if case in right}
     rivals = [figures["tokens_per_second"] for name, figures in right.items() if name.startswith("generate")]
     if rivals and "rollout" in right:
-        told["rollout"] = right["rollout"]["tokens_per_second"] / max(rivals)
-    return told
+        summary["rollout"] = right["rollout"]["tokens_per_second"] / max(rivals)
+    return summary
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""All that only a GPU can say, in one go: `make gpu-check OUT=DIR`, or `python -m bench.gpu_check --out DIR`.
+"""Every check that needs a GPU: `make gpu-check OUT=DIR`, or `python -m bench.gpu_check --out DIR`.
 
 From a bare checkout, without internet; it needs PyTorch, Triton and pytest, and uses nvcc, compute-sanitizer and rival
 packages where they are; `bench.full_size` needs the trainer's own. The extension is built in place, and `saga_kernels`
 is found through a link, so nothing is installed. Each part is a process of its own with a time limit, and
-DIR/gpu_check.json is written anew after every part: a kernel that hangs costs its own part and nothing else. Tests run
-side by side, as compiling kernels takes most of their time; what is timed runs alone. Exit code 0: every part passed;
+DIR/gpu_check.json is rewritten after every part: a kernel that hangs costs its own part alone. Tests run in parallel,
+as compiling kernels takes most of their time; timed parts run alone. Exit code 0: every part passed;
 1: one did not; 2: there is no GPU.
 """
 
@@ -75,7 +75,7 @@ def timings(out: Path) -> Iterator[Part]:
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """One part, killed with all its children when its time is up."""
+    """Runs one part, and kills it with all its children after its time limit."""
     limit, start = min(part.seconds, seconds), time.monotonic()
     if limit < 5:
         return {"part": part.name, "verdict": "not run: no time left"}

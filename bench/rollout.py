@@ -98,7 +98,8 @@ def theirs(folder: str, shape_name: str, mean: int, calls: str, cache: str) -> C
 def generate_inputs(
     prefix: Tensor, features: VisualFeatures, grid: tuple[int, int], pairs: range, group: int, image_token: int
 ) -> dict[str, Any]:
-    """What `generate` wants for G rollouts of each of `pairs`. Several pairs' images it cannot multiply itself."""
+    """Arguments of `generate` for G rollouts of each of `pairs`; it cannot repeat the images of several pairs
+    itself."""
     rows = [i for i in pairs for _ in range(group if len(pairs) > 1 else 1)]
     images = [2 * i + side for i in rows for side in (0, 1)]
     input_ids = prefix.repeat(len(rows), 1)
@@ -118,7 +119,7 @@ def generate_inputs(
 
 
 def greedy(folder: str, shape_name: str, tokens: int) -> Callable[[], dict[str, Any]]:
-    """Whether both sides say the same, token for token, of every pair, where nothing is drawn."""
+    """Whether both sides' greedy completions of every pair are equal, token for token."""
     shape = SHAPES[shape_name]
     encoder, judge = supervisor(shape, Path(folder), 1)
     rival = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -142,7 +143,7 @@ def greedy(folder: str, shape_name: str, tokens: int) -> Callable[[], dict[str, 
 
 
 def ops(rows: int, width: int, repeats: int) -> Callable[[], dict[str, float]]:
-    """Seconds, in the median, of sampling and of log π at the real vocabulary, and of what they stand for."""
+    """Median seconds of sampling and of log π at the real vocabulary, and of the code they replace."""
     generator = torch.Generator().manual_seed(0)
     # A few likely tokens and a long tail, as a language model's.
     rank = torch.stack([torch.randperm(VOCABULARY, generator=generator) for _ in range(rows)])
@@ -174,7 +175,7 @@ def ops(rows: int, width: int, repeats: int) -> Callable[[], dict[str, float]]:
     return work
 
 
-def share(folder: str, settings: dict[str, Any], looks: int) -> Callable[[], dict[str, float]]:
+def share(folder: str, settings: dict[str, Any], syncs: int) -> Callable[[], dict[str, float]]:
     """Seconds of a decode step of all rows, and of the sampling in it."""
     shape = Shape(**settings)
     encoder, judge = supervisor(shape, model(shape, Path(folder)), 1024, slots=shape.pairs)
@@ -195,9 +196,9 @@ def share(folder: str, settings: dict[str, Any], looks: int) -> Callable[[], dic
     def work() -> dict[str, float]:
         nonlocal spent
         spent, started = 0.0, time.perf_counter()
-        for _ in range(looks):
+        for _ in range(syncs):
             judge.engine.advance()
-        steps = 16 * looks
+        steps = 16 * syncs
         return {"step": (time.perf_counter() - started) / steps, "sampling": spent / steps}
 
     return work

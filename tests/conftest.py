@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter: it must know before anything imports it."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be on before anything imports Triton."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""The tower of models with a plain ViT and a projector (InternVL, LLaVA), which transformers runs in batches already."""
+"""The tower of models with a plain ViT and a projector (InternVL, LLaVA), which transformers runs in batches
+already."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Golden runs: a change that should change nothing shows equal bytes. `python -m tests.golden`, see __main__.py."""
+"""Golden runs: a change without numerical effect gives equal bytes. `python -m tests.golden`, see __main__.py."""

@@ -417,7 +417,7 @@ def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_ali
     class Killed(BaseException):
         pass
 
-    looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # what every second step is said to find: best in step 4, stop at 8
+    looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # the validation recall of every second step: best in step 4, stop at 8
     real = trainer.score
     measured = []
 

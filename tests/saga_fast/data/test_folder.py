@@ -1,4 +1,4 @@
-"""A folder a class, through the loader: what is read, in which order, and what is refused."""
+"""A folder per class, through the loader: the images, their order, and errors."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_what_is_passed_over_is_told_once_by_kind(tmp_path, monkeypatch):
     (tmp_path / "class_1" / "deeper").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "loose.png")
     monkeypatch.setattr(images, "SUFFIXES", tuple(s for s in images.SUFFIXES if s != ".heic"))
-    with pytest.warns(UserWarning, match="passed over") as told:
+    with pytest.warns(UserWarning, match="passed over") as caught:
         load_dataset("folder", tmp_path)
-    (line,) = [str(warning.message) for warning in told]
+    (line,) = [str(warning.message) for warning in caught]
     assert line == (
         "folder: passed over: .heic: 40 (pip install pillow-heif, and they are read), .txt: 40, "
         "folders deeper down: 1, images in no class folder: 1, without a suffix: 1"

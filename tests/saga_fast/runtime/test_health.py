@@ -1,4 +1,4 @@
-"""What a run tells of what goes wrong: once, with its figures."""
+"""A run's warnings: each once, with its figures."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_a_pass_without_a_contributing_pair_is_told_with_the_rewards(same, diffe
         health.check(1, {**log, "pairs_contributing": 1})  # the pass begins anew
         health.check(2, log)
         health.check(3, log)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         for step in range(4, 12):
             health.check(step, log)
-    (message,) = [str(warning.message) for warning in told]
+    (message,) = [str(warning.message) for warning in caught]
     assert message.startswith("step 4: none of the 24 pairs drawn") and why in message
     assert f"mean reward {same:.2f} on same-class pairs, {different:.2f} on others" in message
 
@@ -52,10 +52,10 @@ def test_a_pass_without_a_contributing_pair_is_told_with_the_rewards(same, diffe
 )
 def test_trouble_is_told_once(found, message):
     health = Health(pass_batches=100)
-    with pytest.warns(UserWarning, match=message) as told:
+    with pytest.warns(UserWarning, match=message) as caught:
         for step in range(3, 6):
             health.check(step, {**STEP, "pairwise_cosine": 0.5, **found})
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
 def test_a_supervisor_that_knows_nothing_and_a_policy_that_drifts_are_told_once():

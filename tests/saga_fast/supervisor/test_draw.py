@@ -1,4 +1,4 @@
-"""What a draw keeps: the first K contributing pairs in the order drawn, whatever else goes on."""
+"""A draw returns the first K contributing pairs in the order drawn, in whatever order they finish."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_pairs_are_balanced_and_distinct():
 
 
 class Timetable:
-    """An engine whose pair i is done after `lengths[i]` looks, and makes a token a look, its own id."""
+    """An engine whose pair i is done after `lengths[i]` syncs, and generates one token per sync, its own id."""
 
     def __init__(self, lengths: list[int], slots: int) -> None:
         self.lengths, self.slots, self.going, self.made = lengths, slots, {}, 0
@@ -51,9 +51,9 @@ class Timetable:
         assert len(self.going) <= self.slots
 
     def advance(self) -> list[PairRollouts]:
-        self.going = {i: looks + 1 for i, looks in self.going.items()}
+        self.going = {i: syncs + 1 for i, syncs in self.going.items()}
         self.made += len(self.going)
-        return self.drop([i for i, looks in self.going.items() if looks == self.lengths[i - FIRST_ID]])
+        return self.drop([i for i, syncs in self.going.items() if syncs == self.lengths[i - FIRST_ID]])
 
     def drop(self, pair_ids) -> list[PairRollouts]:
         dropped = sorted(self.going.keys() & set(pair_ids))
