@@ -197,8 +197,8 @@ def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "im
 def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
     """Inside, rollouts of pairs 0, 1, … end after `lengths` [pair][g] tokens, neither sooner nor later.
 
-    A random model has no natural end. Sampling is unchanged, but the end token is replaced where it is sampled, and put
-    at the given position.
+    Sampling runs as usual, but with the end token's logit at -inf, and the end token replaces the one at the given
+    position: a random model ends at random.
     """
     import saga_fast.supervisor.rollout as engine
 

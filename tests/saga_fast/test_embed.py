@@ -343,7 +343,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(encoder, pictures, tmp_path, a
 
 
 def test_two_calls_into_one_index_take_turns(encoder, pictures, tmp_path, monkeypatch):
-    """The second raises InputError with the first one's pid; the first one's result is complete."""
+    """The second exits with one line that names the first process; the first one's index is complete."""
     command = [sys.executable, "-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures")]
     write, second = module.Chunks.write, []
 
