@@ -1,5 +1,5 @@
-"""Scripts that measure, run as `python -m bench.NAME`: each prints a table and, with `--json FILE`, writes it too;
-some draw it with `--plot FILE.svg`."""
+"""Measurements, run as `python -m bench.NAME`: each prints a table and, with `--json FILE`, writes it too; some plot it
+with `--plot FILE.svg`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Description of the machine and software, stored with the figures."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """`figures` and the machine, if a path is given. The file is the last one or this one, whenever a process ends."""
+    """Writes `figures` and the machine as JSON, if a path is given. The file is the last one or this one, whenever a process ends."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -60,7 +60,7 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 
 def write_plot(path: Path | None, svg: str) -> None:
-    """An SVG file, if a path is given."""
+    """Writes an SVG file, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(svg)

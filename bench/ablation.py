@@ -1,18 +1,18 @@
-"""What each term of the method is worth, on drawn birds of species never seen in training.
+"""Ablation: the contribution of each term of the method, on drawn birds of species that are not in the training set.
 
     python -m bench.ablation --json FILE [--out runs/ablation] [--seeds 3] [--jobs 2] [--rows "DML" …] [-- --flag …]
     python -m bench.ablation --json FILE --out runs/ablation-hard -- --data.nuisance hard
 
-Every row is tuned alike, on birds drawn with another seed, species and pictures both, for fewer steps, by Recall@1:
-first the encoder's learning rate, then, where the row has that term, λ_lm at the better rate. Then every row takes the
-same number of optimizer steps over the same micro-batches of the benchmark, once a seed; the seed draws the pooler, the
-batches and the rollouts. Each run is a process of its own; finished runs are kept, unfinished ones resumed, so the
-script can be stopped and started again.
+Every row is tuned the same way, on birds drawn with another seed, species and pictures both, for fewer steps, by
+Recall@1: first the encoder's learning rate, then, where the row has that term, λ_lm at the better rate. Then every row
+takes the same number of optimizer steps over the same micro-batches of the benchmark, once a seed; the seed determines
+the pooler, the batches and the rollouts. Each run is a process of its own; finished runs are kept, unfinished ones
+resumed, so the script can be stopped and started again.
 
 Printed, and written to FILE: the tuning; retrieval, mean and standard deviation over seeds; differences between rows
-with the 95 % interval of a paired bootstrap over queries and seeds; what share of values the supervisor reads rightly
-from the encoder's tokens on test species; what losses and gradients did. FILE holds Recall@1 and MAP@R of every query
-of every run, so that anyone can compute the tables again.
+with the 95 % interval of a paired bootstrap over queries and seeds; the share of values that the supervisor reads
+correctly from the encoder's tokens on test species; losses and gradients over the run. FILE holds Recall@1 and MAP@R of
+every query of every run, so that the tables can be recomputed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NO_LM, NO_KL = ("--lambda.lm", "0"), ("--lambda.kl", "0")
 
 @dataclass(frozen=True)
 class Row:
-    """flags: what the row is. tunes_lm: whether λ_lm is tuned. module: what runs it."""
+    """flags: of the trainer. tunes_lm: whether λ_lm is tuned. module: the trainer that runs it."""
 
     flags: tuple[str, ...]
     tunes_lm: bool = False
@@ -101,7 +101,7 @@ def slug(text: str) -> str:
 
 
 def run(name: str, flags: tuple[str, ...], folder: Path, threads: int) -> Path:
-    """The folder of one finished run of the row `name`, which is trained, resumed or found, whichever is left to do."""
+    """The folder of one finished run of the row `name`, trained or resumed first where it is not finished."""
     if not (folder / "final.json").exists():
         row = ROWS[name]
         command = [sys.executable, "-m", row.module, "drawn-birds", "--out", str(folder)]
@@ -118,7 +118,7 @@ def final(folder: Path) -> dict:
 
 
 def logged(folder: Path) -> dict[str, tuple[float, float]]:
-    """What `LOGGED` was over the first and over the last third of a run."""
+    """Means of the metrics `LOGGED` over the first and over the last third of a run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {}
     for key in LOGGED:
@@ -148,7 +148,7 @@ def per_query(folder: Path) -> dict[str, Any]:
 
 
 def reading(encoder: Encoder, data: DataConfig) -> float:
-    """The share of values, per cent, that the supervisor writes rightly when it reads pairs of test species from the
+    """The share of values, per cent, that the supervisor writes correctly when it reads pairs of test species from the
     encoder's tokens; data: of the encoder's run."""
     mllm = load_mllm(SUPERVISOR, True, torch.float32)
     grid = encoder.tower.grid(encoder.image_size, encoder.image_size)
@@ -207,7 +207,7 @@ def main() -> None:
     tuned: dict[str, dict[str, float]] = {row: {} for row in options.rows}
 
     def tune(flags: dict[tuple[str, str], tuple[str, ...]]) -> dict[str, str]:
-        """Tries further points, (row, name) → flags; the best name of each row so far."""
+        """Runs further points, (row, name) → flags; returns the best name of each row so far."""
         folders = runs({(row, f"tuning {name}"): (*size, *flags[row, name]) for row, name in flags})
         for row, name in flags:
             points[row][name] = flags[row, name]

@@ -1,14 +1,15 @@
-"""Does each block of an embedding say what its attribute is, and does its query look where that is?
+"""How well each block of an embedding represents its attribute, and how well its query attends to that attribute.
 
     python -m bench.attributes --encoder RUN/encoder [--paper RUN/encoder] [--json FILE]
 
-Drawings know their attributes and where they are. On test species, for each of the twelve:
+Drawn birds come with attributes and masks. On test species, for each of the twelve attributes:
 
   precision@10   of the ten images nearest to a query, the share that have its value of the attribute: nearest by the
                  attribute's block alone, by the whole vector, and drawn at random. Every image queries all the others.
                  *Other species* leaves out those of the query's own, which agree in everything.
-  β              the share of the attribute's attention that lies on the tokens its mask touches, in images where it can
-                 be seen; beside it that of the one β of `--paper`, an encoder with the paper's pooler, and an even one.
+  β              the share of the attribute's attention that lies on the tokens its mask touches, in images where it is
+                 visible; beside it that of the one β of `--paper`, an encoder with the paper's pooler, and of uniform
+                 β.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ def precision(z: Tensor, values: Tensor, left_out: Tensor | None = None) -> floa
 
 
 def chance(values: Tensor, left_out: Tensor) -> float:
-    """The share of images, those left out apart, that have a query's value, the mean over queries."""
+    """The share of images, without those left out, that have a query's value; the mean over queries."""
     same = (values == values[:, None]) & ~left_out
     return float((same.sum(1) / (~left_out).sum(1)).mean())
 
 
 def shares_in_masks(attentions: np.ndarray, queries: dict[str, int], birds: DrawnBirds) -> dict[str, list[float]]:
-    """Attribute -> the mean share of the attention of its query on the tokens its mask touches, and of an even one."""
+    """Attribute -> the mean share of its query's attention on the tokens its mask touches, and of uniform attention."""
     inside = defaultdict(list)
     for image, attention in enumerate(attentions):
         for name, cells in birds.touched(image, attention.shape[1:]).items():
@@ -104,7 +105,7 @@ def measure(encoder: Encoder, birds: DrawnBirds, paper: Encoder | None = None) -
 
 
 def goals(figures: dict[str, dict[str, float]]) -> list[tuple[str, bool]]:
-    """(what was to be reached and what was, whether it was)."""
+    """(text with goal and result, whether the goal is reached)."""
     block, beta = (float(np.mean([row[key] for row in figures.values()])) for key in ("block", "beta"))
     behind = [name for name, row in figures.items() if row["block"] <= row["whole"]]
     return [
@@ -122,7 +123,7 @@ def goals(figures: dict[str, dict[str, float]]) -> list[tuple[str, bool]]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """A row an attribute, and their mean."""
+    """Table: one row per attribute, and their mean."""
     columns = {
         "block": "block", "whole": "whole", "chance": "chance",
         "block_other_species": "block", "whole_other_species": "whole", "chance_other_species": "chance",
@@ -140,7 +141,7 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 
 def load(folder: Path, flag: str, pooler: str) -> Encoder:
-    """Raises InputError for an encoder of another pooler, or of attributes that drawn birds have not."""
+    """Raises InputError for an encoder of another pooler, or with attributes that drawn birds do not have."""
     encoder = Encoder.from_pretrained(folder)
     if encoder.pooler.kind != pooler:
         raise InputError(f"{flag}: {str(folder)!r} pools by {encoder.pooler.kind!r}; give one trained with {pooler!r}")
@@ -153,7 +154,8 @@ def load(folder: Path, flag: str, pooler: str) -> Encoder:
 
 
 def birds_of(encoder: Path) -> DrawnBirds:
-    """The test half that the run of this encoder was measured on; the preset's, where no run is about it."""
+    """The test half that the run of this encoder was measured on; the preset's, where the encoder is not in a run's
+    folder."""
     described, data = encoder.parent / "config.json", dataclasses.asdict(PRESETS["drawn-birds"].data)
     if described.is_file():
         data |= json.loads(described.read_text())["config"]["data"]

@@ -1,4 +1,4 @@
-"""Bars in SVG: what each way took, ours in blue, in a panel a case."""
+"""Bar charts in SVG, one panel per case and one bar per implementation, ours in blue."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Compile every shipped Triton kernel for every chip it may run on, without a GPU, and look at what came out.
+"""Compile every shipped Triton kernel for every chip it may run on, without a GPU, and check the results.
 
     python -m bench.compile [--json FILE] [--only OP] [--jobs N]
 
 A configuration is wrong if it does not compile, spills registers without a stated reason, needs more shared memory
-than a block of that chip may have, or uses no tensor cores where it says it does. Any wrong one: exit code 1.
+than a block of that chip may have, or uses no tensor cores where it declares them. Exit code 1 if any is wrong.
 The committed `bench/results/compile.json` holds the figures of the Triton it names; a test compares them.
 """
 
@@ -37,13 +37,13 @@ def ops() -> list[str]:
 
 
 def compile_op(task: tuple[str, int]) -> list[dict[str, Any]]:
-    """Every configuration of one op on one chip. Runs in a worker: nothing but this imports Triton."""
+    """Every configuration of one op on one chip. Runs in a worker process, the only one that imports Triton."""
     op, arch = task
     return [figures(op, shipped, arch) for shipped in import_module(f"saga_kernels.gpu.{op}").shipped(arch)]
 
 
 def figures(op: str, shipped: Any, arch: int) -> dict[str, Any]:
-    """One configuration on one chip: the columns of the table, and under "wrong" what is."""
+    """One configuration on one chip: the columns of the table, and the faults under "wrong"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,7 +138,7 @@ def main() -> int:
 
 
 def write(path: Path, rows: list[dict[str, Any]], only: str | None) -> None:
-    """One configuration a line, so that a change shows as the lines it changes."""
+    """JSON with one configuration per line, for readable diffs."""
     kernels = json.loads(path.read_text())["kernels"] if only and path.exists() else {}
     kernels = {name: row for name, row in kernels.items() if not name.startswith(f"{only}/")}
     columns = ("registers", "spills", "stack", "shared", "tensor_cores", "bytes", "wrong")

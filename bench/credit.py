@@ -1,4 +1,4 @@
-"""Where the credit goes: drawings know their attributes and where they are, so what the paper argues can be counted.
+"""Credit assignment: shares of gradient and attention on the right attributes, measured by the drawn birds' masks.
 
     python -m bench.credit [--run runs/drawn-birds] [--pairs 32] [--json FILE]
 
@@ -7,9 +7,9 @@ On pairs of sibling species of the test half, before and after a run, from rollo
   gradient   the share of the advantage-weighted log-prob gradient on value tokens of attributes in which the two birds
              differ, beside the share of value tokens that those are (an even spread). *At the token* it is |A (1 - π)|,
              the gradient of A log π in the token's own logit, summed over rollouts. *At the images* it is the norm of
-             the gradient that arrives in visual tokens and DeepStack features, after rollouts have cancelled out.
+             the gradient at visual tokens and DeepStack features, summed over rollouts.
   attention  the share, of the supervisor's attention target and of the pooler's β, on the tokens that the mask of the
-             named attribute touches, beside the share of tokens it touches (looking everywhere alike).
+             named attribute touches, beside the share of tokens it touches (uniform attention).
 """
 
 from __future__ import annotations

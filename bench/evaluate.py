@@ -1,9 +1,9 @@
-"""How long does it take to measure an encoder on iNat-Aves' test half, and how much memory?
+"""Time and memory of evaluating an encoder on iNat-Aves' test half.
 
     python -m bench.evaluate [--classes 743] [--images-per-class 50] [--dimension 4096] [--json FILE]
 
 Times `saga_fast.retrieval.metrics` in a process of its own, on unit vectors around a mean a class that overlap.
-They are drawn in that process, so its peak memory includes them, PyTorch and faiss. Embedding is not in it.
+They are generated in that process, so its peak memory includes them, PyTorch and faiss. Embedding is not included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from saga_fast.retrieval.metrics import nmi, retrieve, summary
 
 
 def embeddings(classes: int, images: int, dimension: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors, and their classes, which overlap: means and twice as long noise in 64 dimensions, turned."""
+    """Unit vectors of overlapping classes, and the labels: class means plus noise of twice their norm, in 64
+    dimensions, rotated at random."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(classes).repeat_interleave(images)
     means, basis = torch.randn(classes, 64, generator=generator), torch.randn(64, dimension, generator=generator)

@@ -1,13 +1,13 @@
-"""Does the data come faster than training takes it? Images decoded a second, beside what the steps need.
+"""Throughput of the data loader, in images per second, compared with what training steps need.
 
     python -m bench.loader --data.name NAME --data.root DIR [--step-seconds S] [--micro-batches N] [--json FILE]
 
-Decodes the micro-batches that training would draw, by as many worker processes as each row says. Where a half of the
-data set fits in memory, a run decodes it once, at its start, and takes it from there; the last lines say so.
+Decodes the micro-batches that training would draw, with each row's number of worker processes. Where a half of the
+data set fits in memory, a run decodes it once, at its start, and keeps it; the last lines of the output report this.
 
-Need is the images of a step's micro-batches over the step's time. Unless said, both are what is hardest to meet: the
-four micro-batches that the paper's presets allow at most, in the 3.3 seconds that one H100 could at best roll out and
-replay in (1,024 tokens at 1.5 ms each, then 1.4 PFLOP at 800 TFLOP/s). What a run takes is in its metrics.jsonl.
+The need is the number of images in a step's micro-batches over the step's time. By default both are the worst case: the
+four micro-batches that the paper's presets allow at most, in the 3.3 seconds that rollouts and replay take one H100 at
+best (1,024 tokens at 1.5 ms each, then 1.4 PFLOP at 800 TFLOP/s). A run's own times are in its metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH = DataConfig.classes_per_batch * DataConfig.images_per_class
 
 
 def rate(data: ImageDataset, size: int, workers: int, seconds: float) -> float:
-    """Images a second, over `seconds` or a little more, once every worker has given a micro-batch."""
+    """Images a second, over `seconds` or a little more, after every worker has delivered a micro-batch."""
     sampler = ClassBalancedSampler(data.labels, DataConfig.classes_per_batch, DataConfig.images_per_class)
     stream = prefetch(Decoder(data, size), sampler, workers)
     for _ in islice(stream, max(1, workers)):

@@ -1,10 +1,11 @@
-"""How much memory a step takes, by component and phase, for each way to replay: no weights, no GPU.
+"""Predicted memory of a step, by component and phase, for each recomputation policy of the replay; without weights
+and GPU.
 
     python -m bench.memory [--model qwen3-vl-8b] [--cards 24 40 80] [--json FILE]
-    python -m bench.memory --check          # predicted beside measured, for the small models, on the CPU
+    python -m bench.memory --check          # predicted and measured, for the small models, on the CPU
 
-`--model` is a file of bench/models, or any configuration of a Qwen3-VL that transformers reads. The settings are those
-that a 24 GB card wants (8-bit optimizer states, checkpointed tower); the flags change them.
+`--model` is a file of bench/models, or any configuration of a Qwen3-VL that transformers reads. The default settings
+suit a 24 GB card (8-bit optimizer states, checkpointed tower); the flags change them.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def step_of(arguments: argparse.Namespace) -> Step:
 
 
 def plan_table(predictor: Predictor) -> list[dict[str, Any]]:
-    """What a replay takes by policy, whole groups and slices, with its time against the fastest's."""
+    """Memory of a replay by policy, whole groups and slices, with its time relative to the fastest."""
     plans = predictor.plans()
     slots = 2 * predictor.step.pairs
     fastest = predictor.seconds(plans[0], slots)
@@ -134,7 +135,7 @@ def check(repeats: int) -> dict[str, Any]:
 
 
 def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """For `record.child`: sets a phase up, foretells it, and returns the phase."""
+    """For `record.child`: sets a phase up, predicts its memory, and returns the phase as a function."""
     sizes = record.SHAPES[shape]
     encoder, supervisor = record.supervisor(sizes, Path(folder), sizes.short)
     pixels = sizes.pixels()

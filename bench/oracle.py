@@ -1,10 +1,10 @@
-"""The trainer with a perfect supervisor: what GRPO could give at most.
+"""The trainer with a perfect supervisor: an upper bound for GRPO.
 
     python -m bench.oracle [PRESET] [the flags of saga_fast.train …]
 
-Nothing is sampled. Of each pair the right answer, written from the drawings' own attributes, is replayed once with
-advantage 1, so that the policy gradient is that of its likelihood. Everything else is `saga_fast.train`. Drawn birds
-alone know their attributes. `bench.ablation` runs it as the row "oracle".
+Nothing is sampled. For each pair the correct answer, from the drawn birds' own attributes, is replayed once with
+advantage 1, so that the policy gradient is that of its likelihood. Everything else is `saga_fast.train`. Works for
+drawn birds alone, which come with attributes. `bench.ablation` runs it as the row "oracle".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from saga_fast.utils.errors import InputError, exit_on_input_error
 
 
 def right_answer(t: train.Training, birds: DrawnBirds, a: int, b: int) -> list[int]:
-    """Token ids, end token included, of what a supervisor that sees everything says of images a and b."""
+    """Token ids, end token included, of the correct answer about images a and b."""
     seen_a, seen_b = birds.attributes(a), birds.attributes(b)
     names = differing(seen_a, seen_b)
     confidence, reasoning = {
@@ -39,7 +39,7 @@ def right_answer(t: train.Training, birds: DrawnBirds, a: int, b: int) -> list[i
 def rollout_batch(
     t: train.Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
 ) -> tuple[Tensor, Draw]:
-    """As `train.rollout_batch`, of whose pairs the first `wanted` are answered rightly and all contribute."""
+    """As `train.rollout_batch`, but the first `wanted` pairs have the correct answer, and all contribute."""
     data = t.config.data
     if data.name != "drawn-birds":
         raise InputError(f"data.name: {data.name!r}; only drawn-birds knows the right answer")

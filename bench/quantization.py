@@ -1,11 +1,11 @@
-"""What four bits cost: how far log-probabilities drift when layers, or embedding and head, go to NF4.
+"""The error of 4-bit weights: differences of log-probabilities with layers, or embedding and head, in NF4.
 
     python -m bench.quantization [--rollouts 4] [--json FILE]
 
 The dense model samples completions as a run does (temperature 0.7, top-p 0.95); each quantised variant is then
 teacher-forced on them, and log π of every token, at that temperature, is compared. `tiny` is the embedded supervisor on
-pairs of drawn birds (it was trained through NF4), `smollm2` a really pretrained 135M decoder with 49,152 tokens, if it
-is installed (see bench/smollm2.py; its dense weights were themselves stored in 4 bits).
+pairs of drawn birds (it was trained through NF4), `smollm2` a pretrained 135M decoder with 49,152 tokens, if it
+is installed (see bench/smollm2.py; its dense weights come from a 4-bit release).
 """
 
 from __future__ import annotations

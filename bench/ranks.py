@@ -1,11 +1,11 @@
-"""What more GPUs should bring, on paper: a step of Qwen3-VL-8B on 1 to 512 H100s, its communication and its idle time.
+"""A model of scaling: a step of Qwen3-VL-8B on 1 to 512 H100s, with communication and idle time.
 
     python -m bench.scale --ranks 1..512 [--json FILE]
 
-Nothing here is measured. Times are the floors of `bench.roofline`; what ranks wait for each other comes from simulated
-steps. Pairs are shared out in turn, begun and dropped as `supervisor.draw` does, with all ranks at the same token, and
-balanced before the replay by the code that training uses. Two ways to grow: the paper's batch and K on all ranks
-together, and as much again on every rank.
+Nothing here is measured. Times are the floors of `bench.roofline`; the ranks' waiting times come from simulated steps.
+Pairs are distributed in turn, begun and dropped as in `supervisor.draw`, with all ranks at the same token, and balanced
+before the replay by the code that training uses. Strong scaling keeps the paper's batch and K over all ranks together;
+weak scaling has them on every rank.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ STEPS = 40  # simulated for each row
 
 
 class Step(NamedTuple):
-    """A step's seconds by phase, what the ranks idle of two of them (shares), bytes that a rank sends, and those
-    it holds of a micro-batch's visual features, which every rank has of all images."""
+    """A step's seconds by phase, the ranks' idle shares of two phases, the bytes a rank sends, and the bytes of visual
+    features it holds, those of all images of a micro-batch."""
 
     embed: float
     roll_out: float
@@ -60,8 +60,8 @@ class Step(NamedTuple):
 
 @lru_cache(None)
 def decode_seconds(pairs: int, rows: int) -> float:
-    """One token for each of `rows` rollouts of `pairs` pairs: the kernels, and half-grown caches read, by however many
-    rows a pair has left."""
+    """Seconds of one token for each of `rows` rollouts of `pairs` pairs: the kernels, and reads of caches at half of
+    their final length."""
     kernels = sum(line.calls * line.floor for line in roofline.decode(rows) if line.kernel != "decode_attention")
     cache = 2 * 2 * LAYERS * KV_HEADS * HEAD_DIM * (pairs * PREFIX + rows * LENGTH / 2)
     return kernels + cache / BANDWIDTH
@@ -69,7 +69,7 @@ def decode_seconds(pairs: int, rows: int) -> float:
 
 @lru_cache
 def replay_seconds(tokens: int) -> float:
-    """Forward and backward of so many packed tokens: what dequantising costs is the same for any number of them."""
+    """Seconds of forward and backward of packed tokens; dequantising costs the same for any number of them."""
     lines = list(roofline.replay())
     fixed = sum(line.calls * line.floor for line in lines if "dequantize" in line.kernel)
     kernels = sum(line.calls * line.floor for line in lines) - fixed
@@ -118,8 +118,8 @@ def step(ranks: int, images: int, wanted: int, rng: np.random.Generator) -> Step
 
 
 def draw(ranks: int, count: int, wanted: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """Of `count` pairs the lengths (G,) of the first `wanted` that contribute; the seconds of each rank from look to
-    look, (looks, ranks); and the tokens that were told."""
+    """Of `count` pairs the lengths (G,) of the first `wanted` that contribute; each rank's seconds between syncs,
+    (syncs, ranks); and the number of tokens that ranks exchange."""
     lengths = rng.normal(LENGTH, BETWEEN, (count, 1)) + rng.normal(0, WITHIN, (count, Config().rollout.group_size))
     lengths = lengths.clip(1, Config().rollout.max_new_tokens).astype(int)
     contributes = rng.random(count) < RATE

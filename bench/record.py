@@ -1,8 +1,8 @@
-"""What the benchmarks against rivals share: the shape of record, its random model on disk, and fair measuring.
+"""Shared by the benchmarks against rivals: the reference shape, its random model on disk, and measurement in processes.
 
 A measurement is a function that sets up and returns the work, itself a function without arguments. `child` runs both in
-a fresh process and tells the work's time and peak memory, so neither a warm allocator nor a rival's imports count.
-saga_fast is imported where it is used: a rival's own environment need not have it.
+a new process and returns the work's time and peak memory, so neither a warm allocator nor a rival's imports count.
+saga_fast is imported inside functions: a rival's own environment need not have it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Shape:
         return self.image_size // 32, self.image_size // 32
 
     def lengths(self, mean: int, pairs: int | None = None) -> list[list[int]]:
-        """[pair][g] tokens, the end token among them: drawn evenly from mean/2 to 3/2 mean, then moved to that mean."""
+        """[pair][g] tokens, with the end token: uniform from mean/2 to 3/2 mean, then shifted to that mean."""
         generator = torch.Generator().manual_seed(mean)
         drawn = torch.randint(mean // 2, mean + mean // 2 + 1, (pairs or self.pairs, self.group), generator=generator)
         return (drawn + round(mean - drawn.float().mean().item())).clamp_min(1).tolist()
@@ -96,7 +96,7 @@ SHAPES = {
 def model(shape: Shape, folder: Path) -> Path:
     """A random model of `shape` in `folder`, as a release is: weights in fp32, tokenizer, template, image processor.
 
-    One that is there already is taken if it was made for this shape, else written over. Logits have a deviation of 4,
+    An existing one of the same shape is kept, another is overwritten. Logits have a deviation of 4,
     so that a nucleus is neither one token nor the vocabulary.
     """
     stamp = folder / "shape.json"
@@ -123,7 +123,7 @@ def model(shape: Shape, folder: Path) -> Path:
 
 
 def configuration(shape: Shape, tokens: PreTrainedTokenizerFast) -> Qwen3VLConfig:
-    """What transformers builds a model of `shape` from, with the special tokens of `tokens`."""
+    """transformers' configuration of a model of `shape`, with the special tokens of `tokens`."""
     named = dict(zip(SPECIAL, tokens.convert_tokens_to_ids(list(SPECIAL))))
     axis = shape.head_dim // 2
     return Qwen3VLConfig(
@@ -149,7 +149,7 @@ def configuration(shape: Shape, tokens: PreTrainedTokenizerFast) -> Qwen3VLConfi
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte a token, then words nobody writes to fill the vocabulary, then the special tokens."""
+    """A tokenizer of one token per byte, unused words that fill the vocabulary, and the special tokens."""
     known = sorted(pre_tokenizers.ByteLevel.alphabet())
     known += [f"word{i}" for i in range(vocabulary - len(known) - len(SPECIAL))]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(known)}, merges=[]))
@@ -214,7 +214,8 @@ def give_rewards(supervisor: Any) -> None:
 def ending_at(lengths: list[list[int]], eos: int) -> Iterator[None]:
     """Inside, rollouts of pairs 0, 1, … end after `lengths` [pair][g] tokens, neither sooner nor later.
 
-    A random model knows no end. All is computed as ever; only the end token is barred, and then put in its place.
+    Sampling runs as usual, but with the end token's logit at -inf, and the end token replaces the one at the given
+    position: a random model ends at random.
     """
     import saga_fast.supervisor.rollout as engine
 
@@ -273,7 +274,7 @@ def pixel_stand_ins(images: list[int], grid: tuple[int, int]) -> dict[str, Tenso
 
 
 class EndingAt(LogitsProcessor):
-    """Row i ends after `lengths[i]` tokens, neither sooner nor later; what `ending_at` does, done to `generate`."""
+    """Logits processor for `generate`, like `ending_at`: row i ends after exactly `lengths[i]` tokens."""
 
     def __init__(self, lengths: list[int], eos: int) -> None:
         self.lengths, self.eos, self.step = torch.tensor(lengths), eos, 0
@@ -294,7 +295,7 @@ def child(
     timeout: float | None = None,
     **variables: str,
 ) -> dict[str, Any]:
-    """Runs `measurement` ("module:function") in a fresh process of `python`, and returns what it found.
+    """Runs `measurement` ("module:function") in a new process of `python`, and returns its result.
 
     The function takes `arguments` (JSON), sets up, and returns the work, which returns a dict of figures or None. Added
     to it: `seconds` of the work, `cpu_seconds` of its threads together (what to compare on a busy machine),
@@ -325,7 +326,7 @@ def child_within(limit: float | None, measurement: str, *arguments: Any, **setti
 
 
 def measure(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """What `child` says of the work, measured in this process; needs Linux and its C library."""
+    """The figures of `child`, measured in this process; needs Linux with glibc."""
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     before = _resident("VmRSS")
@@ -337,7 +338,7 @@ def measure(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def _resident(field: str) -> int:
-    """Bytes that /proc/self/status gives for `field`."""
+    """`field` of /proc/self/status in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
@@ -354,9 +355,9 @@ def environment() -> dict[str, Any]:
 
 
 class Log:
-    """Measurements as JSON lines, written as they come, so that what was interrupted goes on where it stopped.
+    """Measurements as JSON lines, written one by one, so that an interrupted benchmark resumes.
 
-    path: None keeps them in memory. Lines of another environment (another commit, too) are passed over.
+    path: None keeps them in memory. Lines of another environment or commit are ignored.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -366,7 +367,7 @@ class Log:
         self.known = {json.dumps(line["key"]): line for line in known if line["environment"] == self.environment}
 
     def once(self, key: dict[str, Any], measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The figures of `key`: those that stand in the file, else of a new measurement."""
+        """The figures of `key`: those in the file, else of a new measurement."""
         name = json.dumps(key)
         if name not in self.known:
             self.known[name] = {"key": key, "environment": self.environment, "figures": measured()}

@@ -1,12 +1,12 @@
-"""Replay of one group, ours beside what people would run instead: the same weights, completions, loss and gradients.
+"""Replay of one group compared with its alternatives, on the same weights, completions, loss and gradients.
 
     python -m bench.replay [--shape record|small] [--repeats 3] [--json FILE] [--plot FILE.svg] [--log FILE]
 
 Rivals: transformers rollout by rollout, (i) eager with `output_attentions`; (ii) SDPA, the anchor layer's rows alone
 computed from a hook, logits of completion rows only, with and without gradient checkpointing (then of the logits, too);
 and, if the package prefix-grouper is installed, (iii) its shared prefix in transformers, in the same two ways. Every
-measurement is a process of its own. What each finds (loss, gradient at all visual inputs, anchor attention) must be the
-same before any time is told. `ratios`: of the time of the fastest rival, and of the fastest that is plain transformers,
+measurement is a process of its own. The results (loss, gradient at all visual inputs, anchor attention) must agree
+before any time is reported. `ratios`: of the time of the fastest rival, and of the fastest that is plain transformers,
 to ours, which is to take no more memory than the leanest rival does.
 """
 
@@ -50,7 +50,7 @@ Found = dict[str, Any]
 
 
 class Work:
-    """One group's completions, advantages and rewarded rollouts, the same for everyone."""
+    """One group's completions, advantages and rewarded rollouts, the same for every implementation."""
 
     def __init__(self, shape: record.Shape, length: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -174,14 +174,14 @@ def rival(shape: str, folder: str, order: str, length: str, name: str, out: str)
 
 
 def padded_sdpa(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *_, scaling: float, **__) -> tuple[Tensor, None]:
-    """SDPA from PrefixGrouper's mask (rows, keys) of what is no padding; the last query stands at the last key."""
+    """SDPA from PrefixGrouper's mask (rows, keys), true where not padding; the last query is at the last key."""
     allowed = mask[:, None, None] & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling, enable_gqa=True)
     return o.transpose(1, 2), None
 
 
 class Hooked:
-    """Catches what one attention layer is given, and says where chosen rows of it look, averaged over heads."""
+    """Captures the input of one attention layer and computes the head-averaged attention of chosen rows."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.layer, self.wanted, self.given = layer, False, None
@@ -292,7 +292,7 @@ def _table(case: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[
 
 
 def _ratios(case: str, rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Of ours, the fastest that takes no more memory than the leanest rival; all of ours if none does."""
+    """The fastest of ours that takes no more memory than the rival with the least; all of ours if none does."""
     rivals = {name: row for name, row in rows.items() if name in RIVALS}
     fastest = min(row["seconds"] for row in rivals.values())
     plain = min(row["seconds"] for name, row in rivals.items() if "transformers" in name)

@@ -1,10 +1,10 @@
-"""What each kernel must do at the shapes of Qwen3-VL-8B, and the time no implementation can beat on an H100.
+"""Operations and bytes of each kernel at the shapes of Qwen3-VL-8B, and their roofline time on an H100.
 
     python -m bench.roofline [--json FILE]
 
-Operations and bytes are each kernel's own `cost`, counted from what it reads and writes. The floor is the larger of
-bytes over bandwidth and operations over the rate of the unit that does them. Nothing here is measured: it is what
-`python -m bench.gpu` is to be held against.
+Operations and bytes are each kernel's own `cost`, from the bytes it reads and writes. The floor is the larger of
+bytes over bandwidth and operations over the rate of the unit that does them. Nothing here is measured: these are
+the lower bounds for `python -m bench.gpu`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast is the index that `saga_fast.embed` makes of a million images, and what does it miss?
+"""Speed and recall of the index that `saga_fast.embed` makes of a million images.
 
     python -m bench.search [--count 1000000] [--dimension 512] [--cache DIR] [--json FILE]
 
@@ -6,9 +6,9 @@ For three kinds of unit vectors: clustered, as embeddings are (20,000 means, eac
 cosines are about 0.8), uniform on the sphere, the worst case, where neighbours are hardly nearer than anything else,
 and attributes, as the pooler of that name makes them (16 blocks; each of 20,000 classes has one of 8 values of each).
 Queries are new vectors of the same kind, asked for one at a time; the truth is faiss's exact search. faiss does the
-work; what is ours is which index, and how much of it is searched. Of attributes, queries that weigh them are measured
-too: those are re-ranked, see `saga_fast.retrieval.index.nearest`, and beside what that finds stands what the index
-finds by itself. With `--cache` an index once built is used again.
+search; ours is the choice of the index, and of how much of it is searched. For attributes, weighted queries are
+measured too: those are re-ranked, see `saga_fast.retrieval.index.nearest`, and their recall is reported with and
+without re-ranking. With `--cache` an index once built is used again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Products of few float32 rows with a large matrix on a CPU. The rows are packed and stay in the L2 cache; the matrix is
-// read once, without packing. (A BLAS packs the matrix too, which for few rows costs as much as the product.)
+// Products of few float32 rows with a large matrix on a CPU. The rows are packed and stay in the L2 cache; the matrix
+// is read once, without packing. (A BLAS packs the matrix too, which for few rows costs as much as the product.)
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -17,14 +17,14 @@ namespace {
 
 using saga::kGrain, saga::Left, saga::multiply, saga::Right;
 
-constexpr int64_t kOut = 12, kDepth = 768;  // rows of the matrix that meet all of x at a time, and numbers of each
+constexpr int64_t kOut = 12, kDepth = 768;  // rows of the matrix per tile, and numbers of each
 
-// y (rows, out) = x (rows, in) @ weight (out, in)^T, both contiguous. A number is a sum in one order, whatever else is
-// asked for: it does not change with the other rows or the threads.
+// y (rows, out) = x (rows, in) @ weight (out, in)^T, both contiguous. Each number is summed in one fixed order, so it
+// does not depend on the other rows or the number of threads.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0), columns = (rows + 7) / 8 * 8;
   at::Tensor y = at::empty({rows, out}, x.options());
-  std::vector<float> packed((rows + 15) / 16 * 16 * in, 0);  // transposed, sixteen rows after sixteen
+  std::vector<float> packed((rows + 15) / 16 * 16 * in, 0);  // transposed, in panels of sixteen rows
   for (int64_t r = 0; r < rows; ++r) {
     const float* const from = x.const_data_ptr<float>() + r * in;
     float* const to = packed.data() + r / 16 * 16 * in + r % 16;

@@ -1,4 +1,4 @@
-// Float32 matrix products of what lies in the caches, in tiles of six rows by sixteen columns: twelve AVX2 registers.
+// Float32 matrix products of operands in the caches, in tiles of six rows by sixteen columns: twelve AVX2 registers.
 
 #pragma once
 
@@ -12,9 +12,9 @@
 
 namespace saga {
 
-constexpr int64_t kGrain = 1 << 22;  // multiplications a thread, at least: a tenth of a millisecond
+constexpr int64_t kGrain = 1 << 22;  // least multiplications per thread: a tenth of a millisecond
 
-// Memory that is read once comes in strides that no prefetcher follows.
+// Prefetches memory that is read once, in strides that hardware prefetchers do not follow.
 inline void prefetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
 
 // Element (i, d) of the left matrix, at[i * row + d * step]; transposed, the two are exchanged.
@@ -23,16 +23,16 @@ struct Left {
   int64_t row, step = 1;
 };
 
-// Element (d, 16 j + c) of the right one, at[d * row + j * panel + c]. ahead: how far behind it lies what is fetched
-// from memory meanwhile; 0 for nothing.
+// Element (d, 16 j + c) of the right one, at[d * row + j * panel + c]. ahead: distance of the prefetched
+// memory behind it; 0 for no prefetch.
 struct Right {
   const float* at;
   int64_t row, panel = 16, ahead = 0;
 };
 
-// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), of whose columns `left` and `right` hold those
-// there are; 8 of them if `right` is Nothing. Spelled out over I, as sums that a loop indexes would be written back to
-// memory at each step.
+// One tile: out (rows I, 16) = or += a (rows I, depth) @ b (depth, 16), whose columns' validity is in `left` and
+// `right`; 8 columns if `right` is Nothing. Unrolled over I, as sums indexed by a loop would be written back to memory
+// at each step.
 struct Nothing {};
 template <bool add, class L, class R, int... I>
 SAGA_TARGET void tile(std::integer_sequence<int, I...>, const L& left, const R& right, Left a, Right b, float* out,

@@ -1,16 +1,17 @@
-// Few rows times NF4 weights, decoded on their way into tensor cores: y = x @ W.T in bitsandbytes' own layout.
+// y = x @ W.T for few rows of x, with NF4 weights in bitsandbytes' own layout, decoded in registers for tensor cores.
 //
-// A decode step reads every weight for a handful of rows, so a weight may cost little more than its half byte. Weights
-// come through shared memory, copied ahead of use. A packed byte is looked up there as the two codes it stands for, in
-// a table that every lane has its own bank of: selecting them by permutations takes three times as many instructions.
-// The absmax of a block of 64 does not touch the weights: it scales the block's sums, which are fewer.
+// A decode step reads every weight for few rows, so the time per weight must be close to that of reading half a byte.
+// Weights are copied to shared memory ahead of use. A table there maps a packed byte to its two codes, with a bank for
+// each lane: selecting the codes by permutations takes three times as many instructions. The absmax of a block of 64
+// scales the block's sums, which are fewer than its weights.
 //
-// Codes are rounded once, to bfloat16 or float16, after a scaling that makes the error least, and absmax stays float32.
+// Codes are rounded once, to bfloat16 or float16, after a scaling that minimises the error, and absmax stays float32.
 // So the products are nearer to NF4's own values (0.06 % in bfloat16) than those of weights dequantised to bfloat16
 // (0.17 %).
 //
-// mma.m16n8k16 wants of lane 4g + t the inner positions 2t, 2t + 1, 2t + 8, 2t + 9. A sum has no order, so step s of a
-// block gives it 16t + 4s to 16t + 4s + 3 of both factors: eight contiguous bytes of W a lane, sixteen numbers of x.
+// In mma.m16n8k16 lane 4g + t holds the inner positions 2t, 2t + 1, 2t + 8, 2t + 9. The order of a sum is free, so step
+// s of a block uses positions 16t + 4s to 16t + 4s + 3 of both factors: per lane eight contiguous bytes of W, sixteen
+// of x.
 
 #include <torch/library.h>
 
@@ -30,12 +31,12 @@ namespace {
 constexpr int warp = 32, warps = 8, threads = warp * warps;
 constexpr int block = 64;      // weights that share an absmax
 constexpr int nested = 256;    // blocks that share an absmax of their own
-constexpr int strip = 32;      // rows of W a warp takes: two tiles of 16, so that x is read once for both
+constexpr int strip = 32;      // rows of W per warp: two tiles of 16, so that x is read once for both
 constexpr int chunk = 2;       // blocks of a strip that are copied together
 constexpr int max_rows = 128, max_parts = 16;
 
-// Shared memory: the table, for each packed byte a pair of codes a lane; code2; each warp's scales of two chunks; and
-// each warp's copies of chunks, as many as the kernel says.
+// Shared memory: the table, for each packed byte a pair of codes per lane; code2; each warp's scales of two chunks; and
+// each warp's copies of chunks, whose number is the kernel's `slots`.
 constexpr int table_row = warp * 4, table_bytes = 256 * table_row, code2_bytes = 256 * 4;
 constexpr int scales_bytes = 2 * chunk * strip * 4, row_bytes = chunk * block / 2, chunk_bytes = strip * row_bytes;
 constexpr int fixed_bytes = table_bytes + code2_bytes + warps * scales_bytes;
@@ -50,7 +51,7 @@ struct Number;
 
 template <>
 struct Number<__nv_bfloat16> {
-  static constexpr float code_scale = 1.437f;  // of 20,000 between 1 and 2 the one whose codes round with least error
+  static constexpr float code_scale = 1.437f;  // of 20,000 in 1 to 2, the least rounding error of the codes
   static __device__ uint32_t pair(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
@@ -80,7 +81,7 @@ struct Number<__half> {
   }
 };
 
-// An (out, in) weight as `saga_kernels.NF4Weight` has it, nested; its offset is one, or one a group (offset_step 1).
+// A nested (out, in) `saga_kernels.NF4Weight`; one offset (offset_step 0), or one per group (offset_step 1).
 struct Weight {
   const uint8_t *packed, *absmax;
   const float *code2, *absmax2, *offset;
@@ -95,14 +96,14 @@ __device__ void copy_16(const void* to, const void* from) {
 
 __device__ void commit() { asm volatile("cp.async.commit_group;"); }
 
-// Until no more than the last `pending` groups of copies of this thread are under way.
+// Waits until at most the last `pending` groups of this thread's copies are in flight.
 template <int pending>
 __device__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// A warp's way through W: its chunks into shared memory, and for each row, a lane's, what becomes the scales of its
-// blocks. Rows past the end are the last one again, computed and not stored.
+// A warp's iteration over W: copies of chunks to shared memory and, with one row per lane, prefetches of the scales'
+// parts. Rows past the end repeat the last one; they are computed and not stored.
 struct Stream {
   const Weight& w;
   uint8_t* copies;
@@ -112,7 +113,7 @@ struct Stream {
   uint32_t codes;
   float absmax2, offset;
 
-  // A row of a chunk is two runs of 32 bytes, which change places every other two rows: so lanes meet 32 banks twice.
+  // A row of a chunk is two runs of 32 bytes, swapped in every other pair of rows: so lanes use all 32 banks twice.
   __device__ static int place(int row, int j) { return row * row_bytes + ((j ^ row / 2 % 2) * (block / 2)); }
 
   __device__ void copy(int first_row, int at, int slot) const {
@@ -131,7 +132,7 @@ struct Stream {
     offset = __ldg(w.offset + group * w.offset_step);
   }
 
-  // Stores the prefetched scales in half `half`: of a block those of rows g, g + 8, g + 16 and g + 24 together.
+  // Stores the prefetched scales in half `half`: per block those of rows g, g + 8, g + 16 and g + 24 side by side.
   template <class T>
   __device__ void store_scales(int half) const {
 #pragma unroll
@@ -149,7 +150,7 @@ __device__ uint32_t look_up(const uint8_t* table, uint32_t word, uint32_t at, in
   return *reinterpret_cast<const uint32_t*>(table + place);
 }
 
-// A block's weights of a lane, looked up: of two tiles the factor of each step, and the scale of four rows.
+// A lane's decoded weights of a block: of two tiles the factor of each step, and the scale of four rows.
 struct Decoded {
   uint32_t a[2][4][4];
   alignas(16) float scale[4];
@@ -186,7 +187,7 @@ struct Decoded {
   }
 };
 
-// The table, a packed byte a thread, which stands there once for each lane; and code2.
+// Fills the table, one packed byte per thread with a copy for each lane, and code2.
 template <class T>
 __device__ void fill(uint8_t* shared, const Weight& w) {
   const int byte = threadIdx.x;
@@ -198,10 +199,10 @@ __device__ void fill(uint8_t* shared, const Weight& w) {
   reinterpret_cast<float*>(shared + table_bytes)[byte] = w.code2[byte] * (1.f / Number<T>::code_scale);
 }
 
-// Where the part y of gridDim.y of the chunks begins.
+// The first chunk of part y of gridDim.y.
 __device__ int part(int chunks, int y) { return static_cast<int>(static_cast<int64_t>(chunks) * y / gridDim.y); }
 
-// Where there are parts they are float32, to be added up; else y is written.
+// With several parts, writes float32 partial sums for the reduction; else y.
 template <class T>
 __device__ void store(T* y, float* parts, int rows, int out, int row_of_x, int row_of_w, float value) {
   if (row_of_x >= rows || row_of_w >= out) return;
@@ -222,12 +223,12 @@ __device__ Stream stream_of(const Weight& w, uint8_t* shared) {
 }
 
 // Up to 16 rows: bound by memory, so the warps of a program share the inner dimension of one run of W's rows, and go on
-// to the next run with its first chunks on their way. tiles: of 8 rows of x. along_out: warps along W's rows.
+// to the next run with its first chunks in flight. tiles: of 8 rows of x. along_out: warps along W's rows.
 template <class T, int tiles, int along_out, int slots>
 __global__ void __launch_bounds__(threads, 2)
     few_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
   constexpr int along_in = warps / along_out, height = along_out * strip;
-  constexpr int pitch = height + 4;  // four more, and the lanes of a warp meet 32 banks
+  constexpr int pitch = height + 4;  // padded by four, so that the lanes of a warp use all 32 banks
   extern __shared__ __align__(16) uint8_t shared[];
   float* partial_sums = reinterpret_cast<float*>(shared + fixed_bytes + warps * slots * chunk_bytes);
   Stream stream = stream_of<slots>(w, shared);
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(threads, 2)
   const int chunks = w.in / (block * chunk), runs = (w.out + height - 1) / height;
   const int begin = part(chunks, blockIdx.y) + warp_in, end = part(chunks, blockIdx.y + 1);
 
-  // Where a run and a chunk of it stand, and where this warp goes from there.
+  // The current run and chunk, and the next ones of this warp.
   struct Place {
     int run, at;
   };
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(threads, 2)
     float sums[2][tiles][4] = {};
     for (int at = begin; at < end; at += along_in) {
       wait<slots - 2>();
-      __syncwarp();  // what all lanes copied is there, and the chunk before is done with
+      __syncwarp();  // all lanes' copies are complete, and the chunk before is no longer used
       stream.store_scales<T>(half);
       if (const Place next = after({run, at}); next.run < runs) stream.prefetch_scales(first_row(next), next.at);
       copy_next(slot == 0 ? slots - 1 : slot - 1);
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(threads, 2)
       half ^= 1;
     }
 
-    // The warps along the inner dimension lay their sums side by side, and all add them up.
+    // The warps along the inner dimension store their sums in shared memory, and all warps add them up.
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -293,8 +294,8 @@ __global__ void __launch_bounds__(threads, 2)
       for (int n = 0; n < tiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          partial_sums[(warp_in * tiles * 8 + 8 * n + 2 * t + i % 2) * pitch + warp_out * strip + 16 * m + i / 2 * 8 + g] =
-              sums[m][n][i];
+          partial_sums[(warp_in * tiles * 8 + 8 * n + 2 * t + i % 2) * pitch + warp_out * strip + 16 * m + i / 2 * 8 +
+                       g] = sums[m][n][i];
     __syncthreads();
     for (int i = threadIdx.x; i < tiles * 8 * height; i += threads) {
       float sum = 0.f;
@@ -305,8 +306,8 @@ __global__ void __launch_bounds__(threads, 2)
   }
 }
 
-// More rows: bound by tensor cores, so each warp has rows of W of its own, and x comes through shared memory, where all
-// of them read it. While a block is worked on the next one's columns of x are copied, and the next chunk of W.
+// More rows: bound by tensor cores, so each warp has its own rows of W, and all of them read x from shared memory.
+// During a block's products the next block's columns of x and the next chunk of W are copied.
 template <class T, int tiles>
 __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
     more_rows(const T* __restrict__ x, const Weight w, T* __restrict__ y, float* __restrict__ parts, int rows) {
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
   const int first_row = (blockIdx.x * warps + threadIdx.x / warp) * strip;
   const int chunks = w.in / (block * chunk), begin = part(chunks, blockIdx.y), end = part(chunks, blockIdx.y + 1);
 
-  // Sixteen bytes stand where their place in the line, combined with the line, says, so that eight lanes meet 32 banks.
+  // Sixteen bytes are at their place in the line xor the line, so that eight lanes use all 32 banks.
   const auto copy_columns = [&](int at, int j) {
 #pragma unroll
     for (int i = 0; i < tiles * 8 * 8; i += threads) {
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
 
   for (int at = begin, half = 0; at < end; ++at, half ^= 1) {
     wait<0>();
-    __syncthreads();  // what this thread and the others copied is there, and what will be copied over is done with
+    __syncthreads();  // all threads' copies are complete, and the memory of the next ones is no longer used
     stream.store_scales<T>(half);
     copy_columns(at, 1);
     commit();
@@ -364,7 +365,7 @@ __global__ void __launch_bounds__(threads, tiles <= 6 ? 2 : 1)
     __syncwarp();
     multiply(half, half, 0);
 
-    wait<1>();  // W's next chunk may still be on its way
+    wait<1>();  // W's next chunk may still be in flight
     __syncthreads();
     if (at + 1 < end) copy_columns(at + 1, 0);
     commit();
@@ -392,8 +393,8 @@ __global__ void reduce_parts(const float4* __restrict__ parts, T* __restrict__ y
   reinterpret_cast<uint2*>(y)[i] = make_uint2(Number<T>::pair(sum.x, sum.y), Number<T>::pair(sum.z, sum.w));
 }
 
-// Into how many parts the inner dimension is cut: as estimated in nanoseconds, from bytes of W a multiprocessor decodes
-// in one, what a program takes besides, and what adding up and its launch take.
+// The number of parts of the inner dimension with the least estimated time, in nanoseconds: of decoding W on a
+// multiprocessor, a program's overhead, and the reduction and its launch.
 int parts_of(int programs, int bytes, int chunks, double rate, int multiprocessors) {
   const auto estimate = [&](int parts) {
     const int waves = (programs * parts + multiprocessors - 1) / multiprocessors;
@@ -405,7 +406,7 @@ int parts_of(int programs, int bytes, int chunks, double rate, int multiprocesso
   return best;
 }
 
-// height: rows of W a program has. at_once: programs a multiprocessor has room for, which go on to further runs.
+// height: rows of W per program. at_once: programs that fit on a multiprocessor, which loop over further runs.
 template <class T>
 void launch(void (*kernel)(const T*, Weight, T*, float*, int), const at::Tensor& x, const Weight& w, at::Tensor& y,
             int height, int bytes, double rate, int at_once) {
@@ -443,7 +444,7 @@ void launch_more_rows(const at::Tensor& x, const Weight& w, at::Tensor& y, doubl
   launch<T>(more_rows<T, tiles>, x, w, y, warps * strip, bytes, rate, 0);
 }
 
-// The rates are bytes of W that a multiprocessor works through in a nanosecond.
+// The rates are bytes of W per nanosecond and multiprocessor.
 template <class T>
 void dispatch(const at::Tensor& x, const Weight& w, at::Tensor& y) {
   const int64_t rows = x.size(0);

@@ -1,5 +1,5 @@
-// The pointwise ops between a decoder layer's matmuls, for CPUs with AVX2, in float32: norms, rotary embedding, gate. Each
-// is one pass over its rows. The schemas, and the formulas in plain PyTorch, are in kernels/.
+// The pointwise ops between a decoder layer's matmuls, for CPUs with AVX2, in float32: norms, rotary embedding, gate.
+// Each is one pass over its rows. The schemas, and the formulas in plain PyTorch, are in kernels/.
 
 #include <torch/library.h>
 
@@ -18,10 +18,10 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 1 << 16;  // numbers in rows, from which on a second thread is worth waking
+constexpr int64_t GRAIN = 1 << 16;  // least numbers per thread
 
-// A tensor as n rows, read where it lies if only rows are apart, as q and k are in the tensor that one matmul gave.
-// Each is null where there is no tensor.
+// A tensor as n rows, without a copy if only rows have a stride, as q and k in the result of one matmul. The pointer is
+// null without a tensor.
 class Rows {
  public:
   Rows(const std::optional<at::Tensor>& x, int64_t n, int64_t width) {
@@ -48,7 +48,7 @@ void for_rows(int64_t n, int64_t width, const Row& row) {
   });
 }
 
-// One row each; an output may be the first input.
+// Each works on one row; an output may be the first input.
 
 SAGA_TARGET void add(const float* x, const float* residual, int64_t width, float* y) {
   saga::for_vectors(width, [&](int64_t i, const auto& lanes) SAGA_INLINE {

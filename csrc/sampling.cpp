@@ -1,5 +1,5 @@
-// Nucleus sampling on a CPU, in float32: a row is read from memory once and from the cache once more, and nothing as
-// large as the vocabulary is written or sorted, unless the nucleus is.
+// Nucleus sampling on a CPU, in float32. Reads a row from memory once and from the cache once more, and writes or sorts
+// nothing as large as the vocabulary, unless the nucleus is.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 2048;  // logits that stay in the first cache between their maximum and their sum
+constexpr int64_t kBlock = 2048;  // logits that stay in the L1 cache between their maximum and their sum
 constexpr int64_t kRun = 256;     // weights that are summed in float32
 constexpr int kBins = 1017;       // of weights from 1 down to 0: eight for each power of two
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -57,7 +57,7 @@ struct Plain {
 #ifdef SAGA_AVX2
 
 struct Avx2 {
-  // Eight logits; where fewer are left, -inf after them.
+  // Eight logits, padded with -inf.
   SAGA_TARGET static inline __m256 load(const float* x, int64_t left) {
     if (left >= 8) return _mm256_loadu_ps(x);
     float padded[8];
@@ -85,7 +85,7 @@ struct Avx2 {
     for (int64_t first = 0; first < n; first += kRun) {
       __m256 run = _mm256_setzero_ps();
       for (int64_t i = first; i < std::min(n, first + kRun); i += 8) {
-        _mm_prefetch(reinterpret_cast<const char*>(x + i + kBlock), _MM_HINT_T0);  // memory would else wait for this
+        _mm_prefetch(reinterpret_cast<const char*>(x + i + kBlock), _MM_HINT_T0);  // overlaps memory with computation
         run = _mm256_add_ps(run, weight(load(x + i, n - i), peak, scale));
       }
       sum += saga::sum(run);
@@ -116,7 +116,7 @@ using Avx2 = Plain;
 int bin(float p) { return (std::bit_cast<int32_t>(1.0f) - std::bit_cast<int32_t>(p)) >> 20; }
 
 // The last token of the nucleus: likeliest first, the one that brings the sum to `target`; one after all others if none
-// does. Nothing is sorted: the sum crosses in one bin, which goes to `inside`, and of that half is settled at a time.
+// does. Nothing is sorted: the sum crosses `target` in one bin, which is copied to `inside` and halved repeatedly.
 Token crossing(const std::vector<Token>& tokens, double target, std::vector<Token>& inside) {
   double masses[kBins] = {};
   for (const Token& token : tokens) masses[bin(token.p)] += token.p;
@@ -145,7 +145,7 @@ Token crossing(const std::vector<Token>& tokens, double target, std::vector<Toke
   return *first;
 }
 
-// One token of n logits x, at `uniform`. The two vectors are room to work in.
+// One token of n logits x, by the random number `uniform`. The two vectors are scratch memory.
 template <class Loops>
 int64_t draw(const float* x, int64_t n, double temperature, double top_p, double uniform, std::vector<Token>& tokens,
              std::vector<Token>& inside) {
@@ -153,7 +153,7 @@ int64_t draw(const float* x, int64_t n, double temperature, double top_p, double
     const float peak = Loops::peak(x, n);
     return std::find_if(x, x + n, [peak](float y) { return std::isnan(peak) ? std::isnan(y) : y == peak; }) - x;
   }
-  // Bounded, so that neither 0 * inf nor inf * 0 comes of it.
+  // Bounded, to avoid 0 * inf.
   const float scale = std::clamp<double>(1 / temperature, std::numeric_limits<float>::min(),
                                          std::numeric_limits<float>::max());
   float peak = -kInfinity;
@@ -183,7 +183,7 @@ int64_t draw(const float* x, int64_t n, double temperature, double top_p, double
   int64_t drawn = -1;
   for (const Token& token : tokens) {
     if (token.p == 0) continue;
-    drawn = token.id;  // the last one stands if the product rounds up to the whole
+    drawn = token.id;  // the last one, if the product rounds up to the total
     if ((passed += token.p) > uniform * kept) break;
   }
   return drawn;
@@ -226,7 +226,7 @@ at::Tensor sample_top_p(const at::Tensor& logits, double temperature, double top
 
 }  // namespace
 
-// Under a name of its own: the schema of sample_top_p is Python's, and so is the choice between this and the reference.
+// Under its own name: Python defines the schema of sample_top_p and chooses between this and the reference.
 TORCH_LIBRARY_FRAGMENT(saga_kernels, library) {
   library.def(
       "sample_top_p_cpu(Tensor logits, float temperature, float top_p, int seed, Tensor rows, Tensor step) -> Tensor");

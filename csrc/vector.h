@@ -9,7 +9,7 @@
 #define SAGA_AVX2 1
 #include <immintrin.h>
 #define SAGA_TARGET __attribute__((target("avx2,fma")))
-#define SAGA_INLINE __attribute__((target("avx2,fma"), always_inline))  // a lambda takes neither from where it stands
+#define SAGA_INLINE __attribute__((target("avx2,fma"), always_inline))  // a lambda inherits neither from its function
 #endif
 
 namespace saga {
@@ -54,7 +54,7 @@ struct Eight {
   SAGA_TARGET void store(float* to, __m256 x) const { _mm256_storeu_ps(to, x); }
 };
 
-// Less than eight, the end of a row: what lies behind it is read as 0 and left alone.
+// Fewer than eight, the end of a row: numbers past it are read as 0 and not written.
 struct Tail {
   SAGA_TARGET explicit Tail(int64_t n)
       : mask(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))) {}
@@ -71,7 +71,7 @@ SAGA_INLINE inline void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, Tail(n - i));
 }
 
-// The sum of the terms that term(i, lanes) gives of n numbers, in 32 partial sums.
+// The sum over n numbers of term(i, lanes), in 32 partial sums.
 template <class Term>
 SAGA_INLINE inline float vector_sum(int64_t n, const Term& term) {
   __m256 sums[4] = {};

@@ -1,4 +1,4 @@
-"""README, docs/ and CONTRIBUTING say nothing that is not there: links, files, modules, flags, make's targets."""
+"""Links, files, modules, flags and make's targets in README, docs/ and CONTRIBUTING exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time each op on a GPU beside its rivals: `python -m bench.gpu OP [--json FILE]`.
+"""Time each op on a GPU, and its rivals: `python -m bench.gpu OP [--json FILE]`.
 
 `bench/gpu/OP.py` has `cases() -> Iterator[Case]`, one op at one shape each; it is a generator, so that a case's tensors
 are gone before the next one's are made. A rival that does not import is left out, one that fails or computes
@@ -67,7 +67,7 @@ def widened(run: Callable[..., Result], dtype: torch.dtype = torch.float64) -> C
 def backward_of(
     run: Callable[..., Result], inputs: Sequence[Tensor], leaves: int, gradients: Tensor | tuple[Tensor, ...]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The gradients of the first `leaves` inputs, given those of the results, from one forward pass that is kept."""
+    """The gradients of the first `leaves` inputs, given those of the results, from one stored forward pass."""
     inputs = [x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
     kept: list[Result] = []
 
@@ -154,7 +154,7 @@ def _interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, list[float]
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as one launch; itself where it waits for the device, or does else what no graph can hold."""
+    """`run` as one launch; unchanged where it cannot be captured in a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -165,7 +165,7 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def _peak(run: Callable[[], object]) -> int:
-    """Bytes that a warm call holds at once, its result included."""
+    """Peak bytes of a warm call, with its result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -78,7 +78,7 @@ def _chunked(
 
 
 def _chunk(h: Tensor, head: Tensor, target: Tensor, coeff: Tensor) -> tuple[Tensor, Tensor]:
-    """What one writes without a kernel: bfloat16 logits, everything between the GEMMs in float32."""
+    """Without a kernel: bfloat16 logits, everything between the GEMMs in float32."""
     logp = ((h @ head.T).float() / TEMPERATURE).log_softmax(-1)
     scale = coeff[:, None] / TEMPERATURE
     gradient = (-scale * logp.exp()).scatter_add(1, target[:, None], scale)

@@ -39,7 +39,7 @@ FORMATS = {
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
 }
 HEAD = 32  # bytes that tell a format
-KINDS = 8  # of files passed over that are told one by one
+KINDS = 8  # of ignored files that a message lists one by one
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192: 192 MB once decoded
 MAX_JPEG = 2**28  # bytes read to set EXIF aside; no JPEG of `MAX_PIXELS` is larger
 
@@ -273,7 +273,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _without_plugin(head: bytes) -> str:
-    """Why Pillow knows nothing of a file that begins so: its format's plug-in is not there, or it is in none."""
+    """Why Pillow cannot identify a file with this header: the plug-in of its format is missing, or the format
+    unknown."""
     mark = head[8:12] if head[4:8] == b"ftyp" else head[4:8]
     if head.startswith(b"\xff\x0a"):  # JPEG XL without a box around it
         mark = b"JXL "

@@ -1,4 +1,4 @@
-"""What blocks and looks are measured by, against counting by hand, and the command on an encoder of random weights."""
+"""The metrics of blocks and attention against counting by hand, and the command on an encoder of random weights."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_command_measures_every_attribute_and_says_what_was_missed(tmp_path,
     assert all(name in printed for name in (*ATTRIBUTES, "paper's", "mean"))
     for row in found["figures"].values():
         assert all(0 <= share <= 1 for share in row.values()) and len(row) == 9
-        # The paper's query starts at zero, so it looks everywhere alike.
+        # The paper's query is initialised to zero, so its attention is uniform.
         assert row["beta_paper"] == pytest.approx(row["beta_even"], abs=1e-6)
     reached = [goal["reached"] for goal in found["goals"]]
     assert len(reached) == 3 and printed.count("missed: ") == reached.count(False) >= 1

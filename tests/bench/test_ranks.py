@@ -1,4 +1,4 @@
-"""The model of many ranks: its sizes are those of the real architecture, and its limits are what they must be."""
+"""The scaling model: its sizes are those of the real architecture, and its limits are correct."""
 
 from __future__ import annotations
 

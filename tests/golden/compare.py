@@ -1,4 +1,4 @@
-"""What a run left, beside what it left when the golden files were made: where the two differ first, in words."""
+"""Compares a run's files with the golden ones: describes the first difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison: what is equal, what differs and where, and what was not compared at all."""
+"""The comparison: equal files, differences and their places, and files that are not compared."""
 
 from __future__ import annotations
 

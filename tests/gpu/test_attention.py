@@ -1,4 +1,4 @@
-"""What only a GPU says of `group_attention`: 8B shapes in bfloat16, memory, determinism, no waiting for the GPU."""
+"""GPU-only checks of `group_attention`: 8B shapes in bfloat16, memory, determinism, no waiting for the GPU."""
 
 import pytest
 import torch

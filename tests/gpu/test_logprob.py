@@ -1,4 +1,4 @@
-"""What only a GPU says of `token_logprob`: 8B shapes in bfloat16, memory, determinism, no waiting for the GPU."""
+"""GPU-only checks of `token_logprob`: 8B shapes in bfloat16, memory, determinism, no waiting for the GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only a GPU says of the NF4 ops: 8B shapes in bfloat16, equal bits, determinism, no waiting for the GPU."""
+"""GPU-only checks of the NF4 ops: 8B shapes in bfloat16, equal bits, determinism, no waiting for the GPU."""
 
 import pytest
 import torch

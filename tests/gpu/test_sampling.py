@@ -1,4 +1,4 @@
-"""What only a GPU says of `sample_top_p`: 151,936 tokens, up to 256 rows, determinism, no waiting for the GPU."""
+"""GPU-only checks of `sample_top_p`: 151,936 tokens, up to 256 rows, determinism, no waiting for the GPU."""
 
 import pytest
 import torch

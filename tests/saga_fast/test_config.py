@@ -1,4 +1,4 @@
-"""What a command line and a config.json may say: every number in its range, switches, and what a resumed run keeps."""
+"""Values of a command line and a config.json: ranges of numbers, switches, and settings that a resumed run keeps."""
 
 from __future__ import annotations
 

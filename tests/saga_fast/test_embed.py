@@ -1,4 +1,4 @@
-"""The index against vectors embedded one by one; what changes, goes, breaks or is interrupted; two processes as one."""
+"""The index against vectors embedded one by one; changed, removed, damaged and interrupted files; two processes."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(encoder, pictures, tmp_path, a
 
 @pytest.mark.slow
 def test_two_calls_into_one_index_take_turns(encoder, pictures, tmp_path, monkeypatch):
-    """The second is told who is at it; what the first does is whole."""
+    """The second exits with one line that names the first process; the first one's index is complete."""
     first = command("-m", "saga_fast.embed", "--encoder", str(encoder), str(tmp_path / "pictures"))
     write, second = module.Chunks.write, []
 

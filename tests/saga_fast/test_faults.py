@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, as often as you like, and resumed ends in the bytes of one that was left alone.
+"""A run that is killed at any point, any number of times, and resumed ends in the bytes of an uninterrupted one.
 
 pytest -m faults tests/saga_fast/test_faults.py     # 50 kills; `make test-all` has 3
 """

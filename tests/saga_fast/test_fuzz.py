@@ -1,5 +1,4 @@
-"""Hostile input by the thousand, each kind against an oracle of its own: nothing crashes, hangs or earns what it should
-not.
+"""Random malformed input, each kind against its own oracle: nothing crashes, hangs or gets a wrong reward.
 
     pytest -m fuzz -s tests/saga_fast/test_fuzz.py      # all cases; `make test-all` tries the first hundreds
 

@@ -1,4 +1,4 @@
-"""`models check`: what it says beside what the loaded model is, without weights; what cannot be used, in one line."""
+"""`models check`: its output against the loaded model, without weights; one-line errors for unsupported models."""
 
 from __future__ import annotations
 

@@ -376,7 +376,7 @@ def photos(tmp_path) -> list[str]:
 
 @pytest.mark.slow
 def test_patience_ends_a_run_whose_encoder_is_the_best_and_a_killed_one_ends_alike(photos, tmp_path, monkeypatch):
-    looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # what every second step is said to find: best in step 4, stop at 8
+    looks = [0.3, 0.5, 0.4, 0.5, 0.9]  # the validation recall of every second step: best in step 4, stop at 8
     real = trainer.score
     measured = []
 

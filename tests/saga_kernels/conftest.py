@@ -8,7 +8,7 @@ def as_tuple(outputs):
 
 @pytest.fixture
 def check_compiled():
-    """Holds what an op gives of float32 on a CPU against its reference in float64. It must be the compiled kernel's,
+    """Compares an op's float32 results on a CPU with its reference in float64. It must be the compiled kernel's,
     fresh and contiguous, and the same bytes with one thread and with two."""
     ops, threads = torch.ops.saga_kernels, torch.get_num_threads()
     if not ops.has_avx2():

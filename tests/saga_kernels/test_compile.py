@@ -1,4 +1,4 @@
-"""What ships compiles for every chip, without a GPU; a change in registers or shared memory shows."""
+"""Shipped kernels compile for every chip, without a GPU; changes in registers or shared memory fail."""
 
 import json
 import os

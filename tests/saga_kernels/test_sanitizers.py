@@ -1,4 +1,4 @@
-"""csrc's C++ once more, compiled with AddressSanitizer and UBSan: the ops' own tests pass there too."""
+"""csrc's C++ compiled with AddressSanitizer and UBSan passes the ops' own tests."""
 
 from __future__ import annotations
 

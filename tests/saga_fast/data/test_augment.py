@@ -1,4 +1,4 @@
-"""What augmentation does to pictures whose every pixel is known, and that it is a function of seed and batch alone."""
+"""Augmentation of pictures with known pixels, and that it is a function of seed and batch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m saga_fast.data check`: every kind of fault is listed by name, and nothing else."""
+"""`python -m saga_fast.data check` lists every kind of fault by name, and nothing else."""
 
 from __future__ import annotations
 

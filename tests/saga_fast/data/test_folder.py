@@ -1,4 +1,4 @@
-"""A folder a class, through the loader: what is read, in which order, and what is refused."""
+"""A folder per class, through the loader: the images, their order, and errors."""
 
 from __future__ import annotations
 

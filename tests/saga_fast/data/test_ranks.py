@@ -1,4 +1,4 @@
-"""What the ranks of a run hold is compared before anything is trained."""
+"""The ranks of a run compare their data before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The released layouts, in miniature: what is read, how it is split, and what is refused."""
+"""The released layouts, in miniature: images, splits, and errors."""
 
 from __future__ import annotations
 

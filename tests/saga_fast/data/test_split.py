@@ -1,4 +1,4 @@
-"""A split of one's own, by folders and by list: what is read, and what is refused with its line."""
+"""The user's own split, by folders and by list: images, and errors with the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding in worker processes: it is in order, it ends with whoever wanted it, and one that dies is said so."""
+"""Decoding in worker processes: order, workers end with their parent, and a dead worker raises an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ᾱ and L_KL against plain loops, and what they do at zeros."""
+"""ᾱ and L_KL against plain loops, and at zeros."""
 
 from __future__ import annotations
 

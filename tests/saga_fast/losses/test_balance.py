@@ -1,4 +1,4 @@
-"""How loud the supervisor speaks: the two rules on given numbers."""
+"""The two rules of the adaptive loss weights, on given numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a run: whole in one file, what a model wrote only text, usable by keyboard, in a real browser too."""
+"""The page of a run: one self-contained file, model output as text only, keyboard use, also in a real browser."""
 
 from __future__ import annotations
 

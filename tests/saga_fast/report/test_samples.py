@@ -1,4 +1,4 @@
-"""What is kept of a step: the supervisor's own words and attention, and nothing disturbed by looking."""
+"""Samples of a step: the supervisor's completions and attention; sampling does not change the run."""
 
 from __future__ import annotations
 

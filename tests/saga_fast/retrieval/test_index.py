@@ -1,4 +1,4 @@
-"""Queries unlike the vectors: what re-ranking finds in indices that are not exact, against comparing every vector."""
+"""Queries unlike the vectors: re-ranking in indices that are not exact, against comparing every vector."""
 
 from __future__ import annotations
 

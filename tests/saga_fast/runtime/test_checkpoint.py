@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, whole or absent, and damage is found and named."""
+"""Checkpoints: bit-exact, atomic, and errors that name damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of what goes wrong: once, with its figures."""
+"""A run's warnings: each once, with its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step's footprint is said to be, against what tensors really take."""
+"""The predicted memory of a step, against the memory of real tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Out of memory, a phase goes on in halves to what it would have come to whole; devices are short here by patches."""
+"""Out of memory, a phase continues in halves with the same result; patches simulate a small device."""
 
 from __future__ import annotations
 

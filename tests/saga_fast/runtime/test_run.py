@@ -1,4 +1,4 @@
-"""A run's folder: what it goes on from, what it is told anew, and guests that leave early."""
+"""A run's folder: resuming, changed settings on resuming, and trackers that fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GPU that is not there, one that says little, trackers that are not installed: left out silently, or named."""
+"""No GPU, a GPU with few readings, trackers that are not installed: left out silently, or an error."""
 
 from __future__ import annotations
 

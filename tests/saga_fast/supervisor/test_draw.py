@@ -1,4 +1,4 @@
-"""What a draw keeps: the first K contributing pairs in the order drawn, whatever else goes on."""
+"""A draw returns the first K contributing pairs in the order drawn, in whatever order they finish."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_no_two_seeds_and_no_two_draws_of_a_run_have_the_same_pairs():
 
 
 class Timetable:
-    """An engine whose pair i is done after `lengths[i]` looks, and makes a token a look, its own id."""
+    """An engine whose pair i is done after `lengths[i]` syncs, and generates one token per sync, its own id."""
 
     def __init__(self, lengths: list[int], slots: int) -> None:
         self.lengths, self.slots, self.going, self.made = lengths, slots, {}, 0

@@ -1,5 +1,5 @@
-"""Model folders whose small files are damaged, by the thousand: each is refused in one line, or is a model that can be
-asked, whose every number is in range.
+"""Model folders with randomly damaged small files: each raises a one-line error, or loads as a usable model with every
+number in range.
 
     pytest -m fuzz -s tests/saga_fast/supervisor/test_fuzz.py      # 6,000 folders; `make test-all` tries 60
 """

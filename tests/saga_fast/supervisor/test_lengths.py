@@ -1,4 +1,4 @@
-"""Lengths told at the start against tokens counted here, by hand."""
+"""The lengths reported at the start of a run against tokens counted here."""
 
 from __future__ import annotations
 

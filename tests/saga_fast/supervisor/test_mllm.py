@@ -1,4 +1,4 @@
-"""Loading: what is refused and why, checkpoints that are quantised already, memory while loading, head in NF4."""
+"""Loading: errors, checkpoints that are quantised already, memory while loading, head in NF4."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Model folders as people have them: what is right loads and means what it says; what is not is refused in one line
-that names it, before any weight is read."""
+"""Model folders in practice: valid ones load with their settings; invalid ones raise a one-line error that names the
+file, before any weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt of one's own: read from TOML as written, refused in one line that names file and field, kept by the run."""
+"""The user's own prompt: read from TOML, errors that name file and field, and stored in the run."""
 
 from __future__ import annotations
 

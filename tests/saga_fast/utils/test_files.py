@@ -1,4 +1,4 @@
-"""A folder is one process's at a time, and a dead one's lock nobody's."""
+"""A folder's lock: one process at a time, and free after its process dies."""
 
 from __future__ import annotations
 

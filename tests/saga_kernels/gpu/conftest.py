@@ -4,7 +4,8 @@ import torch
 
 @pytest.fixture(scope="session")
 def assert_agrees():
-    """Hold results against a float64 reference, by |result - reference| / |reference|; zeros must not pass for it."""
+    """Compare results with a float64 reference, by |result - reference| / |reference|; results of zeros must not
+    pass."""
 
     def check(results, references, tolerance):
         for result, reference in zip(results, references, strict=True):

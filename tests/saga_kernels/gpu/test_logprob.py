@@ -1,4 +1,4 @@
-"""The Triton pass in the interpreter, between the GEMMs of a CPU."""
+"""The Triton pass in the interpreter, with GEMMs on a CPU."""
 
 import pytest
 import torch
