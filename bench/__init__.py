@@ -51,7 +51,8 @@ def _version(package: str) -> str | None:
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Writes `figures` and the machine as JSON, if a path is given. The file is the last one or this one, whenever a process ends."""
+    """Writes `figures` and the machine as JSON, if a path is given. The file is the last one or this one, whenever a
+    process ends."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
