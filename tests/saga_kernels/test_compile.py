@@ -107,6 +107,7 @@ def test_a_change_is_seen_and_another_triton_is_said_to_compare_nothing():
         compared(recorded, {**larger, "triton": "0.0"})
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_found(tmp_path):
     script = tmp_path / "wrong.py"  # Triton reads a kernel's source from its file
     script.write_text(WRONG)

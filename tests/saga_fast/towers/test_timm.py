@@ -14,6 +14,7 @@ from saga_fast.export import export
 from saga_fast.towers import load_tower, timm, tower_from_config, tower_of
 from saga_fast.utils.errors import InputError
 
+from ...sweep import sweep
 from ..small import random_pixels
 
 
@@ -44,6 +45,7 @@ def test_batch_norm_is_frozen_in_training_and_its_weights_learn():
     assert not norm.training and norm.weight.grad is not None and norm.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_an_encoder_goes_round_through_its_folder_and_to_onnx_without_the_package(tmp_path, monkeypatch):
     torch.manual_seed(0)
     encoder = Encoder.from_tower(load_tower("efficientnet-lite0"), "max", 16, 64).eval()
@@ -58,14 +60,17 @@ def test_an_encoder_goes_round_through_its_folder_and_to_onnx_without_the_packag
 
 @pytest.mark.parametrize(
     "name,size,grid,width",
-    [
-        ("test_vit", 96, (6, 6), 64),  # a class token, positions resampled from 160 pixels a side
-        ("test_vit4", 64, (4, 4), 96),
-        ("test_convnext", 64, (2, 2), 64),  # whose head has a norm of its own
-        ("test_mambaout", 64, (2, 2), 256),  # channels last
-        ("resnet10t", 64, (2, 2), 512),
-        ("mobilenetv3_small_050", 64, (2, 2), 1024),  # whose head has a convolution
-    ],
+    sweep(
+        [
+            ("test_vit", 96, (6, 6), 64),  # a class token, positions resampled from 160 pixels a side
+            ("test_vit4", 64, (4, 4), 96),
+            ("test_convnext", 64, (2, 2), 64),  # whose head has a norm of its own
+            ("test_mambaout", 64, (2, 2), 256),  # channels last
+            ("resnet10t", 64, (2, 2), 512),
+            ("mobilenetv3_small_050", 64, (2, 2), 1024),  # whose head has a convolution
+        ],
+        several=True,
+    ),
 )
 def test_timms_models_are_towers(name, size, grid, width):
     torch.manual_seed(0)

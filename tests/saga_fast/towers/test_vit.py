@@ -34,6 +34,7 @@ from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower, tower_of
 from saga_fast.utils.errors import InputError
 
+from ...sweep import sweep
 from ..small import random_pixels
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -73,7 +74,7 @@ def save(kind: str, folder, processor: bool = True) -> PretrainedConfig:
     return config
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", sweep(CONFIGS, fast=3))
 def test_a_tower_is_the_models_patches_and_goes_round(kind, tmp_path):
     save(kind, tmp_path / "model")
     _, before = CONFIGS[kind]
@@ -128,6 +129,7 @@ def test_statistics_that_no_file_says_are_those_of_the_type(tmp_path):
     torch.testing.assert_close(tower.normalize(255 * mean, torch.float32), torch.zeros(3, 1, 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vit_goes_to_onnx(tmp_path):
     save("dinov2", tmp_path / "model")
     assert export(Encoder.from_tower(load_tower(tmp_path / "model"), "mean", 8, 48).eval(), tmp_path / "e.onnx") < 1e-4
