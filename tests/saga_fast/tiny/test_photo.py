@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from saga_fast.config import parse
-from saga_fast.models import Arguments as Check
+from saga_fast.config import CheckArguments, parse
 from saga_fast.models import check
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.prompt_file import load_prompt
@@ -121,7 +120,7 @@ class TestMade:
 
         monkeypatch.setattr(Supervisor, "judge", judge)
         config = parse(["drawn-birds", "--data.image-size", str(photo.SIDE)]).config
-        said = "\n".join(check(str(made), Check(**vars(config))))
+        said = "\n".join(check(str(made), CheckArguments(**vars(config))))
         assert "FastVLM (fast_vlm), which can be used" in said and "49,152 words, in NF4" in said
         assert f"at {photo.SIDE} pixels 25 tokens an image (5 x 5 of 576 numbers)" in said
         prompt = tmp_path / "bird.toml"
