@@ -47,7 +47,10 @@ def test_a_run_leaves_what_it_promises(unbroken):
     for name in ("slots", "token_budget", "recompute", "prefix_recompute"):
         planned[name] = None
         assert getattr(stored.rollout, name) is not None, "what was chosen for want of memory is not kept"
-    assert dataclasses.replace(stored, rollout=dataclasses.replace(stored.rollout, **planned)) == small()
+    assert stored.supervisor.resident == "off", "a CPU keeps no dense layers"
+    supervisor = dataclasses.replace(stored.supervisor, resident="auto")
+    rollout = dataclasses.replace(stored.rollout, **planned)
+    assert dataclasses.replace(stored, supervisor=supervisor, rollout=rollout) == small()
     assert [line["step"] for line in lines(out)] == [0, 1, 2, 3]
     assert any(line["pairs_replayed"] for line in lines(out)), "a run in which no pair contributes tests nothing"
     assert {

@@ -162,7 +162,7 @@ def test_what_is_no_vision_model_is_refused_by_name(tmp_path):
         ("adapted", "holds an adapter that is not merged, .* merge it first .*adapter_config.json is there"),
         ("lora", "holds an adapter that is not merged, .*its weights have .*lora_A"),
         ("cut", "has a malformed preprocessor_config.json .*restore the file"),
-        ("said", "has a malformed preprocessor_config.json .image_std is 'half'; accepted are three finite numbers"),
+        ("said", "has a malformed preprocessor_config.json .image_std is 'half'; accepted are three numbers"),
         ("odd", "(is no model|could not be loaded) .*patch_size"),
         ("text", "is a 'llama', which has no patches; give a folder or hub id of a vision model"),
         ("empty", "is no model"),

@@ -72,7 +72,7 @@ def assert_equals_reference(arguments, splits=None, tile=TILE, rows=slice(None))
         torch.testing.assert_close(block, old, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("pieces", [None, Splits(1, 3, 1, 3), Splits(3, 1, 3, 1), Splits(2, 2, 2, 2)])
+@pytest.mark.parametrize("splits", [None, Splits(1, 3, 1, 3), Splits(3, 1, 3, 1), Splits(2, 2, 2, 2)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_equals_float64_reference_however_it_is_cut(dtype, splits):
     assert_equals_reference(make(dtype), splits)
@@ -163,7 +163,7 @@ def test_scores_far_apart_and_pieces_merged_in_several_rounds(chunk, monkeypatch
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("place", sweep(range(7)))
-@pytest.mark.parametrize("pieces", sweep([Splits(1, 3, 1, 3), Splits(3, 1, 3, 1)]))
+@pytest.mark.parametrize("splits", sweep([Splits(1, 3, 1, 3), Splits(3, 1, 3, 1)]))
 def test_what_is_not_a_number_stays_so(place, splits):
     """Of the queries, new tokens and caches of row 1; or of the prefix of rows 0, 5 and 6."""
     arguments = make()
