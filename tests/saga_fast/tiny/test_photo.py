@@ -130,7 +130,7 @@ class TestMade:
         flags += ["--data.species", "8", "--data.images-per-species", "2", "--data.classes-per-batch", "4"]
         flags += ["--data.images-per-class", "2", "--rollout.pairs", "1", "--rollout.pairs-per-batch", "2"]
         flags += ["--rollout.group-size", "2", "--rollout.max-new-tokens", "32", "--rollout.max-batches", "1"]
-        flags += ["--supervisor.prompt", str(prompt)]
+        flags += ["--supervisor.prompt", str(prompt), "--lambda.no-adaptive"]
         final = train(*parse(flags))
         steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [line["pairs_replayed"] for line in steps] == [1, 1] and final["skipped"] == 0
