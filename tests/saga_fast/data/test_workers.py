@@ -160,7 +160,7 @@ def test_a_run_that_decodes_as_it_goes_resumes_to_the_same_bytes(root, tmp_path,
         data={"root": root, "image_size": 64, "classes_per_batch": 2, "images_per_class": 2, "workers": 2},
         optim={"steps": 5},
         lambda_={"lm": 0.0, "kl": 0.0},
-        log={"checkpoint_every": 2},
+        log={"checkpoint_every": 2, "evaluate_every": None, "patience": None},
     )
     final = trainer.train(config, tmp_path / "unbroken")
     with killed_after(step=2):  # one after the checkpoint

@@ -31,7 +31,15 @@ from .tiny_models import as_leaves, nf4
 
 SIZE, TEMPERATURE, ANCHOR = 32, 0.7, 2
 PROMPT = Prompt("expert", "bird", "same", ("bill",))
-ONE_OF_EACH = ("qwen3-vl", "internvl", "llava-llama", "llava-onevision", "idefics3", "gemma3", "fastvlm")  # file of `families`
+ONE_OF_EACH = (
+    "qwen3-vl",
+    "internvl",
+    "llava-llama",
+    "llava-onevision",
+    "idefics3",
+    "gemma3",
+    "fastvlm-llama",
+)  # file of `families`
 STATISTICS = {  # what each family's released processor subtracts and divides by; LLaVA with a SigLIP says its own
     "qwen3-vl": ([0.5] * 3, [0.5] * 3),
     "internvl": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
