@@ -522,7 +522,8 @@ def test_a_supervisor_that_says_nothing_is_heard_and_teaches_nothing(tmp_path, m
     config = small(lambda_={"adaptive": True}, optim={"steps": 3}, rollout={"max_batches": 1})
     with pytest.warns(UserWarning, match="verdicts depend little on the truth .informedness 0.00"):
         trainer.train(config, tmp_path / "heard")
-    assert [line.get("voice") for line in lines(tmp_path / "heard")] == [0.0] * 3
+    weights = [line.get("voice") for line in lines(tmp_path / "heard")]  # none before enough pairs are known
+    assert set(weights) <= {None, 0.0} and weights[-1] == 0
     assert all(line["pairs_drawn"] for line in lines(tmp_path / "heard"))
     trainer.train(small(lambda_={"lm": 0.0, "kl": 0.0}, optim={"steps": 3}), tmp_path / "alone")
     ours, theirs = (load_file(tmp_path / run / "encoder/model.safetensors") for run in ("heard", "alone"))
