@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -121,18 +121,7 @@ BENCHMARK = Nuisance(
     blur=1.3,
     noise=18,
 )
-HARD = Nuisance(
-    rotation=16,
-    shift=0.06,
-    scale=(0.8, 1.05),
-    head=0.07,
-    light=0.45,
-    tint=0.3,
-    clutter=16,
-    occlusion=3,
-    blur=1.8,
-    noise=28,
-)
+HARD = replace(BENCHMARK, light=0.45, tint=0.3, clutter=16, occlusion=3, blur=1.8, noise=28)
 NUISANCES = {"easy": EASY, "moderate": MODERATE, "benchmark": BENCHMARK, "hard": HARD}
 
 
