@@ -1,10 +1,9 @@
-"""One packed run through the frozen decoder and back, by hand.
+"""Forward and backward of packed tokens through the frozen decoder, without autograd.
 
-No weight of the decoder has a gradient, so its backward is one matmul for each of the forward's, and what must be kept
-for it is little: the inputs of norms, rotation, attention and gate, never of a matmul. By hand, a layer's weights are
-dequantised once a visit, the visit of the backward being one for recomputation and gradient together; keys and values
-that an earlier run computed take part as constants, or give their gradient back to it; the last layer goes no further
-than the rows somebody reads.
+No weight of the decoder has a gradient, so the backward pass is one matmul for each of the forward's, and it needs only
+the inputs of norms, rotation, attention and gate, never of a matmul. Without autograd a layer's weights are dequantised
+once per visit, where a visit of the backward pass covers recomputation and gradient; past keys and values take part as
+constants, or collect a gradient for the pass that computed them; and the last layer computes only its output rows.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
 from saga_kernels import GroupLayout, group_attention, rms_norm, rope
 
 Recompute = Literal["none", "mlp", "full"]
-"""What the backward computes again. full: all of a layer, from its input (4,096 numbers a token in the 8B); mlp: gate
-and up, as q, k, v, o and the residual between are kept too (18,432); none: nothing (43,008)."""
+"""What the backward pass recomputes. full: all of a layer, from its input (4,096 numbers saved per token and layer in
+the 8B); mlp: gate and up; q, k, v, o and the residual stream are saved too (18,432); none: nothing (43,008)."""
 
-MLP_ROWS = 8192  # rows whose gate and up stand at a time where they are not kept
+MLP_ROWS = 8192  # rows whose gate and up are in memory at a time where they are recomputed
 
 # observe(layer, layout, q, keys, lse): as `attention_onto` takes them
 Observe = Callable[[int, GroupLayout, Tensor, Tensor, Tensor], None]
@@ -34,7 +33,7 @@ ops = torch.ops.saga_kernels
 
 
 class WeightBuffers:
-    """Buffers for one layer's dequantised weights, shared by all layers and runs of a replay."""
+    """Buffers for one layer's dequantised weights, shared by all layers and passes of a replay."""
 
     def __init__(self, decoder: FrozenDecoder) -> None:
         self._like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
@@ -163,7 +162,8 @@ class FrozenPass:
         return rms_norm(h, decoder.norm, decoder.eps)
 
     def backward(self, d: Tensor, input_rows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """From the gradient of what `forward` gave to that of h's rows `input_rows`, and of each level of deepstack."""
+        """Gradients of h's rows `input_rows`, and of each DeepStack level, from d, the gradient of `forward`'s
+        result."""
         decoder = self.decoder
         d = ops.rms_norm_backward(d, None, self._last, decoder.norm, decoder.eps)
         levels: list[Tensor] = []
@@ -212,7 +212,7 @@ class FrozenPass:
     def _rotate(
         self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, output_rows: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q normed and rotated; keys and values of all tokens of the layout, the earlier ones among them."""
+        """Normed and rotated q; keys and values of all tokens of the layout, past ones included."""
         decoder, (cos, sin) = self.decoder, self.rotations[i]
         q = rope(q, *self._angles(i, output_rows), layer.q_norm, decoder.eps)
         k, v = kv.chunk(2, -2)
@@ -234,7 +234,7 @@ class FrozenPass:
         output_rows: Tensor | None,
         input_rows: Tensor | None,
     ) -> Tensor:
-        """The gradient of a layer's input, of all rows or of those that are wanted."""
+        """The gradient of a layer's input: of all rows, or of `input_rows`."""
         decoder, weights, (cos, sin) = self.decoder, self.weight_buffers.weights(layer), self.rotations[i]
         if (half := saved.half) is None:
             half, (q, keys, values) = self._attend(i, layer, weights, saved.h, output_rows, None)
@@ -279,7 +279,7 @@ class FrozenPass:
         d_q = self._unrotate(d_q, half.q, layer.q_norm, *self._angles(i, output_rows)).flatten(1)
         d_k = self._unrotate(d_k, half.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
         d_v = d_v.flatten(1)
-        if output_rows is not None:  # zeros for the others: of their attention and MLP nothing was computed
+        if output_rows is not None:  # other rows get zeros: the last layer computes nothing for them
             d_q, d_residual = (
                 x.new_zeros(len(saved.h), x.shape[1]).index_copy_(0, output_rows, x) for x in (d_q, d_residual)
             )
@@ -300,6 +300,6 @@ class FrozenPass:
 
 
 def _chunks(rows: int, recompute: Recompute) -> list[slice]:
-    """Runs of rows that go through the MLP together: all where gate and up are kept anyway."""
+    """Chunks of rows that go through the MLP together: one chunk where gate and up are saved anyway."""
     size = rows if recompute == "none" else MLP_ROWS
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
