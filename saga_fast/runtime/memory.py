@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.supervisor import graphs
-from saga_fast.supervisor.bidirectional_images import add_bidirectional
+from saga_fast.supervisor.bidirectional_images import Attention, add_bidirectional
 from saga_fast.supervisor.decoder import FUSED_ROWS, DecoderLayer, FrozenDecoder, Projection
 from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, PrefixCache
@@ -543,7 +543,7 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             o, lse = group_attention(q, k, v, layout)
             if images is not None:
-                add_bidirectional(q, k, v, o, lse, images)
+                add_bidirectional(Attention(q, k, v, o, lse), images)
             return o
 
         decoder.forward(h, positions, attend)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.bidirectional_images import add_bidirectional
+from saga_fast.supervisor.bidirectional_images import Attention, add_bidirectional
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.graphs import Graphs
 from saga_fast.supervisor.pair import PrefixCache
@@ -176,7 +176,7 @@ class RolloutEngine:
                 return group_attention(q, k, v, last)[0]
             o, lse = group_attention(q, k, v, layout)
             if images is not None:
-                add_bidirectional(q, k, v, o, lse, images)
+                add_bidirectional(Attention(q, k, v, o, lse), images)
             return o
 
         deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
