@@ -230,14 +230,14 @@ def search(
     index: str | Path,
     queries: Sequence[Picture],
     k: int = 10,
-    encoder: str | Path | None = None,
     *,
     explain: bool = False,
     weights: Mapping[str, float] | None = None,
     only: str | None = None,
 ) -> list[list[Hit]]:
-    """One search; `Searcher` loads index and encoder once for several."""
-    return Searcher(index, encoder).search(queries, k, explain=explain, weights=weights, only=only)
+    """One search with the encoder where it was when the index was made. `Searcher` takes another place, and loads both
+    once for several searches."""
+    return Searcher(index).search(queries, k, explain=explain, weights=weights, only=only)
 
 
 def page(queries: Sequence[str], results: Sequence[Sequence[Hit]], overlays: Sequence[AttentionOverlay] = ()) -> str:

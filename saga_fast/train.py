@@ -50,7 +50,7 @@ from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
 from saga_fast.runtime import distributed
 from saga_fast.runtime.health import embedding_spread
-from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, free_bytes
+from saga_fast.runtime.memory import GIB, FixedPlan, Predictor, Step, SupervisorParts, free_bytes
 from saga_fast.runtime.oom import GradientCachedForward, OomBackoff, gradients_all_or_none
 from saga_fast.runtime.run import SELECTION_METRIC, Run, State, run_lock
 from saga_fast.runtime.signals import Stopped
@@ -612,11 +612,7 @@ def plan_memory(
     if supervisor is None:
         footprint = predictor.fit(free)
     else:
-        chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-        resident = {"auto": None, "on": True, "off": False}[config.supervisor.resident]
-        supervisor.plan, supervisor.slots, footprint = predictor.choose(
-            free, *chosen, may_replan=resume, resident=resident
-        )
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, FixedPlan.of(config), may_replan=resume)
         plan = dataclasses.asdict(supervisor.plan)
         settings = dataclasses.replace(config.supervisor, resident="on" if plan.pop("resident") else "off")
         rollout = dataclasses.replace(rollout, slots=supervisor.slots, **plan)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saga_fast.config import Config
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.supervisor import graphs
@@ -152,6 +153,25 @@ class Step:
         if self.supervisor is None:
             raise ValueError("a step without a supervisor has neither rollouts nor a replay")
         return self.supervisor
+
+
+class FixedPlan(NamedTuple):
+    """The values of a memory plan that the user sets; None for those to choose. slots: of the rollout engine; the
+    others are those of `Plan`."""
+
+    token_budget: int | None = None
+    recompute: Recompute | None = None
+    prefix_recompute: Recompute | None = None
+    slots: int | None = None
+    resident: bool | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> FixedPlan:
+        rollout, resident = config.rollout, {"auto": None, "on": True, "off": False}[config.supervisor.resident]
+        return cls(rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots, resident)
+
+
+NOTHING_FIXED = FixedPlan()
 
 
 class Footprint(NamedTuple):
@@ -292,29 +312,26 @@ class Predictor:
         decoded = products + self.resident[LANGUAGE_MODEL[1]] / BANDWIDTH
         return replayed + -(-2 * step.pairs // slots) * length * decoded
 
-    def plans(
-        self,
-        token_budget: int | None = None,
-        recompute: Recompute | None = None,
-        prefix_recompute: Recompute | None = None,
-        resident: bool | None = None,
-    ) -> list[Plan]:
-        """Replay plans, the fastest first; what the user fixed stays. Layers are resident where that is asked for, and,
-        if nothing is said, perhaps on a GPU: for CPUs it was not measured."""
+    def plans(self, fixed: FixedPlan = NOTHING_FIXED) -> list[Plan]:
+        """Replay plans with the `fixed` values, the fastest first. Where `resident` is not fixed, layers may be
+        resident on a GPU, but not on a CPU, where that is not measured."""
         step, policies = self.step, get_args(Recompute)
-        residences = (False, self.on_gpu) if resident is None else (resident,)
+        residences = (False, self.on_gpu) if fixed.resident is None else (fixed.resident,)
         length = step.sampling.max_new_tokens
         size = len(step.prefix) - step.prefix.static_length + step.sampling.group_size * length
         whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
         slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
         found = {
             Plan(
-                budget, policy, policy if budget >= size and not prefix_recompute else before, dense and self.dense > 0
+                budget,
+                policy,
+                policy if budget >= size and not fixed.prefix_recompute else prefix_policy,
+                resident and self.dense > 0,
             )
-            for budget in ([token_budget] if token_budget else whole | slices)
-            for policy in ([recompute] if recompute else policies)
-            for before in ([prefix_recompute] if prefix_recompute else policies)
-            for dense in residences
+            for budget in ([fixed.token_budget] if fixed.token_budget else whole | slices)
+            for policy in ([fixed.recompute] if fixed.recompute else policies)
+            for prefix_policy in ([fixed.prefix_recompute] if fixed.prefix_recompute else policies)
+            for resident in residences
         }
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), plan.resident, -plan.token_budget, str(plan)))
 
@@ -326,14 +343,7 @@ class Predictor:
         return footprint
 
     def choose(
-        self,
-        free: int,
-        token_budget: int | None = None,
-        recompute: Recompute | None = None,
-        prefix_recompute: Recompute | None = None,
-        slots: int | None = None,
-        may_replan: bool = False,
-        resident: bool | None = None,
+        self, free: int, fixed: FixedPlan = NOTHING_FIXED, may_replan: bool = False
     ) -> tuple[Plan, int, Footprint]:
         """The fastest plan and number of slots, up to twice K, that fit into `free` bytes.
 
@@ -341,17 +351,17 @@ class Predictor:
         Raises InputError, with the numbers, where no plan fits.
         """
         step, room = self.step, int(free * (1 - MARGIN))
-        counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
-        every = itertools.product(self.plans(token_budget, recompute, prefix_recompute, resident), counts)
+        counts = sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
+        every = itertools.product(self.plans(fixed), [fixed.slots] if fixed.slots else counts)
         candidates = sorted(every, key=lambda candidate: self.seconds(*candidate))
         for plan, count in candidates:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
                 return plan, count, footprint
-        if may_replan and (token_budget or recompute or prefix_recompute or slots or resident):
+        if may_replan and any(fixed):
             return self.choose(free)
         least = min((self.footprint(*candidate) for candidate in candidates), key=lambda footprint: footprint.peak)
-        raise self._refusal(least, free, bool(resident))
+        raise self._refusal(least, free, bool(fixed.resident))
 
     def _refusal(self, least: Footprint, free: int, resident: bool = False) -> InputError:
         step = self.step

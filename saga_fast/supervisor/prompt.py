@@ -182,22 +182,30 @@ class Prefix(NamedTuple):
     thinks: bool = False
 
 
+class ImageMarkup(NamedTuple):
+    """An image in the prompt. pad: the token that is repeated, once per visual token. text: the template's text for an
+    image, and the processor's replacement of it. newline: one more pad after each image, outside its span."""
+
+    pad: str = IMAGE_PAD
+    text: ImageText = PLAIN
+    newline: bool = False
+
+
+DEFAULT_MARKUP = ImageMarkup()
+
+
 def build_prefix(
     tokenizer: PreTrainedTokenizerBase,
     instruction: str,
     tokens_per_image: int,
     order: Order = "images_first",
-    image_token: str = IMAGE_PAD,
-    image_text: ImageText = PLAIN,
-    newline: bool = False,
+    image: ImageMarkup = DEFAULT_MARKUP,
 ) -> Prefix:
     """Chat-templated token ids of one pair, with `tokens_per_image` pads for each image.
 
-    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad. image_text: the
-    template's text for an image, and the processor's replacement of it. newline: one more pad after each image, outside
-    its span. Raises InputError for an unknown order, a tokenizer without a chat template, a template
-    that fails or does not write one image per image, and an instruction that holds one of the tokenizer's special
-    tokens. A template with a switch for reasoning has it off.
+    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. A template with a switch for reasoning has it
+    off. Raises InputError for an unknown order, a tokenizer without a chat template, a template that fails or does not
+    write one image per image, and an instruction that holds one of the tokenizer's special tokens.
     """
     images, text = [{"type": "image"}] * 2, [{"type": "text", "text": instruction}]
     contents = {"images_first": images + text, "instruction_first": text + images}
@@ -210,12 +218,12 @@ def build_prefix(
         if token.special and token.content in instruction:
             raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
 
-    placeholder = image_text.placeholder or image_token
+    placeholder = image.text.placeholder or image.pad
     try:
         rendered = _render(tokenizer, [{"role": "user", "content": contents[order]}])
         # Like the models' processors: render the text, then tokenise it; the tokenizer adds the BOS token where the
         # template does not.
-        rendered = rendered.replace(placeholder, f"{image_text.before}{image_token}{image_text.after}")
+        rendered = rendered.replace(placeholder, f"{image.text.before}{image.pad}{image.text.after}")
         has_bos = tokenizer.bos_token is not None and rendered.startswith(tokenizer.bos_token)
         ids = tokenizer.encode(rendered, add_special_tokens=not has_bos)
     except Exception as error:  # of any kind: a template is a program in the model's files
@@ -223,7 +231,7 @@ def build_prefix(
             f"{name}: chat template cannot write two images and a question ({type(error).__name__}: "
             f"{first_line(error)}); use the vision-language model's own template, chat_template.jinja"
         ) from error
-    pad = tokenizer.convert_tokens_to_ids(image_token)
+    pad = tokenizer.convert_tokens_to_ids(image.pad)
     pads = [position for position, token in enumerate(ids) if token == pad]
     if len(pads) != 2:
         raise InputError(
@@ -231,22 +239,22 @@ def build_prefix(
             "use the vision-language model's own template"
         )
     first, second = pads
-    image = [pad] * (tokens_per_image + newline)
-    input_ids = [*ids[:first], *image, *ids[first + 1 : second], *image, *ids[second + 1 :]]
-    second += len(image) - 1
+    run = [pad] * (tokens_per_image + image.newline)
+    input_ids = [*ids[:first], *run, *ids[first + 1 : second], *run, *ids[second + 1 :]]
+    second += len(run) - 1
     spans = (first, first + tokens_per_image), (second, second + tokens_per_image)
     return Prefix(input_ids, spans, rendered.rfind(THINK) > rendered.rfind(THOUGHT))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], to_come: bool = True) -> str:
-    """to_come: whether the template writes the head of the turn that is to come."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, add_generation_prompt=to_come)
-    return str(text)
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], next_turn: bool = True) -> str:
+    """next_turn: whether the template writes the start of the assistant's next turn."""
+    settings: dict[str, Any] = {"tokenize": False, "enable_thinking": False, "add_generation_prompt": next_turn}
+    return str(tokenizer.apply_chat_template(messages, **settings))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after what the model said; None where it writes none, or cannot
-    be asked: what `build_prefix` needs of it, that says."""
+    """The special token that the chat template writes after the model's turn; None where it writes none, or fails:
+    `build_prefix` reports the failures that matter."""
     reply = "Yes"
     for content in ([{"type": "text", "text": reply}], reply):
         turns: list[dict[str, Any]] = [
@@ -254,7 +262,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
             {"role": "assistant", "content": content},
         ]
         try:
-            _, found, after = _render(tokenizer, turns, to_come=False).rpartition(reply)
+            _, found, after = _render(tokenizer, turns, next_turn=False).rpartition(reply)
             ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
         except Exception:  # of any kind, as in `build_prefix`
             continue
