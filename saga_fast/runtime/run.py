@@ -116,6 +116,7 @@ class Run:
             "run": self.id,
             "config": self.config.to_dict(),
             "prompt": prompt and dataclasses.asdict(prompt),
+            "tower": self.state.encoder.vision_config,
             "supervisor_sha256": supervisor,
             "versions": versions,
             "commit": git_commit(),

@@ -74,6 +74,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     Weights are safetensors, and code that comes with a model is never run. Raises InputError for what is no such model.
     """
     release = Release(name, "encoder.tower")
+    release.expect_files()
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "auto_map", None):

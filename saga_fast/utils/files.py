@@ -41,6 +41,14 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
+LFS = b"version https://git-lfs."  # how a pointer begins that Git LFS leaves where it has not fetched a file
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(LFS)) == LFS
+
+
 LITTER = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # Windows
     *("__macosx", "icon\r"),  # macOS, which hides the rest
