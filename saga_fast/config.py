@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import read_regular
+from saga_fast.utils.files import expect_replaceable, read_regular
 from saga_fast.utils.flags import COUNT, SEED, WEIGHT, WORKERS, Range, check_ranges, fields_of, from_dict, parse_flags
 
 RESUMABLE = "a resumed run may be given this anew: no result depends on it"
@@ -376,11 +376,12 @@ def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation
 def expect_new(out: Path) -> None:
     """Raises InputError where `out` is anything but a place for a new run: no folder yet, or an empty one."""
     try:
-        free = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     except OSError as error:
         raise InputError(f"--out: {out} cannot be used ({error.strerror}); name another folder") from None
     if not free:
         raise InputError(f"--out: {out} exists; go on with --resume, or name a new folder")
+    expect_replaceable(out, "--out")
 
 
 def record_of(out: Path) -> dict[str, Any]:

@@ -157,7 +157,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         return take_steps(t, run, *images)
 
 
-def take_steps(t: Training, run: Run, validation_images: PixelLoader | None, test_images: PixelLoader) -> dict[str, Any]:
+def take_steps(
+    t: Training, run: Run, validation_images: PixelLoader | None, test_images: PixelLoader
+) -> dict[str, Any]:
     """From the run's step to its end; returns what final.json holds. Raises InputError, Diverged."""
     config = t.config
     sampled = sampled_steps(run.total, config.log.samples_every)
@@ -504,8 +506,8 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     sampler = ClassBalancedSampler(train_images.labels.tolist(), *batch, config.seed, contents)
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
-    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A resumed
-    # run has its encoder from its own folder, so a tower that is gone meanwhile is not missed.
+    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A
+    # resumed run has its encoder from its own folder, so a tower that is gone meanwhile is not missed.
     asked = prompt if config.uses_supervisor else None
     kept = stored_encoder(config, out, prompt) if resume else None
     mllm = None
@@ -570,8 +572,8 @@ def encoder_shape(config: Config, prompt: Prompt | None) -> tuple[str, int, int,
 
 
 def stored_encoder(config: Config, out: Path, prompt: Prompt | None) -> Encoder | None:
-    """An encoder as that of the run in `out`, whose checkpoint has the weights; None where an earlier version, which did
-    not keep its tower's configuration, began the run. Raises InputError for one that is malformed."""
+    """An encoder as that of the run in `out`, whose checkpoint has the weights; None where an earlier version began the
+    run, which did not keep its tower's configuration. Raises InputError for one that is malformed."""
     if (tower := record_of(out).get("tower")) is None:
         return None
     try:

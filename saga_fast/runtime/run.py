@@ -131,7 +131,7 @@ class Run:
             (staging / "gallery").mkdir()
             np.save(staging / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
             self._checkpoint(staging)
-            staging.rename(self.out)
+            os.rename(staging, os.path.realpath(self.out))
             self.tracker = Tracker(self.out, external)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)

@@ -136,6 +136,22 @@ def test_an_empty_word_is_no_preset_and_no_model(tmp_path):
         parse_check(["check", ""])
 
 
+def test_a_new_run_may_be_put_into_an_empty_folder_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("none", "empty", "link"):
+        assert parse(["--out", str(tmp_path / name)]).out == tmp_path / name
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    for name in ("file", "full"):
+        with pytest.raises(InputError, match=f"^--out: .*{name} exists; go on with --resume, or name a new folder"):
+            parse(["--out", str(tmp_path / name)])
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(InputError, match="^--out: '.' is the working directory"):
+        parse(["--out", "."])
+
+
 def test_each_number_of_several_has_the_range(tmp_path):
     with pytest.raises(InputError, match="cards: -1.0; give more than 0"):
         parse_check(["check", "tiny", "--cards", "24", "-1"])

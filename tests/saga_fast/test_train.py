@@ -192,7 +192,6 @@ def test_what_a_command_line_refuses_a_call_refuses_before_any_work(unbroken, tm
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-
 @pytest.fixture(scope="module")
 def phase_c():
     """An encoder, its supervisor and two buffered pairs with made-up verdicts on real completions."""

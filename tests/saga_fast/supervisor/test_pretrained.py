@@ -341,8 +341,8 @@ def test_a_malformed_file_is_named(file, copy):
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "chat_template.jinja", "tokenizer.json", "config.json"])
 def test_what_a_copy_left_behind_is_not_taken_for_missing(file, copy, tmp_path):
-    """A hub's cache is links to blobs elsewhere; a clone without Git LFS has pointers. Without its preprocessor_config.json
-    a model would see other pixels."""
+    """A hub's cache is links to blobs elsewhere; a clone without Git LFS has pointers. Without the file
+    preprocessor_config.json a model would see other pixels."""
     folder = copy("qwen3-vl")
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
