@@ -42,7 +42,7 @@ from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.index import File
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, warn_rank_zero
-from saga_fast.utils.files import hidden, is_litter, locked
+from saga_fast.utils.files import expect_replaceable, hidden, is_litter, locked
 from saga_fast.utils.flags import WORKERS, parse_flags
 from saga_fast.utils.images import SUFFIXES, is_image, kind_of, passed_over
 
@@ -187,6 +187,12 @@ class Plan:
     @staticmethod
     def of(images: Sequence[str | Path], index: Path, chunks: Chunks, encoder_sha256: str) -> Plan:
         known = indices.read_info(index)
+        expect_replaceable(index, "--index")
+        if known and (others := indices.others_in(index)):
+            raise InputError(
+                f"--index: {str(index)!r} also holds {', '.join(map(repr, others[:3]))}, which would be lost as the "
+                "index is made anew; move what is not of the index elsewhere"
+            )
         if known is not None and known.encoder_sha256 != encoder_sha256:
             raise InputError(
                 f"--index: {str(index)!r} was made by another encoder ({known.encoder}, SHA-256 "

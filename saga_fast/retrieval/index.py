@@ -24,7 +24,7 @@ import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import hidden, recover, replace, sha256
+from saga_fast.utils.files import hidden, is_litter, recover, replace, sha256
 
 FORMAT = 1
 INFO_FILE, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
@@ -90,6 +90,12 @@ def read_info(folder: Path) -> IndexInfo | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{str(path)!r}: damaged, or no index's; delete the folder and embed again") from error
     return info
+
+
+def others_in(folder: Path) -> list[str]:
+    """Names in an index's folder that are not its own, sorted."""
+    own = {INFO_FILE, FAISS, VECTORS, FILES}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own and not is_litter(path.name))
 
 
 def read_files(folder: Path, info: IndexInfo) -> list[File]:

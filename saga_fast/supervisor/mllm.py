@@ -77,6 +77,7 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
     """All of a model but its weights, which on the meta device are dense, in `dtype`. Raises InputError for one that is
     missing, gated, not whole, or of a kind that this engine cannot run, and for a file of it that is malformed."""
     release = Release(name, FLAG)
+    release.expect_files()
     config = _configuration(release)
     release.expect_no_adapter()
     built = "has a config.json of which no model can be built ({})"

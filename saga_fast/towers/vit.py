@@ -74,6 +74,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     Weights must be safetensors, and a model's own code is never run. Raises InputError for anything else.
     """
     release = Release(name, "encoder.tower")
+    release.expect_files()
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "auto_map", None):

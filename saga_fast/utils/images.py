@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import LFS
 
 # By Pillow's names, with the suffixes their files go by. Left out are formats without a mark at their head (TGA, ICO),
 # which would take anything for a picture, and those that are drawn rather than decoded (EPS, PDF, WMF).
@@ -274,6 +275,8 @@ def _formats() -> tuple[str, ...]:
 def _without_plugin(head: bytes) -> str:
     """Why Pillow cannot identify a file with this header: the plug-in of its format is missing, or the format
     unknown."""
+    if head.startswith(LFS):
+        return "a pointer that Git LFS left for it; fetch it with git lfs pull"
     mark = head[8:12] if head[4:8] == b"ftyp" else head[4:8]
     if head.startswith(b"\xff\x0a"):  # JPEG XL without a box around it
         mark = b"JXL "

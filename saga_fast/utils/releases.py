@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from transformers.utils import (
 from transformers.utils import logging as transformers_logging
 
 from saga_fast.utils.errors import InputError, first_line
-from saga_fast.utils.files import read_regular
+from saga_fast.utils.files import is_lfs_pointer, read_regular
 
 MAX_BYTES = 2**26
 MOST = 1e6  # pixel statistics beyond it, or below its inverse, are no such
@@ -47,6 +48,7 @@ MERGE = (
     "an adapter that is not merged, without which the model would be its base: merge it first "
     "(peft's merge_and_unload, then save_pretrained of model and tokenizer), and name that folder"
 )
+FILES = (".json", ".jinja", ".safetensors", ".model", ".txt")  # suffixes of what is read of a release
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+|vera_lambda_\w+|hada_w\w+)(\.|$)")
 
 
@@ -93,6 +95,22 @@ class Release(NamedTuple):
         if not isinstance(values, dict):
             raise self.malformed(file, f"it holds a {type(values).__name__}, not an object")
         return values
+
+    def expect_files(self) -> None:
+        """Raises InputError for a folder with links that lead nowhere, as a hub's cache copied without what it links
+        to, or with Git LFS's pointers in place of files: what is not there would be taken for missing."""
+        for path in sorted(Path(self.name).iterdir()) if os.path.isdir(self.name) else ():
+            if path.suffix not in FILES:
+                continue
+            if not path.is_file():
+                mend = "copy the folder with what its links lead to (cp -rL)" if path.is_symlink() else "restore it"
+                raise self.refused(f"has a {path.name} that is no file; {mend}")
+            try:
+                pointer = is_lfs_pointer(path)
+            except OSError as error:
+                raise self.refused(f"has a {path.name} that cannot be read ({error.strerror}); mend it") from error
+            if pointer:
+                raise self.refused(f"has of its {path.name} the pointer of Git LFS alone; fetch it with git lfs pull")
 
     def expect_no_adapter(self, weights: Iterable[str] = ()) -> None:
         """transformers takes an adapter for what it is only where peft is installed, and else runs its base alone.

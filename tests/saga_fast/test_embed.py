@@ -96,6 +96,26 @@ def test_workers_decode_to_the_same_index(encoder, pictures, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_an_index_is_made_anew_where_nothing_else_is_lost(encoder, pictures, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (link := tmp_path / "index").symlink_to(tmp_path / "disk" / "birds")
+    for count in (9, 12):
+        embed(encoder, pictures[:count], link)
+        assert link.is_symlink() and len(content(link)) == count
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["birds"]
+    (link / ".DS_Store").touch()
+    embed(encoder, pictures[:9], link)
+    (link / "notes.txt").write_text("mine")
+    with pytest.raises(
+        InputError, match="^--index: .* also holds 'notes.txt', which would be lost as the index is mad"
+    ):
+        embed(encoder, [tmp_path / "pictures"], link)
+    assert (link / "notes.txt").read_text() == "mine" and not list(tmp_path.rglob(".*"))
+    monkeypatch.chdir(link)
+    with pytest.raises(InputError, match="is the working directory, which stays as it is; name a folder in it"):
+        embed(encoder, [tmp_path / "pictures"], ".")
+
+
 def test_only_what_is_new_or_changed_is_embedded(encoder, pictures, tmp_path, counted):
     index, folder = tmp_path / "index", tmp_path / "pictures"
     embed(encoder, [folder], index)

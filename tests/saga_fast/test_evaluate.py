@@ -90,7 +90,7 @@ def test_names_that_are_no_text_are_printed_as_escapes(root, capsys):
     printed = capsys.readouterr().out
     assert printed.replace("\n", "").isprintable() and r"owl\x1b[2J\udce9 " in printed
     assert odd in {row["class"] for row in json.loads((root / "metrics.json").read_text())["classes"]}
-    with pytest.raises(InputError, match="--json: '.*root' cannot be written .Is a directory.; name another"):
+    with pytest.raises(InputError, match="--json: '.*root' is a folder; name a file"):
         main([*flags, "--data.workers", "0", "--json", str(root / "root")])
 
 

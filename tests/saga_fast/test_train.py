@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,21 @@ def test_a_folder_is_one_trainings_at_a_time(tmp_path, monkeypatch, capsys):
     with locked(out, "--out"), pytest.raises(SystemExit) as stop:
         trainer.main()
     assert stop.value.code == 2 and "run' is in use by another call in this process" in capsys.readouterr().err
-    assert not out.exists()
+    with locked(out, "--out"), pytest.raises(InputError, match="run' is in use by another call in this process"):
+        trainer.train(small(), out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_command_line_refuses_a_call_refuses_before_any_work(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "set_up", None)
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="exists; go on with --resume"):
+        trainer.train(small(), tmp_path)
+    with pytest.raises(InputError, match="holds no run"):
+        trainer.train(small(), tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"--optim.clip: 2.0, and .* began with 1.0; a resumed run keeps that"):
+        trainer.train(small(optim={"clip": 2.0}), unbroken[0], resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +439,16 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
     assert "A. embed" in capsys.readouterr().out and final["supervisor_sha256"] is None
     card = (tmp_path / "run/encoder/README.md").read_text()
     assert "dino" not in card, "where things lay on this machine is nobody's business"
+    finished = {path.name: path.read_bytes() for path in (tmp_path / "run/encoder").iterdir()}
+    broken = broken_off(tmp_path / "run", tmp_path / "broken", 0)
+    shutil.rmtree(tmp_path / "dino")  # moved away, or dropped from a cache: the run has what it needs of it
+    assert trainer.train(*parse(["--out", str(broken), "--resume"])) == final
+    assert {path.name: path.read_bytes() for path in (broken / "encoder").iterdir()} == finished
+    described = json.loads((broken / "config.json").read_text())
+    for tower in (3, {}, {"model_type": "dinov2", "hidden_size": "wide"}):
+        (broken / "config.json").write_text(json.dumps(described | {"tower": tower}))
+        with pytest.raises(InputError, match=r"config.json': tower: describes none \(.*\); restore the file"):
+            trainer.train(*parse(["--out", str(broken), "--resume"]))
     (photo := sorted(Path(photos[2]).rglob("*.png"))[0]).rename(photo.with_stem("another"))
     with pytest.raises(InputError, match="--data.root: the run was saved with another training set"):
         trainer.train(*parse(["--out", str(tmp_path / "run"), "--resume"]))
