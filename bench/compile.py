@@ -28,12 +28,13 @@ from typing import Any
 ARCHITECTURES = (80, 86, 90, 100, 120)
 RESERVED = 1024  # bytes of shared memory that the system keeps for itself; the tools count them from sm_90 on
 KERNELS = Path(__file__).parents[1] / "kernels/gpu"
+SHARED = {"shipped", "softmax"}  # modules there that are no op
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 
 
 def ops() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules([str(KERNELS)]) if module.name != "shipped")
+    return sorted({module.name for module in pkgutil.iter_modules([str(KERNELS)])} - SHARED)
 
 
 def compile_op(task: tuple[str, int]) -> list[dict[str, Any]]:

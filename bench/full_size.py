@@ -98,7 +98,8 @@ class Rig:
         asked = record.question(shape, tokens)
         longest = max(max(map(max, shape.lengths(shape.long, DRAWN * shape.pairs))), 2 * shape.short)
         sampling = Sampling(shape.group, max_new_tokens=longest)
-        self.supervisor = Supervisor(self.mllm, asked, "images_first", shape.grid, sampling, plan=PLAN)
+        self.supervisor = Supervisor(self.mllm, asked, "images_first", shape.grid, sampling)
+        self.supervisor.plan = PLAN
         record.give_rewards(self.supervisor)
         self.prefix = build_prefix(tokens, asked.instruction(), shape.grid[0] * shape.grid[1])
 

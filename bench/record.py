@@ -181,8 +181,8 @@ def question(shape: Shape, tokenizer):
     return asked
 
 
-def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "images_first", **settings):
-    """(encoder, supervisor) of the dense model in `folder`, as a run makes them. settings: of `Supervisor`."""
+def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "images_first"):
+    """(encoder, supervisor) of the dense model in `folder`, as a run makes them."""
     from saga_fast.encoder import Encoder
     from saga_fast.supervisor.mllm import load_mllm
     from saga_fast.supervisor.rollout import Sampling
@@ -191,7 +191,7 @@ def supervisor(shape: Shape, folder: Path, max_new_tokens: int, order: str = "im
     mllm = load_mllm(folder, quantize=False)
     encoder = Encoder.from_tower(mllm.visual, "attention", 64, shape.image_size)
     sampling = Sampling(shape.group, max_new_tokens=max_new_tokens)
-    return encoder, Supervisor(mllm, question(shape, mllm.tokenizer), order, shape.grid, sampling, **settings)
+    return encoder, Supervisor(mllm, question(shape, mllm.tokenizer), order, shape.grid, sampling)
 
 
 def give_rewards(supervisor: Any) -> None:

@@ -74,7 +74,8 @@ class Work:
 def ours(shape: str, folder: str, order: str, length: str, name: str, out: str) -> Callable[[], None]:
     from saga_fast.supervisor.replay import Group, Plan
 
-    _, supervisor = record.supervisor(record.SHAPES[shape], Path(folder), 8, order, plan=Plan(*OURS[name]))
+    _, supervisor = record.supervisor(record.SHAPES[shape], Path(folder), 8, order)
+    supervisor.plan = Plan(*OURS[name])
     work = Work(record.SHAPES[shape], length)
     group = Group(work.completions, work.coefficients, work.attribute_token_positions)
 

@@ -63,7 +63,8 @@ def ours(folder: str, shape_name: str, mean: int) -> Callable[[], dict[str, floa
     """The work of our rollouts."""
     shape = SHAPES[shape_name]
     lengths = shape.lengths(mean)
-    encoder, judge = supervisor(shape, Path(folder), max(map(max, lengths)), slots=shape.pairs)
+    encoder, judge = supervisor(shape, Path(folder), max(map(max, lengths)))
+    judge.slots = shape.pairs
     with torch.no_grad():
         features = encoder.tower(shape.pixels())
 
@@ -183,7 +184,8 @@ def ops(rows: int, width: int, repeats: int) -> Callable[[], dict[str, float]]:
 def share(folder: str, settings: dict[str, Any], syncs: int) -> Callable[[], dict[str, float]]:
     """Seconds of a decode step of all rows, and of the sampling in it."""
     shape = Shape(**settings)
-    encoder, judge = supervisor(shape, model(shape, Path(folder)), 1024, slots=shape.pairs)
+    encoder, judge = supervisor(shape, model(shape, Path(folder)), 1024)
+    judge.slots = shape.pairs
     spent = 0.0
     sample = judge.engine._sample
 

@@ -58,7 +58,8 @@ def step(folder: str, shape_name: str, mean: int) -> Callable[[], dict[str, floa
     shape = SHAPES[shape_name]
     lengths, pixels = shape.lengths(mean), shape.pixels()
     plan = Plan(max(shape.prefix + sum(group) for group in lengths))  # a group at a time, as TRL's micro-batches
-    encoder, judge = supervisor(shape, Path(folder), max(map(max, lengths)), plan=plan)
+    encoder, judge = supervisor(shape, Path(folder), max(map(max, lengths)))
+    judge.plan = plan
     optimizer = torch.optim.AdamW(encoder.tower.parameters(), lr=2e-5)
 
     def work() -> dict[str, float]:

@@ -92,7 +92,8 @@ def embed(
             failed = sorted(fault for share in faults for fault in share)
             _collect(chunks)
             name = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
-            done = _on_rank_zero(lambda: plan.finish(index, chunks, (name, model.sha256), model, faiss, failed))
+            made_by = indices.IndexEncoder(name, model.sha256, model.embedding_dim, model.block_sizes or None)
+            done = _on_rank_zero(lambda: plan.finish(index, chunks, made_by, faiss, failed))
             shutil.rmtree(chunks.folder, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError):  # gone, or not empty: kept for the next call
@@ -229,8 +230,7 @@ class Plan:
         self,
         index: Path,
         chunks: Chunks,
-        encoder: tuple[str, str],
-        model: Encoder,
+        encoder: indices.IndexEncoder,
         factory: str | None,
         unreadable: list[str],
     ) -> Embedded:
@@ -245,8 +245,8 @@ class Plan:
         new = sum(file in fresh for file in files)
         counts = (new, len(files) - new, self.gone, unreadable)
         factory = factory or (known.asked if known else None)
-        kind, blocks = factory or indices.choose(len(files)), model.block_sizes or None
-        same = known and (kind, factory, blocks) == (known.kind, known.asked, known.blocks)
+        kind = factory or indices.choose(len(files))
+        same = known and (kind, factory, encoder.blocks) == (known.kind, known.asked, known.blocks)
         if known and same and not new and len(files) == len(indexed):
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
 
@@ -263,7 +263,7 @@ class Plan:
                 yield from _moved(chunks.vectors(name), pairs)
 
         with _writing(index):
-            line = indices.write(index, encoder, files, model.embedding_dim, parts(), factory, blocks)
+            line = indices.write(index, encoder, files, parts(), factory)
         return Embedded(*counts, line)
 
 

@@ -25,7 +25,7 @@ import torch
 from accelerate import init_empty_weights
 
 from saga_fast.encoder import Encoder
-from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, on_meta, quantize_head
+from saga_fast.runtime.memory import GIB, FixedPlan, Predictor, Step, SupervisorParts, on_meta, quantize_head
 from saga_fast.supervisor.families import KINDS
 from saga_fast.supervisor.lengths import measure
 from saga_fast.supervisor.mllm import Mllm, Pretrained, expect_head_in_blocks, read_pretrained
@@ -112,10 +112,9 @@ def _memory(supervisor: Supervisor, encoder: Encoder, config: CheckArguments) ->
     yield "memory of a step, without the metric loss's proxies, GiB:"
     for name, size in predictor.resident.items():
         yield f"  {name:36}{size / GIB:8.2f}"
-    chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
     for card in config.cards:
         try:
-            plan, slots, footprint = predictor.choose(int(card * GIB), *chosen)
+            plan, slots, footprint = predictor.choose(int(card * GIB), FixedPlan.of(config))
         except InputError as error:
             yield f"{card:g} GiB: too little; {str(error).removeprefix('memory: ')}"
         else:

@@ -8,10 +8,10 @@ Prints the nearest files of each query with their similarity, the inner product 
 `--html` as one page with thumbnails that needs no other file. The encoder is the one the index was made with.
 `--serve` loads both once and answers over HTTP, see `retrieval.server`.
 
-If that keeps attributes apart (pooler `attributes`), the similarity is the mean of a cosine an attribute. `--explain`
-tells these, those that agree best first; on the page as bars, and the pictures are dark where an attribute is not
-looked for: the one that tells the hits best from all else, or that of `--show`. `--attribute` makes one count more, or
-with 0 not at all; the others count 1. `--only` is one alone.
+If it has a block per attribute (pooler `attributes`), the similarity is the mean of the attributes' cosines.
+`--explain` prints these, the highest first; on the page as bars, with pictures dark where an attribute's attention is
+low: the attribute that sets the hits most apart from the index, or that of `--show`. `--attribute` sets an attribute's
+weight, 0 to ignore it; the others have 1. `--only` leaves one alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from saga_fast.utils.images import open_rgb
 from saga_fast.utils.pages import data_uri, shade
 
 THUMBNAIL = 192  # pixels, the longer side
-SAMPLE = 4096  # vectors that tell what is typical of an index
+SAMPLE = 4096  # vectors in the mean vector of an index
 COLUMNS = 100  # characters of a line that explains a hit
 
 PAGE = """<!doctype html>
@@ -80,9 +80,9 @@ li span:last-child {{ text-align: right; font-variant-numeric: tabular-nums }}
 
 
 class Hit(NamedTuple):
-    """An indexed file, and the inner product of its unit vector with the query's, or their similarity as weighed.
+    """An indexed file, and the similarity to the query: the inner product of unit vectors, or the weighted similarity.
 
-    attributes: where asked for, the cosine of each attribute's block, largest first.
+    attributes: with `explain`, attribute → cosine of its block, largest first.
     """
 
     path: str
@@ -90,13 +90,13 @@ class Hit(NamedTuple):
     attributes: dict[str, float] | None = None
 
     def fields(self) -> dict[str, Any]:
-        """What is known of it by name, as JSON holds it."""
+        """The fields that are not None, for JSON."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class AttentionOverlay(NamedTuple):
-    """Where an attribute is looked for: `shades` are what to lay over the query and over each hit, see `shade`, None
-    for a picture that cannot be read."""
+    """The attention map of an attribute over the query and over each hit, as data URIs, see `shade`; None for a picture
+    that cannot be read."""
 
     attribute: str
     query: str | None
@@ -106,9 +106,9 @@ class AttentionOverlay(NamedTuple):
 class Searcher:
     """An index and its encoder, read and checked once, to be searched any number of times, by several threads too.
 
-    encoder: the encoder, on the CPU unless moved; about: what the index says of itself; files: the indexed files, row i
-    of the vectors is file i; faiss: the index of the vectors, in memory. An index that is embedded anew meanwhile is
-    searched as it was; if it is not exact, its vectors must still be there when attributes are first asked for.
+    encoder: the encoder, on the CPU unless moved; info: the content of index.json; files: the indexed files, row i of
+    the vectors is file i; faiss: the index of the vectors, in memory. Later changes to the index on disk have no
+    effect; if it is not exact, its vectors are read from disk when attributes are first used.
     """
 
     def __init__(self, index: str | Path, encoder: str | Path | None = None) -> None:
@@ -143,9 +143,9 @@ class Searcher:
     ) -> list[list[Hit]]:
         """For each query, a path or a picture, the `k` nearest indexed files, best first; ties in faiss's order.
 
-        explain: tell the attributes of each hit; weights: attribute -> what it counts, others 1; only: the one that
-        counts. The similarity is then Σ w_m cos_m / Σ w_m, and an index that is not exact is searched the more
-        thoroughly, see `indices.nearest`. Raises InputError for a query that cannot be read, for weights that are of no
+        explain: add the attributes' cosines to each hit; weights: attribute -> weight, others 1; only: the one with a
+        weight. The similarity is then Σ w_m cos_m / Σ w_m, and an index that is not exact is searched more thoroughly,
+        see `indices.nearest`. Raises InputError for a query that cannot be read, for weights that are of no
         attribute, negative, not finite or all 0, and for all three where the index knows no attributes.
         """
         blocks = self.blocks if explain or weights or only is not None else None
@@ -204,10 +204,10 @@ class Searcher:
         attribute: str | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> AttentionOverlay:
-        """Where `attribute` is looked for in a query and in its hits, as an explaining search returned them.
+        """The attention of `attribute` over a query and its hits, which come from a search with `explain`.
 
-        By default it is the most decisive one, which adds most, by `weights`, to how far the hits' mean similarity is
-        above that of the whole index. Raises InputError as `search` does.
+        By default it is the attribute that adds most, by `weights`, to the difference between the hits' mean similarity
+        and that of the whole index. Raises InputError as `search` does.
         """
         if attribute is not None:
             place = self.blocks.place(attribute, "--show")
@@ -230,18 +230,19 @@ def search(
     index: str | Path,
     queries: Sequence[Picture],
     k: int = 10,
-    encoder: str | Path | None = None,
     *,
     explain: bool = False,
     weights: Mapping[str, float] | None = None,
     only: str | None = None,
 ) -> list[list[Hit]]:
-    """One search, see `Searcher`, which spares later ones the loading."""
-    return Searcher(index, encoder).search(queries, k, explain=explain, weights=weights, only=only)
+    """One search with the encoder where it was when the index was made. `Searcher` takes another place, and loads both
+    once for several searches."""
+    return Searcher(index).search(queries, k, explain=explain, weights=weights, only=only)
 
 
 def page(queries: Sequence[str], results: Sequence[Sequence[Hit]], overlays: Sequence[AttentionOverlay] = ()) -> str:
-    """One HTML page: a row a query, thumbnails inside, every name escaped. overlays: of each query, laid over them."""
+    """One HTML page: a row per query, with embedded thumbnails and escaped names. overlays: of each query, over
+    them."""
     sections = []
     for i, (query, hits) in enumerate(zip(queries, results)):
         overlay = overlays[i] if overlays else AttentionOverlay("", None, [None] * len(hits))

@@ -3,13 +3,13 @@
     python -m saga_fast.train [PRESET] [--out DIR] [--resume] [--section.field VALUE …]
 
 `optimizer_step` is the method (Algorithm 1, arXiv 2606.15134). A embeds a class-balanced micro-batch and takes the
-metric loss's gradient. B draws pairs from it and lets the frozen language model describe and judge each pair G times;
-pairs that differ in what they earn are kept, until there are K. C replays those with gradient: GRPO into the vision
-tower, attention alignment into the pooler. Left out, as the one update per draw is on policy: importance ratio,
-clipping, a reference model.
+metric loss's gradient. B draws pairs from it and has the frozen language model describe and judge each pair G times;
+pairs whose rollouts earn different rewards contribute and are buffered, until there are K. C replays those with
+gradient: GRPO into the vision tower, attention alignment into the pooler. Left out, as the one update per draw is on
+policy: importance ratio, clipping, a reference model.
 
-A run's folder: config.json, metrics.jsonl (a line a step), final.json, encoder/, checkpoint/, report.html and what it
-shows, TensorBoard events.
+A run's folder: config.json, metrics.jsonl (a line per step), final.json, encoder/, checkpoint/, report.html and its
+files, TensorBoard events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from saga_fast.report.samples import describe, sampled_steps, sheet
 from saga_fast.retrieval.gallery import neighbours
 from saga_fast.runtime import distributed
 from saga_fast.runtime.health import embedding_spread
-from saga_fast.runtime.memory import GIB, Predictor, Step, SupervisorParts, free_bytes
+from saga_fast.runtime.memory import GIB, FixedPlan, Predictor, Step, SupervisorParts, free_bytes
 from saga_fast.runtime.oom import GradientCachedForward, OomBackoff, gradients_all_or_none
 from saga_fast.runtime.run import SELECTION_METRIC, Run, State, run_lock
 from saga_fast.runtime.signals import Stopped
@@ -76,7 +76,7 @@ class Diverged(RuntimeError):
 
 @dataclass(eq=False)
 class Training:
-    """What stands for a whole run. autocast: makes a fresh context; it covers tower and pooler, never the supervisor.
+    """Models, optimizer and data of a run. autocast: makes a context for tower and pooler, never for the supervisor.
 
     supervisor_or_none: None where neither of its terms has a weight. supervisor_sha256: of its weights, which no step
     changes. batches: endless micro-batches of the training half.
@@ -108,7 +108,7 @@ class Training:
 
     @property
     def supervisor_weight(self) -> float:
-        """The share, in 0..1, of λ_lm and λ_kl that the supervisor has earned."""
+        """The factor, in 0..1, of λ_lm and λ_kl; 1 without `lambda.adaptive`."""
         return self.balance.supervisor_weight if self.config.lambda_.adaptive else 1.0
 
     @property
@@ -116,22 +116,22 @@ class Training:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def visual_levels(self, pixels: Tensor) -> list[Tensor]:
-        """Of uint8 pixels (B, 3, S, S) the levels that the language model reads: tokens (B, N, D), then DeepStack's."""
+        """uint8 pixels (B, 3, S, S) → the levels that the language model reads: tokens (B, N, D), then DeepStack's."""
         with self.autocast():
             return list(self.encoder.tower(pixels).levels)
 
     def embed_pixels(self, pixels: Tensor) -> list[Tensor]:
-        """The embeddings (B, D_e) of `pixels`, then those levels."""
+        """uint8 pixels (B, 3, S, S) → embeddings (B, D_e), then the levels of `visual_levels`."""
         levels = self.visual_levels(pixels)
         with self.autocast():
             return [self.encoder.pooler(levels[0]), *levels]
 
 
 class Pair(NamedTuple):
-    """A contributing pair, kept between roll-out and replay.
+    """A contributing pair, buffered between rollout and replay.
 
-    images: (2,) int64, what tells an image of the step from all others. pixels: uint8 (2, 3, S, S). features: of both,
-    as they were rolled out with. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `JudgedPair`;
+    images: (2,) int64, ids of the images, unique in the step. pixels: uint8 (2, 3, S, S). features: of both images, as
+    used in the rollout. completions, rewards (G,), advantages (G,): of its rollouts. credit: see `JudgedPair`;
     log_probs: see `PairRollouts`.
     """
 
@@ -211,8 +211,8 @@ def optimizer_step(
 ) -> dict[str, float]:
     """One update of the encoder. Returns the step's line of metrics.jsonl, without what a run counts over its steps.
 
-    contribution_rate: share of the pairs drawn so far that contributed. sample: shown the buffer, under the weights
-    that rolled it out.
+    contribution_rate: share of the pairs drawn so far that contributed. sample: called with the buffer, before the
+    weights that rolled it out change.
     """
     config, started = t.config, time.perf_counter()
     t.optimizer.zero_grad(set_to_none=True)
@@ -266,14 +266,14 @@ def optimizer_step(
 
 
 def embed_batch(t: Training, batch: Batch) -> tuple[Tensor, VisualFeatures, float]:
-    """Phase A: the embeddings (B, D_e) of a micro-batch and its features, both detached and whole on every rank, and
-    L_DML, whose gradient, times λ_dml, is in the parameters."""
+    """Phase A: adds the gradient of λ_dml L_DML of a micro-batch. Returns its embeddings (B, D_e) and features, both
+    detached and gathered on every rank, and L_DML."""
     weight, count = t.config.lambda_.dml, len(batch.pixels)
     labels, shard = batch.labels.to(t.device), batch.pixels[distributed.shard_rows(count)].to(t.device)
-    with torch.set_grad_enabled(weight > 0):  # without the metric loss there is no graph to keep through the roll-out
+    with torch.set_grad_enabled(weight > 0):  # without the metric loss no graph is kept during the rollout
         cached_forward = GradientCachedForward(t.oom, "embed", t.embed_pixels, shard, list(t.encoder.parameters()))
         embeddings, *levels = cached_forward.outputs
-        # Every rank takes the loss of the whole batch, and a share of it: gradients of all ranks are added up.
+        # Every rank computes the loss of the whole batch, and takes its share: gradients are summed over the ranks.
         embeddings = distributed.all_gather_rows(embeddings, count)
         loss = t.dml(embeddings, labels)
         if weight > 0:
@@ -286,8 +286,8 @@ def embed_batch(t: Training, batch: Batch) -> tuple[Tensor, VisualFeatures, floa
 def rollout_batch(
     t: Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
 ) -> tuple[Tensor, Draw]:
-    """Phase B: rolls out pairs of one micro-batch, in turn of one class and of two, until `wanted` contribute. The rows
-    (n, 2) of the batch that are pairs, and of the first of them what became of them. Pair i has the id first_id + i,
+    """Phase B: rolls out pairs of one micro-batch, same-class and different-class in turn, until `wanted` contribute.
+    Returns the pairs (n, 2) as rows of the batch, and the draw of the first of them. Pair i has the id first_id + i,
     unique in the run."""
     config = t.config
     pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, config.seed, first_id)
@@ -300,7 +300,7 @@ def rollout_batch(
 def contributing_pairs(
     batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw
 ) -> list[Pair]:
-    """The pairs that are kept for the replay."""
+    """The contributing pairs of a draw, for the buffer. rows (n, 2): see `rollout_batch`."""
     image_ids = torch.tensor(batch.indices) + (micro_batch << 32)  # an image is augmented anew in each micro-batch
     return [
         Pair(
@@ -320,7 +320,8 @@ def contributing_pairs(
 
 def replay_buffer(t: Training, buffer: list[Pair]) -> dict[str, float]:
     """Phase C: adds the gradients of λ_lm L_GRPO (into the tower) and λ_kl L_KL (into the pooler) of this rank's share
-    of the buffered pairs. |T| and the mean of L_KL are of the whole buffer, and so are the figures returned."""
+    of the buffered pairs. |T| and the mean of L_KL are those of the whole buffer. Returns figures of the whole
+    buffer."""
     tokens = [sum(map(len, pair.completions)) for pair in buffer]
     packed = [len(t.supervisor.prefix) + count for count in tokens]
     shares = distributed.balance_loads(packed, distributed.world_size())
@@ -340,20 +341,20 @@ def replay_buffer(t: Training, buffer: list[Pair]) -> dict[str, float]:
         groups = [make_group(t, *found, sum(tokens)) for found in zip(own_pairs, attribute_positions, target_positions)]
         result = policy_gradient(t, own_pairs, leaves, groups)
         loss_lm = result.loss.item()
-        for pair, found in zip(own_pairs, result.log_probs):
-            drift += [abs(found[g][position].item() - sampled) for (g, position), sampled in pair.log_probs.items()]
+        for pair, log_probs in zip(own_pairs, result.log_probs):
+            drift += [abs(log_probs[g][position].item() - sampled) for (g, position), sampled in pair.log_probs.items()]
         if result.attention:
             loss_kl = align_attention(t, leaves.tokens, result.attention, target_positions, rewarded)
     losses_lm, losses_kl, drifts = zip(*distributed.all_gather_object((loss_lm, loss_kl, drift)))
     loads = [sum(packed[i] for i in share) for share in shares]
     log = {"loss_lm": sum(losses_lm), "idle_share": 1 - sum(loads) / len(loads) / max(loads)}
-    if drift := [value for values in drifts for value in values]:  # the ratio is taken for 1: here is how nearly it is
+    if drift := [value for values in drifts for value in values]:  # how far the ratio is from 1
         log["log_prob_drift"] = sum(drift) / len(drift)
     return log | ({"loss_kl": sum(losses_kl)} if rewarded else {})
 
 
 def rewarded_positions(pair: Pair, attribute_positions: Sequence[AttributePositions]) -> dict[int, AttributePositions]:
-    """The rollouts with reward 1 that describe both images, g → where: what L_KL learns from."""
+    """Rollout → attribute positions, of the rollouts with reward 1 that describe both images: the targets of L_KL."""
     return {
         g: items
         for g, items in enumerate(attribute_positions)
@@ -368,7 +369,8 @@ def make_group(
     target_positions: dict[int, AttributePositions],
     total_tokens: int,
 ) -> Group:
-    """A pair as it is replayed: c of each token with L_GRPO = Σ c log π, and the tokens whose attention is wanted."""
+    """A pair's group for the replay: each token's coefficient c, with L_GRPO = Σ c log π, and the tokens whose
+    attention L_KL needs."""
     lengths = [len(completion) for completion in pair.completions]
     coefficients = token_coefficients(pair.advantages, lengths, total_tokens).split(lengths)
     if pair.credit is not None:
@@ -378,7 +380,7 @@ def make_group(
 
 
 def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> ReplayResult:
-    """The gradient of λ_lm L_GRPO: through the frozen language model into the features, and on through the tower."""
+    """Adds the gradient of λ_lm L_GRPO: through the frozen language model into the features, then through the tower."""
     weight = t.config.lambda_.lm * t.supervisor_weight
     for leaf in leaves.levels:
         leaf.requires_grad_(weight > 0)
@@ -416,8 +418,8 @@ def align_attention(
     target_positions: list[dict[int, AttributePositions]],
     rewarded: int,
 ) -> float:
-    """The gradient of λ_kl L_KL into the pooler: each of its queries should look where the supervisor looked while it
-    described that query's attribute. rewarded: rollouts that the loss is a mean over. Returns this rank's share."""
+    """Adds the gradient of λ_kl L_KL to the pooler: each query's attention follows the supervisor's attention from the
+    tokens of that query's attribute. rewarded: number of rollouts in the mean. Returns this rank's share of L_KL."""
     with t.autocast():
         beta = t.encoder.pooler.attention(tokens.detach())  # (images, queries, N)
     queries, names = beta.shape[1], t.supervisor.prompt.attributes
@@ -435,7 +437,7 @@ def align_attention(
 
 
 def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[Tensor | None]:
-    """The parameters' gradients, summed over the ranks and divided by `count`; the parameters are left with none."""
+    """The parameters' gradients, summed over the ranks and divided by `count`; sets `.grad` to None."""
     distributed.all_reduce_gradients(parameters)
     taken = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -444,8 +446,8 @@ def take_gradients(parameters: Sequence[nn.Parameter], count: int = 1) -> list[T
 
 
 def combine_gradients(t: Training, dml: list[Tensor | None], supervisor: list[Tensor | None]) -> dict[str, float]:
-    """Puts the sum of both terms' gradients into the parameters; with `lambda.adaptive` the policy gradient is scaled
-    first. Returns norms, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
+    """Sets `.grad` to the sum of both terms' gradients; with `lambda.adaptive` the policy gradient is scaled first.
+    Returns norms, and cosines: DML with GRPO in the tower, DML with L_KL in the pooler."""
     log: dict[str, float] = {}
     tower = {id(parameter) for parameter in t.encoder.tower.parameters()}
     pooler = {id(parameter) for parameter in t.encoder.pooler.parameters()}
@@ -458,7 +460,7 @@ def combine_gradients(t: Training, dml: list[Tensor | None], supervisor: list[Te
         log[f"grad_{part}_dml"], log[f"grad_{part}_{other}"] = norm_dml, norm_other
         log[f"cosine_{part}_dml_{other}"] = product / (norm_dml * norm_other) if norm_dml * norm_other else 0.0
         if part == "tower" and t.config.lambda_.adaptive:
-            # λ_lm and the voice are in the gradient already: they set the quotient that is left.
+            # λ_lm and the supervisor's weight are in the gradient already: they set the remaining ratio.
             weight = t.config.lambda_.lm * t.supervisor_weight
             log["scale_lm"] = scale = weight * t.balance.scale(norm_dml, norm_other)
     for parameter, a, b in zip(t.parameters, dml, supervisor):
@@ -471,8 +473,8 @@ def combine_gradients(t: Training, dml: list[Tensor | None], supervisor: list[Te
 
 
 def norms_and_dot(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[float, float, float]:
-    """|a|, |b| and a·b of two lists of gradients, fp64; None is zero. A parameter at a time: another copy of all would
-    not fit everywhere."""
+    """|a|, |b| and a·b of two lists of gradients, fp64; None counts as zero. One parameter at a time, as a copy of all
+    of them may not fit."""
     zero = torch.zeros((), dtype=torch.float64)
 
     def dot(x: Tensor | None, y: Tensor | None) -> Tensor:
@@ -491,7 +493,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     bf16 = config.optim.precision == "bf16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
-    # The question: a resumed run asks what it began with, whatever became of its file.
+    # Prompt: a resumed run keeps its own, whatever is in the prompt's file now.
     prompt = None
     if config.uses_prompt:
         prompt = stored_prompt(out / "config.json") if resume else load_prompt(config.supervisor.prompt)
@@ -591,18 +593,18 @@ def sampling_of(config: Config) -> Sampling:
 
 
 def check_prompt(config: Config, mllm: Mllm, prompt: Prompt) -> None:
-    """Raises InputError, before any weight is read, for a question that the model could not be asked. mllm: on the meta
+    """Raises InputError, before any weight is read, for a prompt that does not suit the model. mllm: on the meta
     device, see `Pretrained`."""
     used_prompt = prompt.as_generic() if config.supervisor.generic else prompt
     grid = tower_of(mllm.visual).grid(config.data.image_size, config.data.image_size)
     prefix, _ = prompt_prefix(mllm, used_prompt, config.supervisor.order, grid, sampling_of(config))
     anchor_layer_index(config.supervisor.anchor_layer, mllm.decoder.depth)
-    if config.reads_attributes:  # a tokenizer whose tokens cannot be traced to attributes is refused now, not mid-run
+    if config.reads_attributes:  # raises for a tokenizer whose tokens cannot be traced to attributes
         tokens_by_attribute(prefix.input_ids, mllm.tokenizer, used_prompt)
 
 
 def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt) -> Supervisor:
-    """The MLLM's language model and its question, whose lengths it prints."""
+    """The MLLM's language model with its prompt; prints the lengths of prompt and answer."""
     supervisor = Supervisor(
         mllm,
         prompt.as_generic() if config.supervisor.generic else prompt,
@@ -622,8 +624,8 @@ def make_supervisor(config: Config, mllm: Mllm, encoder: Encoder, prompt: Prompt
 def plan_memory(
     config: Config, supervisor: Supervisor | None, encoder: Encoder, dml: nn.Module, resume: bool
 ) -> Config:
-    """Has the supervisor make the most of the memory that is free, and says how; the configuration with that in it, so
-    that a resumed run does the same where that fits. Raises InputError, with the numbers, where a step does not fit."""
+    """Sets and prints the supervisor's fastest memory plan. Returns the configuration with that plan, which a resumed
+    run keeps where it fits. Raises InputError, with the numbers, where a step does not fit."""
     ranks, rollout = distributed.world_size(), config.rollout
     batch = config.data.classes_per_batch * config.data.images_per_class
     step = Step(
@@ -641,11 +643,7 @@ def plan_memory(
     if supervisor is None:
         footprint = predictor.fit(free)
     else:
-        chosen = rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots
-        resident = {"auto": None, "on": True, "off": False}[config.supervisor.resident]
-        supervisor.plan, supervisor.slots, footprint = predictor.choose(
-            free, *chosen, may_replan=resume, resident=resident
-        )
+        supervisor.plan, supervisor.slots, footprint = predictor.choose(free, FixedPlan.of(config), may_replan=resume)
         plan = dataclasses.asdict(supervisor.plan)
         settings = dataclasses.replace(config.supervisor, resident="on" if plan.pop("resident") else "off")
         rollout = dataclasses.replace(rollout, slots=supervisor.slots, **plan)

@@ -1,8 +1,10 @@
-"""Imports go one way, as docs/architecture.md says."""
+"""Imports go one way, as docs/architecture.md says, and functions take few parameters."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -64,3 +66,18 @@ def test_an_encoder_is_deployed_without_the_trainer():
         needed.add(name := wanted.pop())
         wanted += imported(name) - needed
     assert {name.split(".")[1] for name in needed} == {"encoder", "towers", "utils"}
+
+
+def test_ruff_refuses_a_function_of_saga_fast_with_more_than_six_parameters():
+    def refused(parameters: str, file: str) -> bool:
+        command = [sys.executable, "-m", "ruff", "check", "--select", "PLR0913", "--stdin-filename", file, "-"]
+        code = f"class Model:\n    def __init__(self, {parameters}): ...\n"
+        done = subprocess.run(command, input=code, cwd=REPOSITORY, text=True, capture_output=True)
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode == 1
+
+    assert refused("a, b, c, d=1, *, e=2, f, g", "saga_fast/supervisor/model.py")
+    assert not refused("a, b, c, d=1, *, e=2, f", "saga_fast/supervisor/model.py")
+    checked = [sys.executable, "-m", "ruff", "check", "--select", "PLR0913", "saga_fast"]
+    done = subprocess.run(checked, cwd=REPOSITORY, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout

@@ -33,10 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .shipped import SHARED_MEMORY, Cost, Shipped, launch_options
+from .softmax import LN2, LOG2E, PRECISION, softmax_step
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-PRECISION = tl.constexpr("tf32x3")  # of float32 matmuls, on tensor cores to float32's accuracy; no other dtype heeds it
 SEARCH = tl.constexpr(256)  # segments per step of a program's search for its own
 DELTA_ROWS, DELTA_WARPS = 64, 4
 
@@ -221,7 +219,7 @@ def _forward(
         keys = _load(k, column.to(tl.int64) * k_token, inside, HEAD_DIM, WIDTH, False)
         values = _load(v, column.to(tl.int64) * v_token, inside, HEAD_DIM, WIDTH, False)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        acc, row_max, row_sum = _softmax_step(acc, row_max, row_sum, scores, values, scale2)
+        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, values, scale2)
 
     edge_start, own_start = prefix_start + full_prefix * BLOCK_N, start + full_own * BLOCK_N
     for j in range(edge_prefix + edge_own):
@@ -232,22 +230,11 @@ def _forward(
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         visible = ((column - shift)[None, :] <= query[:, None]) & valid[None, :]
         scores = tl.where(visible, scores, float("-inf"))
-        acc, row_max, row_sum = _softmax_step(acc, row_max, row_sum, scores, values, scale2)
+        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, values, scale2)
 
     out = query.to(tl.int64) * (tl.num_programs(1) * REP * HEAD_DIM) + head * HEAD_DIM
     _store(o, out, inside, acc / row_sum[:, None], HEAD_DIM, WIDTH)
     tl.store(lse + head.to(tl.int64) * q_count + query, (row_max + tl.log2(row_sum)) * LN2, inside)
-
-
-@triton.jit
-def _softmax_step(acc, row_max, row_sum, scores, values, scale2):
-    """Online softmax in base 2. The first block of every row has a visible key, so `row_max` is finite after it."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale2)
-    p = tl.exp2(scores * scale2 - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
 
 
 @triton.jit

@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .shipped import SHARED_MEMORY, Cost, Shipped, launch_options
+from .softmax import LOG2E, PRECISION, softmax_step
 
-LOG2E = tl.constexpr(1.4426950408889634)
-PRECISION = tl.constexpr("tf32x3")  # of float32 matmuls, on tensor cores to float32's accuracy; no other dtype heeds it
 SEARCH = tl.constexpr(128)  # rows per step of a program's search for the rows of its prefix
 MAX_QUERIES = 32  # of a tile; a prefix with more is read again for the rest of them
 CHUNK, MERGE_WARPS = 8, 1  # splits per step of the merge
@@ -260,17 +259,10 @@ def _load(base, rows, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _step(acc, row_max, row_sum, queries, keys, values, visible, scale2):
-    """Online softmax in base 2 over keys (WIDTH, KEYS) and values (KEYS, WIDTH), one or more of them visible. The
-    maximum ignores a score that is nan, the sums do not.
-    """
+    """`softmax_step` over keys (WIDTH, KEYS) and values (KEYS, WIDTH), one or more of them visible."""
     scores = tl.dot(queries, keys, input_precision=PRECISION)
     scores = tl.where(visible[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale2)
-    p = tl.exp2(scores * scale2 - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
+    return softmax_step(acc, row_max, row_sum, scores, values, scale2)
 
 
 @triton.jit

@@ -102,9 +102,10 @@ def _load_split(root: Path, names: list[str], halves: dict[str, list[str]]) -> t
 
 
 def _unpacked(root: Path) -> Path:
-    """`root`, or its only entry where that is a folder of folders, as archives unpack; repeated up to four times."""
+    """`root`, or the folder of folders in it that is alone but for a README and the like, as archives unpack; repeated
+    up to four times."""
     for _ in range(4):
-        inside = _visible(root)
+        inside = [path for path in _visible(root) if path.is_dir() or is_image(path.name)]
         if len(inside) != 1 or not inside[0].is_dir() or not _folders(inside[0]):
             break
         if any(is_image(path.name) and not path.is_dir() for path in _visible(inside[0])):

@@ -42,6 +42,15 @@ class File(NamedTuple):
     mtime: int
 
 
+class IndexEncoder(NamedTuple):
+    """The encoder of an index. source: its folder or hub id; blocks: see `IndexInfo`."""
+
+    source: str
+    sha256: str
+    embedding_dim: int
+    blocks: dict[str, int] | None
+
+
 class IndexInfo(NamedTuple):
     """The content of index.json.
 
@@ -172,24 +181,22 @@ def read_faiss(folder: Path, info: IndexInfo) -> faiss.Index:
 
 def write(
     folder: Path,
-    encoder: tuple[str, str],
+    encoder: IndexEncoder,
     files: list[File],
-    dimension: int,
     parts: Iterable[tuple[np.ndarray, np.ndarray]],
     factory: str | None = None,
-    blocks: dict[str, int] | None = None,
 ) -> str:
     """Write the index of `files`, in place of the one in `folder` if there is one; returns a line about its kind.
 
-    encoder: its folder or hub id, and SHA-256; parts: (rows (m,), vectors (m, D_e)) that together fill rows 0 to n-1;
-    factory: faiss's own description of the kind of index, by default chosen by n; blocks: see `IndexInfo`. Raises
-    InputError for a bad factory, and OSError where the disk is full; the index is then as it was.
+    parts: (rows (m,), vectors (m, D_e)) that together fill rows 0 to n-1; factory: faiss's own description of the kind
+    of index, by default chosen by n. Raises InputError for a bad factory, and OSError where the disk is full; an
+    earlier index is then unchanged.
     """
     staging = hidden(folder, "partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        shape = (len(files), dimension)
+        shape = (len(files), encoder.embedding_dim)
         vectors = np.lib.format.open_memmap(staging / VECTORS, mode="w+", dtype=np.float32, shape=shape)
         with open(staging / VECTORS, "r+b") as file:  # a disk that fills up under a memory map kills the process
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
@@ -203,7 +210,7 @@ def write(
             raise OSError(f"faiss: {_cause(error)}") from error
         (staging / FILES).write_text(json.dumps({"files": files}))
         hashes = {name: sha256(staging / name) for name in (FAISS, VECTORS, FILES)}
-        info = IndexInfo(*encoder, kind, factory, hashes, blocks)._asdict()
+        info = IndexInfo(encoder.source, encoder.sha256, kind, factory, hashes, encoder.blocks)._asdict()
         (staging / INFO_FILE).write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n")
         replace(staging, folder)
     finally:

@@ -36,7 +36,7 @@ FIELDS = ("k", "explain", "attribute", "only")
 
 
 class Searcher(Protocol):
-    """What answers: `search.Searcher`."""
+    """The interface of `search.Searcher` that the server uses."""
 
     files: list[Any]
 
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that did not wait is no news
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that disconnects is no error
             super().handle_error(request, client_address)
 
 
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         where = urlsplit(self.path)
         if where.path != "/":
             return HTTPStatus.NOT_FOUND, {"error": USAGE}
-        # A page from elsewhere whose name has come to mean this machine (DNS rebinding) gives itself away here.
+        # Rejects requests of foreign web pages by DNS rebinding.
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if self.server.server_address[0] == LOOPBACK and host not in (LOOPBACK, "localhost"):
             return HTTPStatus.FORBIDDEN, {"error": f"Host: served are {LOOPBACK} and localhost"}
@@ -137,7 +137,7 @@ def serve(searcher: Searcher, port: int, host: str = LOOPBACK) -> None:
         raise InputError(f"--serve: {host}:{port} cannot be listened on ({error.strerror}); give another") from error
     with server:
         where = f"http://{host}:{server.server_port}"
-        try:  # from the first word on: who reads it may answer with Ctrl-C at once
+        try:  # around the print too: Ctrl-C may come right after the first line
             print(f"{len(searcher.files):,} files at {where}\n{USAGE}\nCtrl-C ends it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:

@@ -1,9 +1,9 @@
-"""How much memory an optimizer step takes, known before it is taken, and the plan that makes the most of what is free.
+"""Predicts the peak memory of an optimizer step, and chooses the fastest plan that fits into free memory.
 
-What stands for the whole run is counted from shapes. What autograd keeps of the tower is seen on one image and on two.
-The frozen decoder runs on the meta device, which computes nothing: the very code of prefill and replay, with every
-tensor it makes counted while it lives. Workspace within an op is not seen but for the largest, the logits.
-What the allocator keeps of what was freed is not foretold.
+What is resident for the whole run is counted from shapes. What autograd saves of the tower is measured on one image and
+on two. The frozen decoder runs on the meta device, which computes nothing: the same code of prefill and replay, with
+every tensor counted while it lives. Workspace within an op is not counted, except for the largest, the logits. Not
+predicted is what the allocator keeps of freed memory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saga_fast.config import Config
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import distributed
 from saga_fast.supervisor import graphs
-from saga_fast.supervisor.bidirectional_images import add_bidirectional
+from saga_fast.supervisor.bidirectional_images import Attention, add_bidirectional
 from saga_fast.supervisor.decoder import FUSED_ROWS, DecoderLayer, FrozenDecoder, Projection
 from saga_fast.supervisor.frozen_pass import Recompute
 from saga_fast.supervisor.pair import PairPrefix, PrefixCache
@@ -42,7 +43,7 @@ from saga_kernels.logprob import CHUNK_LOGITS, CHUNK_ROWS
 from saga_kernels.nf4 import BLOCK, NESTED_BLOCK
 
 GIB = 2**30
-MARGIN = 0.1  # of what is free: fragments of the allocator, the context
+MARGIN = 0.1  # share of free memory left alone: fragments of the allocator, the CUDA context
 BANDWIDTH, FLOPS = 3.35e12, 800e12  # of an H100, a second: the data sheet's, and what a large matmul reaches in bf16
 LANGUAGE_MODEL = ("language model's layers", "embedding and head")
 # Seconds of the products of one of the 8B's layers, which has so many weights, by rows, on an H200: NF4's own, and
@@ -53,9 +54,9 @@ DENSE = {1: 138.5e-6, 4: 139.4e-6, 8: 142.1e-6, 16: 138.3e-6, 32: 140.1e-6, 64: 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages made inside on `device` while they live: `bytes` now, `peak` since it was set to `bytes` last.
+    """Counts the bytes of live storages that are made inside, on `device`. bytes: now; peak: the most since it was set.
 
-    workspace: of an op, the bytes that it takes within, a function of its arguments.
+    workspace: op → bytes that it allocates internally, as a function of its arguments.
     """
 
     def __init__(self, device: str, workspace: dict[OpOverload, Callable[..., int]] | None = None) -> None:
@@ -122,7 +123,7 @@ class Step:
     may be asked about rollouts and replay. trained: modules beside the encoder that learn (proxies).
 
     states_bits: of each of AdamW's two moments. checkpointing: of the tower. pairs: K. batch: images of a micro-batch.
-    embeds: whether a loss on embeddings keeps the tower's graph; without one a micro-batch leaves its features alone.
+    embeds: whether the metric loss keeps the tower's graph; without it only a micro-batch's features stay in memory.
     """
 
     encoder: Encoder
@@ -154,8 +155,27 @@ class Step:
         return self.supervisor
 
 
+class FixedPlan(NamedTuple):
+    """The values of a memory plan that the user sets; None for those to choose. slots: of the rollout engine; the
+    others are those of `Plan`."""
+
+    token_budget: int | None = None
+    recompute: Recompute | None = None
+    prefix_recompute: Recompute | None = None
+    slots: int | None = None
+    resident: bool | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> FixedPlan:
+        rollout, resident = config.rollout, {"auto": None, "on": True, "off": False}[config.supervisor.resident]
+        return cls(rollout.token_budget, rollout.recompute, rollout.prefix_recompute, rollout.slots, resident)
+
+
+NOTHING_FIXED = FixedPlan()
+
+
 class Footprint(NamedTuple):
-    """Bytes. resident: of what stands all the time, by component. phases: what each phase takes besides."""
+    """Bytes. resident: all the time, by component. phases: what each phase takes on top."""
 
     resident: dict[str, int]
     phases: dict[str, int]
@@ -172,7 +192,7 @@ class Footprint(NamedTuple):
 
 
 class Predictor:
-    """Foretells the footprint of a step, for any replay plan and number of rollout slots."""
+    """Predicts the footprint of a step, for any replay plan and number of rollout slots."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -197,7 +217,7 @@ class Predictor:
             packed = not layer.down.is_dense
             self.dense = packed * step.decoder.depth * sum(self.parts) * step.decoder.dtype.itemsize
         self.block = 0
-        if step.checkpointing:  # what stands before each block, and what the largest block makes again
+        if step.checkpointing:  # the blocks' inputs, and what the largest block recomputes
             tower.checkpoint_blocks()
             self.fixed, self.per_image = tower_activation_bytes(tower, encoder.image_size, step.autocast)
             self.block = recomputed_block_bytes(tower, encoder.image_size, step.autocast)
@@ -214,7 +234,7 @@ class Predictor:
 
     def footprint(self, plan: Plan, slots: int) -> Footprint:
         step = self.step
-        # A backward's own gradients, until they are whole and join those that stand: they grow as activations go.
+        # Gradients of one backward pass, before they are added to `.grad`: they grow as activations are freed.
         added = self.resident["their gradients"]
         embed_peak = max(self._tower(step.batch), added) if step.embeds else 2 * step.batch * self.image_features
         phases = {"A. embed": embed_peak, "update": self.update}
@@ -227,7 +247,7 @@ class Predictor:
             if self.on_gpu:  # what a captured step takes is not given back
                 resident["captured decode steps"] = self.draw(slots) + graphs.MOST * graphs.BYTES
             phases["B. roll out"] = self.rollout_peak(slots)
-            images = 2 * step.pairs  # whose features are kept, then side by side
+            images = 2 * step.pairs  # whose features are saved, then concatenated
             phases["C. replay"] = 2 * images * self.image_features + max(
                 self.replay_peak(plan), self._tower(images), added
             )
@@ -237,7 +257,8 @@ class Predictor:
         return self.fixed + images * (self.per_image + self.block + 2 * self.image_features)
 
     def rollout_peak(self, slots: int) -> int:
-        """Features of the micro-batch, and the larger of a prefill and a draw. The slots' own memory stays."""
+        """Bytes: features of the micro-batch, and the larger of a prefill and a sampling step. The slots are
+        resident."""
         step = self.step
         if self._prefill is None:
             self._prefill = prefill_bytes(step.decoder, step.prefix)
@@ -249,12 +270,12 @@ class Predictor:
         return rows * vocabulary * (self.step.decoder.dtype.itemsize + 8)
 
     def replay_peak(self, plan: Plan) -> int:
-        """Of a replay of K groups whose completions are all as long as they may be."""
+        """Bytes of a replay of K groups whose completions have the largest length."""
         step = self.step
         length, members = step.sampling.max_new_tokens, step.sampling.group_size
         rest = len(step.prefix) - step.prefix.static_length
         groups = max(1, min(step.pairs, plan.token_budget // (rest + members * length)))
-        if rest + members * length > plan.token_budget:  # slices are alike: one says it all
+        if rest + members * length > plan.token_budget:  # slices are equal: one is enough
             members = max(1, min(members, plan.token_budget // length))
             plan = dataclasses.replace(plan, token_budget=max(1, members * length))
         if plan not in self._replays:
@@ -291,66 +312,56 @@ class Predictor:
         decoded = products + self.resident[LANGUAGE_MODEL[1]] / BANDWIDTH
         return replayed + -(-2 * step.pairs // slots) * length * decoded
 
-    def plans(
-        self,
-        token_budget: int | None = None,
-        recompute: Recompute | None = None,
-        prefix_recompute: Recompute | None = None,
-        resident: bool | None = None,
-    ) -> list[Plan]:
-        """Replay plans, the fastest first; what the user fixed stays. Layers are resident where that is asked for, and,
-        if nothing is said, perhaps on a GPU: for CPUs it was not measured."""
+    def plans(self, fixed: FixedPlan = NOTHING_FIXED) -> list[Plan]:
+        """Replay plans with the `fixed` values, the fastest first. Where `resident` is not fixed, layers may be
+        resident on a GPU, but not on a CPU, where that is not measured."""
         step, policies = self.step, get_args(Recompute)
-        residences = (False, self.on_gpu) if resident is None else (resident,)
+        residences = (False, self.on_gpu) if fixed.resident is None else (fixed.resident,)
         length = step.sampling.max_new_tokens
         size = len(step.prefix) - step.prefix.static_length + step.sampling.group_size * length
         whole = {n * size for n in (step.pairs, -(-step.pairs // 2), 1)}
         slices = {n * length for n in (step.sampling.group_size // 2, 2, 1) if n}
         found = {
             Plan(
-                budget, policy, policy if budget >= size and not prefix_recompute else before, dense and self.dense > 0
+                budget,
+                policy,
+                policy if budget >= size and not fixed.prefix_recompute else prefix_policy,
+                resident and self.dense > 0,
             )
-            for budget in ([token_budget] if token_budget else whole | slices)
-            for policy in ([recompute] if recompute else policies)
-            for before in ([prefix_recompute] if prefix_recompute else policies)
-            for dense in residences
+            for budget in ([fixed.token_budget] if fixed.token_budget else whole | slices)
+            for policy in ([fixed.recompute] if fixed.recompute else policies)
+            for prefix_policy in ([fixed.prefix_recompute] if fixed.prefix_recompute else policies)
+            for resident in residences
         }
         return sorted(found, key=lambda plan: (self.seconds(plan, 1), plan.resident, -plan.token_budget, str(plan)))
 
     def fit(self, free: int) -> Footprint:
-        """Of a step without a supervisor. Raises InputError, with the numbers, if it does not fit into `free` bytes."""
+        """The footprint of a step without a supervisor. Raises InputError if it does not fit into `free` bytes."""
         footprint = self.footprint(Plan(1), 0)
         if footprint.peak > free * (1 - MARGIN):
             raise self._refusal(footprint, free)
         return footprint
 
     def choose(
-        self,
-        free: int,
-        token_budget: int | None = None,
-        recompute: Recompute | None = None,
-        prefix_recompute: Recompute | None = None,
-        slots: int | None = None,
-        may_replan: bool = False,
-        resident: bool | None = None,
+        self, free: int, fixed: FixedPlan = NOTHING_FIXED, may_replan: bool = False
     ) -> tuple[Plan, int, Footprint]:
         """The fastest plan and number of slots, up to twice K, that fit into `free` bytes.
 
-        may_replan: what is fixed may be given up where it does not fit: a resumed run may be on another machine. Raises
-        InputError, with the numbers, where none fits.
+        may_replan: fixed values may be dropped where they do not fit, as a resumed run may be on another machine.
+        Raises InputError, with the numbers, where no plan fits.
         """
         step, room = self.step, int(free * (1 - MARGIN))
-        counts = [slots] if slots else sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
-        every = itertools.product(self.plans(token_budget, recompute, prefix_recompute, resident), counts)
+        counts = sorted({max(1, 2 * step.pairs // n) for n in (1, 2, 3, 4, 5, 8, 16)})
+        every = itertools.product(self.plans(fixed), [fixed.slots] if fixed.slots else counts)
         candidates = sorted(every, key=lambda candidate: self.seconds(*candidate))
         for plan, count in candidates:
             footprint = self.footprint(plan, count)
             if footprint.peak <= room:
                 return plan, count, footprint
-        if may_replan and (token_budget or recompute or prefix_recompute or slots or resident):
+        if may_replan and any(fixed):
             return self.choose(free)
         least = min((self.footprint(*candidate) for candidate in candidates), key=lambda footprint: footprint.peak)
-        raise self._refusal(least, free, bool(resident))
+        raise self._refusal(least, free, bool(fixed.resident))
 
     def _refusal(self, least: Footprint, free: int, resident: bool = False) -> InputError:
         step = self.step
@@ -375,16 +386,16 @@ def _at(table: dict[int, float], rows: int) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device: what is free, and what this process holds already; of the host's memory, this rank's share of
-    what is free there, and of what this process's control groups (a container's limit) leave."""
+    """Bytes: on a GPU what is free and what this process has reserved; on a CPU this rank's share of what is free on
+    the host and within this process's control groups (a container's limit)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return min(psutil.virtual_memory().available, cgroup_bytes()) // distributed.local_world_size()
 
 
 def cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the control groups of the process (versions 1 and 2), and those around them, let it take besides; infinite
-    where nothing limits it. Page cache counts as free, as it does for the host."""
+    """Bytes that the process's control groups (versions 1 and 2), and the groups around them, still allow; infinite
+    without a limit. Page cache counts as free, as it does for the host."""
     free = math.inf
     for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -393,7 +404,7 @@ def cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mounted: Path = P
         root, names = mounted, ("memory.max", "memory.current")
         if controllers:
             root, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        # In a container the path may be the host's, of which only the root is seen.
+        # In a container the path may be the host's, of which only the root is visible.
         inner = root / path.lstrip("/")
         for group in (inner, *(outer for outer in inner.parents if outer.is_relative_to(root))):
             with contextlib.suppress(OSError, ValueError, KeyError):  # not there; "max", which is no limit
@@ -404,8 +415,8 @@ def cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mounted: Path = P
 
 
 def recomputed_block_bytes(tower: VisionTower, image_size: int, autocast: bool) -> int:
-    """Bytes that the backward of a tower whose blocks are checkpointed takes for an image at most: what the largest
-    block keeps when it runs again, and the gradients in it. Seen on one image and on two."""
+    """Peak bytes per image in the backward of a tower with checkpointed blocks: activations and gradients of the
+    largest block. Measured on one image and on two."""
     first = next(parameter for parameter in tower.parameters() if parameter.requires_grad)
     device = first.device.type
 
@@ -415,7 +426,8 @@ def recomputed_block_bytes(tower: VisionTower, image_size: int, autocast: bool) 
             levels = tower(pixels).levels
         gradients = [torch.ones_like(level) for level in levels]
         with LiveBytes(device) as live:
-            # The gradient of what comes first goes through every block, and makes none of their weights'.
+            # The gradient of the first parameter passes through every block, and needs none of their weights'
+            # gradients.
             torch.autograd.grad(levels, first, gradients)
             return live.peak
 
@@ -423,8 +435,8 @@ def recomputed_block_bytes(tower: VisionTower, image_size: int, autocast: bool) 
 
 
 def tower_activation_bytes(tower: VisionTower, image_size: int, autocast: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of the forward of a tower, as its blocks are, checkpointed or not: of any batch, and
-    besides of each image."""
+    """(bytes per batch, bytes per image) that autograd saves in the forward of a tower, whose blocks may be
+    checkpointed."""
     device = next(tower.parameters()).device
     weights = {x.untyped_storage().data_ptr() for x in (*tower.parameters(), *tower.buffers())}
 
@@ -451,7 +463,7 @@ def tower_activation_bytes(tower: VisionTower, image_size: int, autocast: bool) 
 
 
 def on_meta(value: Any, quantize: bool = False) -> Any:
-    """A copy of (part of) a decoder without its numbers. quantize: its layers' dense matrices as NF4, in name."""
+    """A copy of a decoder, or a part of it, on the meta device. quantize: dense matrices of its layers become NF4."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     if isinstance(value, FrozenDecoder):
@@ -480,8 +492,8 @@ def quantize_head(decoder: FrozenDecoder) -> None:
 
 
 def as_nf4(weight: Tensor, nested: bool = True) -> NF4Weight:
-    """What an (out, in) matrix is in NF4, its absmax nested or, as embedding and head have it, not; without its
-    numbers."""
+    """An (out, in) matrix in NF4 on the meta device. nested: double quantisation of absmax; embedding and head have
+    none."""
 
     def empty(count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device="meta")
@@ -527,7 +539,7 @@ def replay_bytes(
 
 
 def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
-    """Peak of reading as many prefixes as the engine reads at once, without the cache they are read into."""
+    """Peak bytes of prefilling as many prefixes as the engine prefills at once, without the cache."""
     rest = len(prefix) - prefix.static_length
     pairs = max(1, PREFILL_TOKENS // len(prefix))
     with LiveBytes("meta") as live, torch.no_grad():
@@ -541,7 +553,7 @@ def prefill_bytes(decoder: FrozenDecoder, prefix: PairPrefix) -> int:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             o, lse = group_attention(q, k, v, layout)
             if images is not None:
-                add_bidirectional(q, k, v, o, lse, images)
+                add_bidirectional(Attention(q, k, v, o, lse), images)
             return o
 
         decoder.forward(h, positions, attend)

@@ -1,5 +1,4 @@
-"""Attribute credit: a reward for what a rollout says of one attribute, beside the verdict's, which is one bit for some
-hundred tokens.
+"""Attribute credit: a reward per attribute value, beside that of the verdict, which is one bit for some hundred tokens.
 
 Images of one class look alike in every attribute, so what a rollout says of one of them should be what rollouts say of
 the others: of the other image of the pair, where it is of the same class, and of those that earlier steps rolled out.

@@ -20,9 +20,20 @@ class ImageRows(NamedTuple):
     columns: Tensor
 
 
-def add_bidirectional(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, images: ImageRows) -> None:
-    """Adds attention of each image token onto those behind it in its image: o (rows, heads, head_dim) and lse (heads,
-    rows) of `group_attention` are updated in place."""
+class Attention(NamedTuple):
+    """Arguments and results of `group_attention`: q and o (rows, heads, head_dim), k and v (tokens, kv_heads,
+    head_dim), lse (heads, rows)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+
+
+def add_bidirectional(causal: Attention, images: ImageRows) -> None:
+    """Adds attention of each image token onto the later tokens of its image: updates `o` and `lse` in place."""
+    q, k, v, o, lse = causal
     scores, values = _scores(q, k, images), _by_head(v[images.columns], k.shape[1])
     causal_lse = _lse(lse, images, k.shape[1])
     full_lse = torch.logaddexp(causal_lse, scores.logsumexp(-1))
@@ -32,17 +43,10 @@ def add_bidirectional(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, i
     lse[:, images.rows] = full_lse.permute(1, 2, 0, 3).flatten(0, 1)
 
 
-def bidirectional_backward(
-    d_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    d: tuple[Tensor, Tensor, Tensor],
-    images: ImageRows,
-) -> None:
-    """Adds the later tokens' share, in place, to `d`: gradients of q, k and v from `group_attention_backward`."""
+def bidirectional_backward(d_o: Tensor, merged: Attention, d: tuple[Tensor, Tensor, Tensor], images: ImageRows) -> None:
+    """Adds the later tokens' share, in place, to `d`: gradients of q, k and v from `group_attention_backward`. merged:
+    as `add_bidirectional` leaves it."""
+    q, k, v, o, lse = merged
     kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
     d_out, out = (_by_head(x[images.rows], kv_heads) for x in (d_o, o))
     queries, keys, values = (
@@ -56,7 +60,7 @@ def bidirectional_backward(
 
 
 def _scores(q: Tensor, k: Tensor, images: ImageRows) -> Tensor:
-    """(images, kv_heads, rep, N, N) of each token onto those behind it; -inf elsewhere."""
+    """(images, kv_heads, rep, N, N): scores of each token onto later ones; -inf elsewhere."""
     kv_heads, count = k.shape[1], images.rows.shape[1]
     scores = (_by_head(q[images.rows], kv_heads) * q.shape[-1] ** -0.5) @ _by_head(k[images.columns], kv_heads).mT
     causal_mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril_()
@@ -64,7 +68,7 @@ def _scores(q: Tensor, k: Tensor, images: ImageRows) -> Tensor:
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
-    """(images, N, heads, d) -> (images, kv_heads, rep, N, d), wide enough to sum in."""
+    """(images, N, heads, d) -> (images, kv_heads, rep, N, d), in float32 or wider, for sums."""
     x = x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

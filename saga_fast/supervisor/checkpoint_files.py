@@ -39,7 +39,7 @@ def chat_template(release: Release, tokenizer: PreTrainedTokenizerBase) -> str |
 def end_tokens(release: Release, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All that the model's files name as ending a text: generation_config.json, else config.json, and the tokenizer.
 
-    None, perhaps: the chat template's own end of a turn is the caller's to add.
+    The caller adds the chat template's own end of a turn.
     """
     vocabulary, found = config.text_config.vocab_size, []
     file = GENERATION_CONFIG_NAME

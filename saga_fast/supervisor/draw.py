@@ -1,9 +1,9 @@
 """Phase B: draw pairs of a micro-batch and roll them out until enough of them contribute (DAPO, arXiv 2503.14476).
 
-Pairs have an order, drawn before any is rolled out. What a draw keeps is **the first K contributing pairs in that
-order**, and what it reports is of the pairs up to the K-th of them. So neither depends on how long answers are, on how
-many pairs roll out at once, or on how many processes share them: only the waste does. A pair that K contributing ones
-come before can no longer be kept, and its rollouts stop at once; one that comes before the K-th must be waited for.
+The order of the pairs is drawn before any is rolled out. A draw keeps **the first K contributing pairs in that order**
+and reports figures of all pairs up to the K-th of them. So neither depends on the lengths of answers, on how many pairs
+roll out at once, or on the number of processes: only the waste does. A pair behind K contributing ones cannot be kept,
+and its rollouts stop at once; a pair before the K-th is waited for.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class JudgedPair(NamedTuple):
 
 @dataclass
 class Draw:
-    """The pairs that decided a draw, in order: up to the K-th that contributes, or all where fewer do.
+    """The judged pairs of a draw, in order: up to the K-th that contributes, or all where fewer do.
 
     classes: of both images of each. wasted: tokens of pairs that were begun and not needed.
     """
@@ -68,7 +68,7 @@ class Draw:
         return sum(pair.contributes for pair in self.pairs)
 
     def extend(self, other: Draw) -> None:
-        """Goes on with the draw from another micro-batch."""
+        """Appends the draw from another micro-batch."""
         self.pairs += other.pairs
         self.classes += other.classes
         self.wasted += other.wasted

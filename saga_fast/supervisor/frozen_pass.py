@@ -1,10 +1,9 @@
-"""One packed run through the frozen decoder and back, by hand.
+"""Forward and backward of packed tokens through the frozen decoder, without autograd.
 
-No weight of the decoder has a gradient, so its backward is one matmul for each of the forward's, and what must be kept
-for it is little: the inputs of norms, rotation, attention and gate, never of a matmul. By hand, a layer's weights are
-dequantised once a visit, the visit of the backward being one for recomputation and gradient together; keys and values
-that an earlier run computed take part as constants, or give their gradient back to it; the last layer goes no further
-than the rows somebody reads.
+No weight of the decoder has a gradient, so the backward pass is one matmul for each of the forward's, and it needs only
+the inputs of norms, rotation, attention and gate, never of a matmul. Without autograd a layer's weights are dequantised
+once per visit, where a visit of the backward pass covers recomputation and gradient; past keys and values take part as
+constants, or collect a gradient for the pass that computed them; and the last layer computes only its output rows.
 """
 
 from __future__ import annotations
@@ -16,25 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saga_fast.supervisor.bidirectional_images import ImageRows, add_bidirectional, bidirectional_backward
+from saga_fast.supervisor.bidirectional_images import Attention, ImageRows, add_bidirectional, bidirectional_backward
 from saga_fast.supervisor.decoder import DecoderLayer, FrozenDecoder, Projection
 from saga_kernels import GroupLayout, group_attention, rms_norm, rope
 
 Recompute = Literal["none", "mlp", "full"]
-"""What the backward computes again. full: all of a layer, from its input (4,096 numbers a token in the 8B); mlp: gate
-and up, as q, k, v, o and the residual between are kept too (18,432); none: nothing (43,008)."""
+"""What the backward pass recomputes. full: all of a layer, from its input (4,096 numbers saved per token and layer in
+the 8B); mlp: gate and up; q, k, v, o and the residual stream are saved too (18,432); none: nothing (43,008)."""
 
-MLP_ROWS = 8192  # rows whose gate and up stand at a time where they are not kept
+MLP_ROWS = 8192  # rows whose gate and up are in memory at a time where they are recomputed
 
 # observe(layer, layout, q, keys, lse): as `attention_onto` takes them
 Observe = Callable[[int, GroupLayout, Tensor, Tensor, Tensor], None]
 KeysValues = list[tuple[Tensor, Tensor]]
-PastKV = Callable[[int], tuple[Tensor, Tensor]]
 ops = torch.ops.saga_kernels
 
 
 class WeightBuffers:
-    """Buffers for one layer's dequantised weights, shared by all layers and runs of a replay."""
+    """Buffers for one layer's dequantised weights, shared by all layers and passes of a replay."""
 
     def __init__(self, decoder: FrozenDecoder) -> None:
         self._like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
@@ -82,39 +80,53 @@ class SavedActivations(NamedTuple):
     gate_up: Tensor | None = None
 
 
-class FrozenPass:
-    """One forward pass, and its backward, over hidden states (rows, D) at the queries of `layout` and at rotary
-    `positions` (3, rows).
+class PastKV(NamedTuple):
+    """The keys and values of tokens that have no query in a pass, in packed order.
 
-    past_kv: per layer, keys and values (tokens - rows, kv_heads, head_dim) of the tokens without a query, in packed
-    order. past_kv_gradient: of the same shapes, the backward adds to it; None where they are constants. output_rows:
-    (n,) int64, the rows of the last layer that are read, which are all queries of `last_layout`; None for all. save_kv:
-    every layer's keys and values are kept for later passes, whose gradient the caller adds before the backward.
-    bidirectional_images: N, the tokens of an image, which then attend to each other in both directions; they are not
-    among `output_rows`.
+    read: layer → keys and values, each (tokens - rows, kv_heads, head_dim). gradient: of the same shapes, per layer;
+    the backward pass adds to it. None where keys and values are constants.
+    """
+
+    read: Callable[[int], tuple[Tensor, Tensor]]
+    gradient: KeysValues | None = None
+
+
+class PassRows(NamedTuple):
+    """The rows of a pass: the queries of `layout`, at rotary `positions` (3, rows).
+
+    output_rows: (n,) int64, the rows that the last layer computes, which are the queries of `last_layout`; None for
+    all. images: the image tokens that attend to each other in both directions, none of them in `output_rows`; None
+    where attention is causal throughout.
+    """
+
+    layout: GroupLayout
+    positions: Tensor
+    output_rows: Tensor | None = None
+    last_layout: GroupLayout | None = None
+    images: ImageRows | None = None
+
+
+class FrozenPass:
+    """One forward pass over the hidden states (rows, D) of `rows`, and its backward pass.
+
+    save_kv: keep every layer's keys and values in `saved_kv`, for later passes. The caller puts the gradient that these
+    passes give into `saved_kv_gradient` before `backward`.
     """
 
     def __init__(
         self,
         decoder: FrozenDecoder,
         weight_buffers: WeightBuffers,
-        layout: GroupLayout,
-        positions: Tensor,
-        recompute: Recompute,
+        rows: PassRows,
         past_kv: PastKV,
-        past_kv_gradient: KeysValues | None = None,
-        output_rows: Tensor | None = None,
-        last_layout: GroupLayout | None = None,
+        recompute: Recompute,
         save_kv: bool = False,
-        bidirectional_images: int | None = None,
     ) -> None:
-        self.decoder, self.weight_buffers, self.layout, self.recompute = decoder, weight_buffers, layout, recompute
-        self.past_kv, self.past_kv_gradient = past_kv, past_kv_gradient
-        self.output_rows, self.last_layout = output_rows, last_layout
+        self.decoder, self.weight_buffers, self.past_kv = decoder, weight_buffers, past_kv
+        self.recompute, self.save_kv = recompute, save_kv
+        self.layout, positions, self.output_rows, self.last_layout, self.images = rows
         self.rotations = decoder.rotate(positions, decoder.dtype)
-        self.query_rows, self.cached_rows = layout.key_rows()
-        self.save_kv, self.bidirectional_images = save_kv, bidirectional_images
-        self._images: ImageRows | None = None
+        self.query_rows, self.cached_rows = self.layout.key_rows()
         self.saved_kv: KeysValues = []
         self.saved_kv_gradient: KeysValues = []
         self._saved: list[SavedActivations] = []
@@ -131,13 +143,10 @@ class FrozenPass:
         a backward will follow."""
         decoder = self.decoder
         self._levels, self._visual = len(deepstack), visual
-        if self.bidirectional_images and visual is not None:
-            places = visual.view(-1, self.bidirectional_images)
-            self._images = ImageRows(places, self.query_rows[places])
         for i, layer in enumerate(decoder.layers):
             weights = self.weight_buffers.weights(layer)
             output_rows = self.output_rows if i == decoder.depth - 1 else None
-            half, (_, keys, values) = self._attend(i, layer, weights, h, output_rows, observe)
+            half, attention = self._attend(i, layer, weights, h, output_rows, observe)
             x = rms_norm(half.residual, layer.mlp_norm, decoder.eps)
             parts = []
             for rows in _chunks(len(x), self.recompute):
@@ -153,7 +162,7 @@ class FrozenPass:
                     else SavedActivations(h, half, gate_up if again == "none" else None)
                 )
             if self.save_kv:
-                self.saved_kv.append((keys, values))
+                self.saved_kv.append((attention.k, attention.v))
             h = out.add_(half.residual)
             if i < len(deepstack) and output_rows is None:
                 assert visual is not None, "a DeepStack level is added at the rows `visual`"
@@ -163,7 +172,8 @@ class FrozenPass:
         return rms_norm(h, decoder.norm, decoder.eps)
 
     def backward(self, d: Tensor, input_rows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """From the gradient of what `forward` gave to that of h's rows `input_rows`, and of each level of deepstack."""
+        """Gradients of h's rows `input_rows`, and of each DeepStack level, from d, the gradient of `forward`'s
+        result."""
         decoder = self.decoder
         d = ops.rms_norm_backward(d, None, self._last, decoder.norm, decoder.eps)
         levels: list[Tensor] = []
@@ -182,8 +192,8 @@ class FrozenPass:
         h: Tensor,
         output_rows: Tensor | None,
         observe: Observe | None,
-    ) -> tuple[FirstHalf, tuple[Tensor, Tensor, Tensor]]:
-        """The first half of a layer, and what met in its attention: q, keys and values."""
+    ) -> tuple[FirstHalf, Attention]:
+        """The attention half of a layer, and its attention over all tokens of the layout."""
         decoder = self.decoder
         x = rms_norm(h, layer.input_norm, decoder.eps)
         split, bias = decoder.heads * decoder.head_dim, layer.qkv.bias
@@ -196,8 +206,9 @@ class FrozenPass:
         q, kv = (y.unflatten(-1, (-1, decoder.head_dim)) for y in (q, kv))
         rotated, keys, values = self._rotate(i, layer, q, kv, output_rows)
         o, lse = group_attention(rotated, keys, values, self._layout(output_rows))
-        if self._images is not None and output_rows is None:
-            add_bidirectional(rotated, keys, values, o, lse, self._images)
+        attention = Attention(rotated, keys, values, o, lse)
+        if self.images is not None and output_rows is None:
+            add_bidirectional(attention, self.images)
         if observe is not None:
             observe(i, self._layout(output_rows), rotated, keys, lse)
         attention_out, shortcut = (
@@ -205,14 +216,14 @@ class FrozenPass:
             h if output_rows is None else h[output_rows],
         )
         if layer.o_norm is None:
-            return FirstHalf(q, kv, o, lse, None, attention_out.add_(shortcut)), (rotated, keys, values)
+            return FirstHalf(q, kv, o, lse, None, attention_out.add_(shortcut)), attention
         residual = rms_norm(attention_out, layer.o_norm, decoder.eps).add_(shortcut)
-        return FirstHalf(q, kv, o, lse, attention_out, residual), (rotated, keys, values)
+        return FirstHalf(q, kv, o, lse, attention_out, residual), attention
 
     def _rotate(
         self, i: int, layer: DecoderLayer, q: Tensor, kv: Tensor, output_rows: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q normed and rotated; keys and values of all tokens of the layout, the earlier ones among them."""
+        """Normed and rotated q; keys and values of all tokens of the layout, past ones included."""
         decoder, (cos, sin) = self.decoder, self.rotations[i]
         q = rope(q, *self._angles(i, output_rows), layer.q_norm, decoder.eps)
         k, v = kv.chunk(2, -2)
@@ -220,7 +231,7 @@ class FrozenPass:
         if len(self.cached_rows) == 0:
             return q, k, v
         both = []
-        for new, past_kv in zip((k, v), self.past_kv(i)):
+        for new, past_kv in zip((k, v), self.past_kv.read(i)):
             packed = new.new_empty(self.layout.tokens, *new.shape[1:])
             both.append(packed.index_copy_(0, self.query_rows, new).index_copy_(0, self.cached_rows, past_kv))
         return q, *both
@@ -234,14 +245,14 @@ class FrozenPass:
         output_rows: Tensor | None,
         input_rows: Tensor | None,
     ) -> Tensor:
-        """The gradient of a layer's input, of all rows or of those that are wanted."""
+        """The gradient of a layer's input: of all rows, or of `input_rows`."""
         decoder, weights, (cos, sin) = self.decoder, self.weight_buffers.weights(layer), self.rotations[i]
         if (half := saved.half) is None:
-            half, (q, keys, values) = self._attend(i, layer, weights, saved.h, output_rows, None)
+            half, attention = self._attend(i, layer, weights, saved.h, output_rows, None)
         else:
-            q, keys, values = self._rotate(i, layer, half.q, half.kv, output_rows)
+            attention = Attention(*self._rotate(i, layer, half.q, half.kv, output_rows), half.o, half.lse)
 
-        # The MLP, in runs of rows where gate and up are computed again.
+        # The MLP, in chunks of rows where gate and up are recomputed.
         d_residual = torch.empty_like(half.residual)
         for rows in _chunks(len(d), self.recompute):
             residual = half.residual[rows]
@@ -261,17 +272,16 @@ class FrozenPass:
             d_attention_out = ops.rms_norm_backward(d_residual, None, half.attention_out, layer.o_norm, decoder.eps)
         d_o = (d_attention_out @ weights.o).view_as(half.o)
         offsets, scale, no_capture = self._layout(output_rows).offsets, decoder.head_dim**-0.5, (None, None, None)
-        inputs = q, keys, values, half.o, half.lse
-        d_q, d_keys, d_values = ops.group_attention_backward(d_o, *inputs, *offsets, scale, *no_capture)
-        if self._images is not None and output_rows is None:
-            bidirectional_backward(d_o, *inputs, (d_q, d_keys, d_values), self._images)
+        d_q, d_keys, d_values = ops.group_attention_backward(d_o, *attention, *offsets, scale, *no_capture)
+        if self.images is not None and output_rows is None:
+            bidirectional_backward(d_o, attention, (d_q, d_keys, d_values), self.images)
         if self.saved_kv_gradient:
             later_kv_gradient = self.saved_kv_gradient.pop()
             d_keys, d_values = (
                 (own + extra).to(own.dtype) for own, extra in zip((d_keys, d_values), later_kv_gradient)
             )
-        if self.past_kv_gradient is not None:
-            for total, own in zip(self.past_kv_gradient[i], (d_keys, d_values)):
+        if self.past_kv.gradient is not None:
+            for total, own in zip(self.past_kv.gradient[i], (d_keys, d_values)):
                 total += own[self.cached_rows]
         d_k, d_v = (
             (d_keys, d_values) if len(self.cached_rows) == 0 else (d_keys[self.query_rows], d_values[self.query_rows])
@@ -279,7 +289,7 @@ class FrozenPass:
         d_q = self._unrotate(d_q, half.q, layer.q_norm, *self._angles(i, output_rows)).flatten(1)
         d_k = self._unrotate(d_k, half.kv[:, : decoder.kv_heads], layer.k_norm, cos, sin).flatten(1)
         d_v = d_v.flatten(1)
-        if output_rows is not None:  # zeros for the others: of their attention and MLP nothing was computed
+        if output_rows is not None:  # other rows get zeros: the last layer computes nothing for them
             d_q, d_residual = (
                 x.new_zeros(len(saved.h), x.shape[1]).index_copy_(0, output_rows, x) for x in (d_q, d_residual)
             )
@@ -300,6 +310,6 @@ class FrozenPass:
 
 
 def _chunks(rows: int, recompute: Recompute) -> list[slice]:
-    """Runs of rows that go through the MLP together: all where gate and up are kept anyway."""
+    """Chunks of rows that go through the MLP together: one chunk where gate and up are saved anyway."""
     size = rows if recompute == "none" else MLP_ROWS
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]

@@ -1,8 +1,8 @@
-"""What the supervisor is asked, what it should answer, and the token ids of the question with both images in it.
+"""The supervisor's prompt, the answer it should give, and the token ids of the prompt with both images in it.
 
 The structured prompt names an expert role and a fixed attribute list; the answer is one JSON object whose keys come in
-an order that makes the model look before it judges: both descriptions, the differences, and only then the verdict. The
-generic prompt (an ablation) has neither role nor attributes.
+an order that makes the model describe before it judges: both descriptions, the differences, and only then the verdict.
+The generic prompt (an ablation) has neither role nor attributes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # seconds to import
 
 IMAGE_PAD = "<|image_pad|>"
-THINK, THOUGHT = "<think>", "</think>"  # around what a model writes before its answer
+THINK, THOUGHT = "<think>", "</think>"  # around a model's reasoning before its answer
 Order = Literal["images_first", "instruction_first"]
 
-_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")  # item and verdict_key: their every letter is said to the model
+_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")  # item and verdict_key, which the prompt contains literally
 _TEXT = 200  # characters of a role or an attribute at most
 _ATTRIBUTES = 100
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question about a pair of images.
+    """A prompt about a pair of images.
 
-    Raises InputError, naming the field, for what a model could not be asked or could not write back: text that is
-    empty, longer than a line, not printable or looks like a model's control tokens; keys that are no plain words or
-    collide; `generic` and `attributes` that contradict each other.
+    Raises InputError, naming the field, for what cannot be part of a prompt or of its answer: text that is empty,
+    longer than a line, not printable or looks like a model's control tokens; keys that are not plain words or collide;
+    `generic` and `attributes` that contradict each other.
     """
 
     role: str
@@ -82,7 +82,7 @@ class Prompt:
         return replace(self, role="", attributes=(), generic=True)
 
     def instruction(self) -> str:
-        """The text that stands beside the two images. Kept short: it is read once per pair."""
+        """The text of the prompt beside the two images; short, as it is prefilled for every pair."""
         decide = f"then decide: {self.verdict_key.replace('_', ' ')} or not."
         reply = "Reply with one JSON object, keys in order:"
         if self.generic:
@@ -107,7 +107,7 @@ class Prompt:
         reasoning: str,
         same: bool,
     ) -> str:
-        """The one line of JSON a perfect supervisor writes. Raises KeyError if a description lacks an attribute."""
+        """The correct answer as one line of JSON. Raises KeyError if a description lacks an attribute."""
         notes = {"differences": differences, "confidence": confidence, "reasoning": reasoning}
         values: dict[str, object] = {**notes, self.verdict_key: "yes" if same else "no"}
         if not self.generic:
@@ -175,11 +175,23 @@ PROMPTS = {
 
 class Prefix(NamedTuple):
     """input_ids: everything before the completion. image_spans: half-open ranges of each image's pads in input_ids.
-    thinks: the template opened a block of thoughts, which the completion closes before it answers."""
+    thinks: the template opens a reasoning block, which the completion closes before its answer."""
 
     input_ids: list[int]
     image_spans: tuple[tuple[int, int], tuple[int, int]]
     thinks: bool = False
+
+
+class ImageMarkup(NamedTuple):
+    """An image in the prompt. pad: the token that is repeated, once per visual token. text: the template's text for an
+    image, and the processor's replacement of it. newline: one more pad after each image, outside its span."""
+
+    pad: str = IMAGE_PAD
+    text: ImageText = PLAIN
+    newline: bool = False
+
+
+DEFAULT_MARKUP = ImageMarkup()
 
 
 def build_prefix(
@@ -187,17 +199,13 @@ def build_prefix(
     instruction: str,
     tokens_per_image: int,
     order: Order = "images_first",
-    image_token: str = IMAGE_PAD,
-    image_text: ImageText = PLAIN,
-    newline: bool = False,
+    image: ImageMarkup = DEFAULT_MARKUP,
 ) -> Prefix:
-    """Chat-templated token ids of one pair, each image standing as `tokens_per_image` pads.
+    """Chat-templated token ids of one pair, with `tokens_per_image` pads for each image.
 
-    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. image_token: the pad. image_text: what the
-    template writes for an image, and what the model's processor puts in its place. newline: one pad more behind each
-    image, outside its span. Raises InputError for an unknown order, a tokenizer without a chat template, a template
-    that fails or does not write one image per image, and an instruction that holds one of the tokenizer's special
-    tokens. A template that can ask for an answer without thoughts does.
+    `images_first` is the paper's Eq. 1; `instruction_first` its Fig. 2. A template with a switch for reasoning has it
+    off. Raises InputError for an unknown order, a tokenizer without a chat template, a template that fails or does not
+    write one image per image, and an instruction that holds one of the tokenizer's special tokens.
     """
     images, text = [{"type": "image"}] * 2, [{"type": "text", "text": instruction}]
     contents = {"images_first": images + text, "instruction_first": text + images}
@@ -210,20 +218,20 @@ def build_prefix(
         if token.special and token.content in instruction:
             raise InputError(f"prompt: the instruction holds the special token {token.content!r}; take it out")
 
-    placeholder = image_text.placeholder or image_token
+    placeholder = image.text.placeholder or image.pad
     try:
         rendered = _render(tokenizer, [{"role": "user", "content": contents[order]}])
-        # As the models' processors do: text first, then tokens, and a template that does not begin the text itself
-        # leaves that to the tokenizer.
-        rendered = rendered.replace(placeholder, f"{image_text.before}{image_token}{image_text.after}")
+        # Like the models' processors: render the text, then tokenise it; the tokenizer adds the BOS token where the
+        # template does not.
+        rendered = rendered.replace(placeholder, f"{image.text.before}{image.pad}{image.text.after}")
         has_bos = tokenizer.bos_token is not None and rendered.startswith(tokenizer.bos_token)
         ids = tokenizer.encode(rendered, add_special_tokens=not has_bos)
-    except Exception as error:  # of any kind: a template is a program that came with the model
+    except Exception as error:  # of any kind: a template is a program in the model's files
         raise InputError(
             f"{name}: chat template cannot write two images and a question ({type(error).__name__}: "
             f"{first_line(error)}); use the vision-language model's own template, chat_template.jinja"
         ) from error
-    pad = tokenizer.convert_tokens_to_ids(image_token)
+    pad = tokenizer.convert_tokens_to_ids(image.pad)
     pads = [position for position, token in enumerate(ids) if token == pad]
     if len(pads) != 2:
         raise InputError(
@@ -231,22 +239,22 @@ def build_prefix(
             "use the vision-language model's own template"
         )
     first, second = pads
-    image = [pad] * (tokens_per_image + newline)
-    input_ids = [*ids[:first], *image, *ids[first + 1 : second], *image, *ids[second + 1 :]]
-    second += len(image) - 1
+    run = [pad] * (tokens_per_image + image.newline)
+    input_ids = [*ids[:first], *run, *ids[first + 1 : second], *run, *ids[second + 1 :]]
+    second += len(run) - 1
     spans = (first, first + tokens_per_image), (second, second + tokens_per_image)
     return Prefix(input_ids, spans, rendered.rfind(THINK) > rendered.rfind(THOUGHT))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], to_come: bool = True) -> str:
-    """to_come: whether the template writes the head of the turn that is to come."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, add_generation_prompt=to_come)
-    return str(text)
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], next_turn: bool = True) -> str:
+    """next_turn: whether the template writes the start of the assistant's next turn."""
+    settings: dict[str, Any] = {"tokenize": False, "enable_thinking": False, "add_generation_prompt": next_turn}
+    return str(tokenizer.apply_chat_template(messages, **settings))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after what the model said; None where it writes none, or cannot
-    be asked: what `build_prefix` needs of it, that says."""
+    """The special token that the chat template writes after the model's turn; None where it writes none, or fails:
+    `build_prefix` reports the failures that matter."""
     reply = "Yes"
     for content in ([{"type": "text", "text": reply}], reply):
         turns: list[dict[str, Any]] = [
@@ -254,7 +262,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
             {"role": "assistant", "content": content},
         ]
         try:
-            _, found, after = _render(tokenizer, turns, to_come=False).rpartition(reply)
+            _, found, after = _render(tokenizer, turns, next_turn=False).rpartition(reply)
             ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
         except Exception:  # of any kind, as in `build_prefix`
             continue

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.frozen_pass import FrozenPass, KeysValues, Observe, PastKV, Recompute, WeightBuffers
+from saga_fast.supervisor.bidirectional_images import ImageRows
+from saga_fast.supervisor.frozen_pass import (
+    FrozenPass,
+    KeysValues,
+    Observe,
+    PassRows,
+    PastKV,
+    Recompute,
+    WeightBuffers,
+)
 from saga_fast.supervisor.pair import PrefixCache
 from saga_kernels import GroupLayout, attention_onto, token_logprob
 
@@ -138,7 +147,6 @@ class _ReplayPass:
         self.temperature, self.anchor_layer = temperature, anchor_layer
         self.decoder, self.prefix, self.device = prefix_cache.decoder, prefix_cache.prefix, prefix_cache.decoder.device
         self.weight_buffers, self.head = WeightBuffers(self.decoder), self.decoder.dense_head()
-        self.bidirectional_images = self.prefix.images.shape[1] if self.prefix.bidirectional_images else None
         self.needs_gradient = features.tokens.requires_grad
         self.log_probs: dict[tuple[int, int], Tensor] = {}
         self.attention: list[AnchorAttention] = []
@@ -168,11 +176,10 @@ class _ReplayPass:
         )
         images = slice(2 * pack[0], 2 * pack[-1] + 2)
         h = prefix.input_embeddings(self.decoder, torch.cat(ids), visual, self.features.tokens[images])
-        run = FrozenPass(
-            self.decoder, self.weight_buffers, layout, torch.cat(positions, 1), self.plan.recompute,
-            self._static_prefix_kv(count), output_rows=output_rows.to(self.device), last_layout=last,
-            bidirectional_images=self.bidirectional_images,
-        )  # fmt: skip
+        pass_rows = PassRows(
+            layout, torch.cat(positions, 1), output_rows.to(self.device), last, self._bidirectional(visual, layout)
+        )
+        run = self._pass(pass_rows, self._static_prefix_kv(count), self.plan.recompute)
         members = [(i, g, j, g) for j, i in enumerate(pack) for g in range(len(lengths[j]))]
         hidden = run.forward(h, self._levels(images), visual, self._observer(members), self.needs_gradient)
         rows, targets = [], []
@@ -197,13 +204,10 @@ class _ReplayPass:
         h = prefix.input_embeddings(
             self.decoder, prefix.input_ids[prefix.static_length :], visual, self.features.tokens[images]
         )
-        prefix_pass = FrozenPass(
-            self.decoder, self.weight_buffers, GroupLayout([len(prefix)], [[]], [rest], self.device),
-            prefix.positions[:, prefix.static_length :], self.plan.prefix_recompute, self._static_prefix_kv(1),
-            output_rows=torch.tensor([rest - 1], device=self.device),
-            last_layout=GroupLayout([len(prefix)], [[]], [1], self.device), save_kv=True,
-            bidirectional_images=self.bidirectional_images,
-        )  # fmt: skip
+        layout, last = (GroupLayout([len(prefix)], [[]], [queries], self.device) for queries in (rest, 1))
+        last_row, positions = torch.tensor([rest - 1], device=self.device), prefix.positions[:, prefix.static_length :]
+        prefix_rows = PassRows(layout, positions, last_row, last, self._bidirectional(visual, layout))
+        prefix_pass = self._pass(prefix_rows, self._static_prefix_kv(1), self.plan.prefix_recompute, save_kv=True)
         hidden = prefix_pass.forward(h, self._levels(images), visual, save_for_backward=self.needs_gradient)
         members = range(len(completions))
         d = self._log_probs_and_gradient(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
@@ -217,10 +221,9 @@ class _ReplayPass:
         for part in _largest_first([len(c) for c in completions], self.plan.token_budget):
             chosen = [completions[g] for g in part]
             layout = GroupLayout([len(prefix)], [[len(c) for c in chosen]], [0], self.device)
-            run = FrozenPass(
-                self.decoder, self.weight_buffers, layout, torch.cat([self._positions(c) for c in chosen], 1),
-                self.plan.recompute, prefix_pass.saved_kv.__getitem__, gradient if self.needs_gradient else None,
-            )  # fmt: skip
+            past_kv = PastKV(prefix_pass.saved_kv.__getitem__, gradient if self.needs_gradient else None)
+            positions = torch.cat([self._positions(completion) for completion in chosen], 1)
+            run = self._pass(PassRows(layout, positions), past_kv, self.plan.recompute)
             h = self.decoder.embed_tokens(torch.cat([self._ids(c) for c in chosen]))
             observe = self._observer([(i, g, 0, k) for k, g in enumerate(part)])
             hidden = run.forward(h, observe=observe, save_for_backward=self.needs_gradient)
@@ -232,6 +235,16 @@ class _ReplayPass:
         if self.needs_gradient:
             prefix_pass.saved_kv_gradient = gradient
             self._add_gradients(images, *prefix_pass.backward(d, visual))
+
+    def _pass(self, rows: PassRows, past_kv: PastKV, recompute: Recompute, save_kv: bool = False) -> FrozenPass:
+        return FrozenPass(self.decoder, self.weight_buffers, rows, past_kv, recompute, save_kv)
+
+    def _bidirectional(self, visual: Tensor, layout: GroupLayout) -> ImageRows | None:
+        """The images at the rows `visual` of the layout's queries; None where attention is causal throughout."""
+        if not self.prefix.bidirectional_images:
+            return None
+        rows = visual.view(-1, self.prefix.images.shape[1])
+        return ImageRows(rows, layout.key_rows()[0][rows])
 
     def _log_probs_and_gradient(
         self, hidden: Tensor, rows: Sequence[int], tokens: Sequence[tuple[tuple[int, int], slice]]
@@ -270,12 +283,12 @@ class _ReplayPass:
     def _static_prefix_kv(self, groups: int) -> PastKV:
         prefix_cache = self.prefix_cache
 
-        def past_kv(layer: int) -> tuple[Tensor, Tensor]:
+        def read(layer: int) -> tuple[Tensor, Tensor]:
             cached = prefix_cache.keys[layer], prefix_cache.values[layer]
             keys, values = (x.expand(groups, *x.shape).flatten(0, 1) for x in cached)
             return keys, values
 
-        return past_kv
+        return PastKV(read)
 
     def _ids(self, completion: Sequence[int]) -> Tensor:
         return torch.tensor(completion, device=self.device)

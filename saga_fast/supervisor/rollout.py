@@ -1,10 +1,9 @@
 """Phase B's engine: sample G completions for each of many pairs, without gradient, by continuous batching.
 
-A pair waits until one of the engine's slots is free. Its prefix is then prefilled once and its keys and values are
-stored once, read by all its G rollouts. All rollouts of all pairs in slots decode in one batch; one that has ended
-leaves it, and a pair whose rollouts have all ended makes room for the next, whatever the others are at. The device is
-waited for once every `SYNC_EVERY` tokens. Left out: speculative decoding, beam search, logits processors: rollouts are
-plain samples.
+A pair waits until one of the engine's slots is free. Its prefix is then prefilled once, and all its G rollouts read the
+one copy of its keys and values. All rollouts of all pairs in slots decode in one batch; a finished rollout leaves it,
+and a pair whose rollouts have all finished frees its slot. The host synchronises with the device once every
+`SYNC_EVERY` tokens. Left out: speculative decoding, beam search, logits processors.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ import torch
 from torch import Tensor
 
 from saga_fast.encoder import VisualFeatures
-from saga_fast.supervisor.bidirectional_images import add_bidirectional
+from saga_fast.supervisor.bidirectional_images import Attention, add_bidirectional
 from saga_fast.supervisor.decoder import FrozenDecoder
 from saga_fast.supervisor.graphs import Graphs
 from saga_fast.supervisor.pair import PrefixCache
 from saga_kernels import GroupLayout, decode_attention, group_attention, sample_top_p
 
-SYNC_EVERY = 16  # tokens between two looks for finished rows: each look waits for the device
-TRACKED_ROWS = 8  # rows whose tokens' log π is kept as it was sampled: to see that a replay computes the same
-PREFILL_TOKENS = 4096  # of prefixes that are read in one pass; one prefix at least
+SYNC_EVERY = 16  # decode steps between two checks for finished rows: each check waits for the device
+TRACKED_ROWS = 8  # rows whose log π is recorded at sampling, to compare with that of the replay
+PREFILL_TOKENS = 4096  # tokens of prefixes prefilled in one pass; one prefix at least
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,16 @@ class Sampling:
 
     @property
     def capacity(self) -> int:
-        """Tokens a rollout may read of its own, in whole runs from look to look: the first is drawn by the prefill."""
+        """Tokens of its own in a rollout's cache, a multiple of SYNC_EVERY; the prefill samples the first token."""
         return max(1, -(-(self.max_new_tokens - 1) // SYNC_EVERY)) * SYNC_EVERY
 
 
 @dataclass
 class PairRollouts:
-    """What became of a pair. completions [g]: token ids, the end token included unless `max_new_tokens` cut it off.
+    """The rollouts of a pair. completions [g]: token ids, the end token included unless `max_new_tokens` cut it off.
 
-    broken: a rollout met logits that are not finite; the completions are what there was, and no sample of the model.
-    log_probs: of some tokens (g, position) log π as it was sampled, at the sampling temperature, without the top-p cut.
+    broken: a rollout met logits that are not finite; the completions are incomplete then.
+    log_probs: (g, position) → log π at sampling, of some tokens; at the sampling temperature, without the top-p cut.
     """
 
     pair_id: int
@@ -65,7 +64,7 @@ class PairRollouts:
 
 @dataclass(eq=False)
 class _Row:
-    """A rollout that goes on: all of its tokens but the last stand in the cache."""
+    """An unfinished rollout: all of its tokens but the last are in the cache."""
 
     pair: PairRollouts
     g: int
@@ -80,14 +79,14 @@ class _Row:
 
 
 class RolloutEngine:
-    """Rolls out up to `slots` pairs at a time: `admit` them, `advance` by SYNC_EVERY tokens, `drop` what is not wanted.
+    """Rolls out up to `slots` pairs at a time: `admit` them, `advance` by SYNC_EVERY tokens, `drop` those not needed.
 
     A rollout is a function of (sampling.seed, pair id, g) and the weights alone, up to the rounding of matrix products:
     not of its neighbours, the number of slots or the order of admission.
 
-    Keys and values stand in blocks that are allocated here and stay: a prefix a slot, (slots, kv_heads, head_dim, P)
-    with the keys transposed for the score GEMM; and each rollout's own, (slots·G, kv_heads, capacity, head_dim). Pairs
-    and rollouts fill them from the front, so that a batch is a view: when one leaves, the last takes its place.
+    Keys and values are in blocks that are allocated once: one prefix per slot, (slots, kv_heads, head_dim, P) with the
+    keys transposed for the score GEMM; and each rollout's own, (slots·G, kv_heads, capacity, head_dim). Pairs and
+    rollouts fill them from the front, so that a batch is a view: when one leaves, the last one takes its place.
     """
 
     def __init__(
@@ -106,8 +105,8 @@ class RolloutEngine:
         self.own_k, self.own_v = (blocks(max_rows, kv, sampling.capacity, dim) for _ in range(2))
         self.pairs: list[PairRollouts] = []
         self.rows: list[_Row] = []
-        # What a step reads and writes: the token to feed, and of each row the seat of its query among the prefixes'
-        # (slot·G + g), its lasting id, and how many of its tokens are cached.
+        # What a decode step reads and writes, per row: the input token, the query slot (slot·G + g), the row's id,
+        # which is unique in the run, and the number of cached tokens.
         self.token, self.query_slot, self.row_id, self.cached = torch.zeros(
             4, max_rows, dtype=torch.int64, device=decoder.device
         )
@@ -118,23 +117,23 @@ class RolloutEngine:
 
     @staticmethod
     def slot_bytes(decoder: FrozenDecoder, prefix: int, sampling: Sampling) -> int:
-        """What a slot takes: keys and values of a prefix and of G rollouts, in all layers."""
+        """Bytes of a slot: keys and values of a prefix and of G rollouts, in all layers."""
         tokens = _pitch(decoder, prefix) + prefix + 2 * sampling.group_size * sampling.capacity
         return decoder.depth * decoder.kv_heads * decoder.head_dim * tokens * decoder.dtype.itemsize
 
     @property
     def free_slots(self) -> int:
-        """Slots that wait for a pair."""
+        """Number of slots without a pair."""
         return self.slots - len(self.pairs)
 
     @property
     def pair_ids(self) -> set[int]:
-        """Pairs in slots."""
+        """Ids of the pairs in slots."""
         return {pair.pair_id for pair in self.pairs}
 
     @torch.no_grad()
     def admit(self, features: VisualFeatures, pair_ids: Sequence[int]) -> None:
-        """Takes n pairs in, at most `free`, reads their prefixes, and draws the first token of each rollout.
+        """Takes in n pairs, at most `free_slots`: prefills their prefixes and samples the first token of each rollout.
 
         features: of 2n images, a and b of pair 0, of pair 1, …; pair_ids: n, unique in the run.
         """
@@ -150,14 +149,14 @@ class RolloutEngine:
         new_rows = slice(len(self.rows), len(self.rows) + len(row_id))
         logits = self.prefix_cache.decoder.logits(hidden).repeat_interleave(group, 0)
         self.token[new_rows] = self._sample(logits, row_id, torch.zeros_like(row_id))
-        for block in self.own_v:  # nan that was left there, weighed with zero, would be nan
+        for block in self.own_v:  # a leftover nan times a weight of zero would be nan
             block[new_rows] = 0
         for i in pair_ids:
             self.pairs.append(pair := PairRollouts(i, [[] for _ in range(group)]))
             self.rows += [_Row(pair, g) for g in range(group)]
 
     def _prefill(self, features: VisualFeatures, slots: slice) -> Tensor:
-        """Reads prefixes into `slots` and returns the hidden states (pairs, D) that predict their rollouts' first."""
+        """Prefills prefixes into `slots`; returns the hidden states (pairs, D) that predict the first tokens."""
         decoder, prefix = self.prefix_cache.decoder, self.prefix_cache.prefix
         pairs, start = slots.stop - slots.start, prefix.static_length
         length = len(prefix) - start
@@ -177,7 +176,7 @@ class RolloutEngine:
                 return group_attention(q, k, v, last)[0]
             o, lse = group_attention(q, k, v, layout)
             if images is not None:
-                add_bidirectional(q, k, v, o, lse, images)
+                add_bidirectional(Attention(q, k, v, o, lse), images)
             return o
 
         deepstack = [level.flatten(0, 1).to(h.dtype) for level in features.deepstack]
@@ -186,7 +185,8 @@ class RolloutEngine:
 
     @torch.no_grad()
     def advance(self) -> list[PairRollouts]:
-        """SYNC_EVERY more tokens of every row. Returns the pairs that are done, which leave, in order of pair id."""
+        """Decodes SYNC_EVERY tokens of every row. Returns the finished pairs, in order of id, which leave their
+        slots."""
         if not self.rows:
             return []
         group, rows, device = self.sampling.group_size, len(self.rows), self.token.device
@@ -198,14 +198,14 @@ class RolloutEngine:
         if self.graphs is not None:  # they are of few shapes: rows up to n and slots up to pairs run along unread
             n, pairs = _bucket(n, len(self.token)), _bucket(pairs, self.slots)
             end = _bucket(end, self.sampling.capacity)
-        state += [(len(self.token), 0, 0)] * (n - rows)  # a seat that nobody reads
+        state += [(len(self.token), 0, 0)] * (n - rows)  # a query slot that no row reads
         for values, buffer in zip(torch.tensor(state).T, (self.query_slot, self.row_id, self.cached)):
             buffer[:n] = values.to(device, non_blocking=True)
         self.sampled[:n, 0] = self.token[:n]
         self.column.fill_(1)
         self._decode_steps(n, pairs, end)
         counts_before = [len(row.tokens) for row in self.rows]
-        for row, tokens in zip(self.rows, self.sampled[:rows].tolist()):  # here the device is waited for
+        for row, tokens in zip(self.rows, self.sampled[:rows].tolist()):  # waits for the device
             self._append(row, tokens if not row.tokens else tokens[1:])
         for row, count_before, values in zip(self.rows, counts_before, self.tracked_log_probs.tolist()):
             positions = range(max(1, count_before), len(row.tokens))
@@ -213,7 +213,8 @@ class RolloutEngine:
         return self._remove({row for row in self.rows if self._ended(row)})
 
     def _append(self, row: _Row, tokens: list[int]) -> None:
-        """Appends what was drawn, up to the end token, the limit, or the -1 that logits without distribution draw."""
+        """Appends sampled tokens up to the end token, the limit, or a -1, which stands for logits that are not
+        finite."""
         for token in tokens:
             if self._ended(row):
                 return
@@ -223,7 +224,7 @@ class RolloutEngine:
             row.tokens.append(token)
 
     def _ended(self, row: _Row) -> bool:
-        """Whether a row has nothing more to say: rollouts of a broken pair neither."""
+        """Whether a rollout is finished; those of a broken pair are."""
         limit = self.sampling.max_new_tokens
         return row.pair.broken or len(row.tokens) >= limit or bool(row.tokens) and row.tokens[-1] in self.eos
 
@@ -245,11 +246,11 @@ class RolloutEngine:
         return [done[i].completions for i in ids]
 
     def drop(self, pair_ids: Collection[int]) -> list[PairRollouts]:
-        """Stops these pairs' rollouts where they are, those that are in a slot, and returns what there is of them."""
+        """Stops the rollouts of those of these pairs that are in a slot; returns them, unfinished."""
         return self._remove({row for row in self.rows if row.pair.pair_id in pair_ids})
 
     def _remove(self, leaving: set[_Row]) -> list[PairRollouts]:
-        """Rows, and pairs that have none left, give up their places to the last ones. Returns those pairs."""
+        """Removes rows, and pairs without rows, moving the last ones into their places. Returns the removed pairs."""
         for place in reversed(range(len(self.rows))):
             if self.rows[place] in leaving:
                 last = self.rows.pop()
@@ -279,9 +280,9 @@ class RolloutEngine:
                 step()
 
     def _decode_step(self, n: int, pairs: int, end: int) -> None:
-        """One token of the first n rows, of the first `pairs` slots, none of whose rows has `end` tokens before it.
+        """One token of the first n rows, of the first `pairs` slots; every row has fewer than `end` cached tokens.
 
-        Everything that changes from step to step stands in the engine's tensors, and nothing waits for the device.
+        All that changes from step to step is in the engine's tensors, and nothing waits for the device.
         """
         decoder, prefix = self.prefix_cache.decoder, self.prefix_cache.prefix
         query_slot, cached = self.query_slot[:n], self.cached[:n]
@@ -311,8 +312,7 @@ class RolloutEngine:
 
 
 def _pitch(decoder: FrozenDecoder, length: int) -> int:
-    """Numbers from a row of `length` transposed keys to the next: a GPU loads them in vectors where rows begin on
-    multiples of 16; a CPU wants them dense."""
+    """Stride between rows of `length` transposed keys: a multiple of 16 on a GPU, for vector loads; dense on a CPU."""
     return -(-length // 16) * 16 if decoder.device.type == "cuda" else length
 
 
@@ -330,5 +330,5 @@ def rollout_pairs(
     eos_token_ids: Collection[int],
     slots: int = 16,
 ) -> list[list[list[int]]]:
-    """`RolloutEngine.run` of an engine that is made for it."""
+    """Completions [pair][g] by an engine of up to `slots` slots, see `RolloutEngine.run`."""
     return RolloutEngine(prefix_cache, sampling, eos_token_ids, min(slots, len(pair_ids))).run(features, pair_ids)

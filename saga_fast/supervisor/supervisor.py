@@ -13,8 +13,8 @@ from saga_fast.encoder import VisualFeatures
 from saga_fast.supervisor.agreement import AttributeValues
 from saga_fast.supervisor.mllm import Mllm
 from saga_fast.supervisor.pair import PairPrefix, PrefixCache
-from saga_fast.supervisor.prompt import Order, Prefix, Prompt, build_prefix
-from saga_fast.supervisor.replay import WHOLE, Group, Plan, ReplayResult, replay_groups
+from saga_fast.supervisor.prompt import ImageMarkup, Order, Prefix, Prompt, build_prefix
+from saga_fast.supervisor.replay import WHOLE, Group, ReplayResult, replay_groups
 from saga_fast.supervisor.rollout import SYNC_EVERY, RolloutEngine, Sampling
 from saga_fast.supervisor.verdict import attribute_values, parse, reward, tokens_by_attribute
 from saga_fast.utils.errors import InputError
@@ -48,11 +48,9 @@ def prompt_prefix(
     name = f"supervisor.model: {mllm.tokenizer.name_or_path or 'model'}"
     if not mllm.eos_token_ids:
         raise InputError(f"{name} names no token that ends a turn; add eos_token_id to its generation_config.json")
-    count, vocabulary = grid[0] * grid[1], mllm.decoder.embedding.shape[0]
-    newline = mllm.newline is not None
-    prefix = build_prefix(
-        mllm.tokenizer, prompt.instruction(), count, order, mllm.image_token, mllm.image_text, newline
-    )
+    image = ImageMarkup(mllm.image_token, mllm.image_text, newline=mllm.newline is not None)
+    prefix = build_prefix(mllm.tokenizer, prompt.instruction(), grid[0] * grid[1], order, image)
+    vocabulary = mllm.decoder.embedding.shape[0]
     if (largest := max(prefix.input_ids)) >= vocabulary:
         raise InputError(
             f"{name} has a tokenizer that writes the prompt with token {largest}, where its embedding has {vocabulary}"
@@ -86,8 +84,9 @@ class Supervisor:
     """An MLLM's language model with one prompt about pairs of images of `grid` (rows, columns) merged tokens.
 
     anchor_layer: zero-based decoder layer whose attention the pooler learns from; None is the paper's 26 of 36, scaled.
-    plan: how replays trade memory for time. slots: pairs that roll out at once.
-    Raises InputError as `prompt_prefix` does, and for an anchor layer the model does not have.
+    The memory plan may set two attributes at any time: `plan`, how replays trade memory for time, and `slots`, the
+    pairs that roll out at once. Raises InputError as `prompt_prefix` does, and for an anchor layer the model does not
+    have.
     """
 
     def __init__(
@@ -98,8 +97,6 @@ class Supervisor:
         grid: tuple[int, int],
         sampling: Sampling,
         anchor_layer: int | None = None,
-        plan: Plan = WHOLE,
-        slots: int = SLOTS,
     ) -> None:
         self.decoder, self.tokenizer, self.eos_token_ids = mllm.decoder, mllm.tokenizer, mllm.eos_token_ids
         self.prompt, self.sampling = prompt, sampling
@@ -107,7 +104,7 @@ class Supervisor:
         self.thinks = prefix.thinks
         self.prefix_cache = PrefixCache(self.decoder, self.prefix)
         self.anchor_layer = anchor_layer_index(anchor_layer, self.decoder.depth)
-        self.plan, self.slots = plan, slots
+        self.plan, self.slots = WHOLE, SLOTS
         self._engine: RolloutEngine | None = None
 
     @property

@@ -1,5 +1,5 @@
-"""A model's weights, by the headers of their files: all that the configuration asks for are there, of its shapes, and
-none that it has no place for. To look takes a second; to read them takes minutes.
+"""Checks of a model's weights by the headers of their files: every weight of the configuration is there, in its shape,
+and there are no others. Reading headers takes a second; reading the weights takes minutes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _PACKING = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant
 
 def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, by the headers of its files alone. Raises InputError for weights that are missing,
-    of another shape, or that the model has no place for: it would run without them."""
+    of another shape, or unknown to the model, which transformers would ignore."""
     config = copy.deepcopy(config)
     packed = hasattr(config, "quantization_config")
-    if packed:  # of packed weights the headers do not say the shapes
+    if packed:  # the headers of packed weights do not hold their shapes
         del config.quantization_config
     with release.telling("has weights that do not load ({}); restore its files"), quiet(progress=False):
         # A pair, as `output_loading_info` asks for it, of which the types do not know.

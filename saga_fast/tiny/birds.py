@@ -1,4 +1,4 @@
-"""Drawn birds: a fine-grained retrieval set made by code, whose every image knows its attributes and where they are.
+"""Drawn birds: a synthetic fine-grained retrieval set with each image's attributes and their segmentation masks.
 
 A bird is twelve attributes and a species is one combination of them. Species come in families of siblings that differ
 from one another in one or two attributes, as the hard pairs of real bird sets do. Pose, size, light, clutter,
@@ -71,7 +71,7 @@ _FACE, _BILL, _TAIL, _TAIL_MARK, _INK = (196, 168, 136), (112, 98, 92), (158, 13
 
 @dataclass(frozen=True)
 class Nuisance:
-    """Strengths of everything that is not an attribute; each picture draws its own amounts up to these."""
+    """Maximum strengths of everything that is not an attribute; each picture samples its own strengths up to these."""
 
     rotation: float  # degrees, either way
     shift: float  # of the picture's side, either way
@@ -297,7 +297,7 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def draw(attributes: dict[str, str], nuisance: Nuisance, rng: np.random.Generator, masks: bool = False) -> Drawing:
-    """One picture of a bird with these attributes; all chance is `rng`'s, and asking for masks changes nothing else."""
+    """One picture of a bird with these attributes, random by `rng` alone; `masks` does not change the picture."""
     side = SIZE * SUPERSAMPLE
     angle = np.deg2rad(rng.uniform(-1, 1) * nuisance.rotation)
     unit = side * 0.43 * rng.uniform(*nuisance.scale)
@@ -429,7 +429,7 @@ class DrawnBirds:
         return self._draw(index, masks=False).image, self.labels[index]
 
     def attributes(self, index: int) -> dict[str, str]:
-        """What the bird in this picture looks like."""
+        """Attribute name -> value of the bird in this picture."""
         return dict(self.combinations[self.labels[index]])
 
     def masks(self, index: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,35 +118,38 @@ def loss(
     return verdicts.mean(), nats.sum() / (ids >= 0).sum()
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """pairs: that the model answers about, in each question. batch: answers per step."""
+
+    pairs: int = 768
+    steps: int = 300
+    batch: int = 12
+    peak_lr: float = 3e-4
+
+
 def calibrate(
-    folder: Path,
-    out: Path,
-    seed: int = 0,
-    count: int = 768,
-    steps: int = 300,
-    size: int = 12,
-    peak: float = 3e-4,
+    folder: Path, out: Path, seed: int = 0, calibration: Calibration = Calibration()
 ) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast]:
     """Train the language model of the model in `folder` through NF4, logging to OUT/calibration.jsonl."""
     torch.manual_seed(seed + 2)
-    given = list(answers(load_mllm(folder), seed, count))
+    given = list(answers(load_mllm(folder), seed, calibration.pairs))
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     for linear in quantized_linears(model):
         parametrize.register_parametrization(linear, "weight", FakeNF4())
     trainer, asked = LanguageTrainer(model), tokenized_prompts(tokenizer)
     trained = [*trainer.language.parameters(), *model.lm_head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=calibration.peak_lr, betas=(0.9, 0.98), weight_decay=0.0)
     log = Log(out / "calibration.jsonl")
-    for step in range(steps):
+    for step in range(calibration.steps):
         rng = np.random.default_rng((seed, step, 7))
         some = given[rng.choice(len(given), p=np.array([4, 4, 1, 1, 4, 4, 1, 1]) / 20)]
         readable = [pair for pair, texts in enumerate(some.texts) if texts]
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 20)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, calibration.steps, calibration.peak_lr, 20)
         with torch.autocast("cpu", torch.bfloat16):
-            verdict, tokens = loss(
-                trainer, asked[some.question], tokenizer, some, rng.choice(readable, size).tolist(), rng
-            )
+            chosen = rng.choice(readable, calibration.batch).tolist()
+            verdict, tokens = loss(trainer, asked[some.question], tokenizer, some, chosen, rng)
         optimizer.zero_grad()
         (verdict + tokens).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -11,6 +11,7 @@ bitsandbytes stores the weights.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -512,25 +513,32 @@ class LanguageTrainer:
         return name + self.POINT * point + self.COMPARE * probe, name, point
 
 
+@dataclass(frozen=True)
+class LanguageTraining:
+    """quantized_steps: how many of the last steps see weights in NF4. batch: answers about pictures per step;
+    text_batch: answers without pictures per step. capacity: of the `FamilyPool`; fresh: new families that it draws per
+    step."""
+
+    steps: int = 1500
+    quantized_steps: int = 150
+    batch: int = 8
+    text_batch: int = 48
+    peak_lr: float = 2e-3
+    capacity: int = 640
+    fresh: int = 4
+
+
 def train_language(
-    out: Path,
-    tower: TowerTrainer,
-    seed: int = 0,
-    steps: int = 1500,
-    quantized_steps: int = 150,
-    size: int = 8,
-    unseen: int = 48,
-    peak: float = 2e-3,
-    capacity: int = 640,
-    fresh: int = 4,
+    out: Path, tower: TowerTrainer, seed: int = 0, training: LanguageTraining = LanguageTraining()
 ) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast]:
     """Train the language model on the frozen tower, logging to OUT/language.jsonl; resumes from OUT/language.pt."""
+    steps, dense_steps = training.steps, training.steps - training.quantized_steps
     torch.manual_seed(seed + 1)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     model.model.visual.load_state_dict(tower.tower.model.state_dict())
     trainer = LanguageTrainer(model)
-    optimizer = torch.optim.AdamW(trainer.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(trainer.parameters(), lr=training.peak_lr, betas=(0.9, 0.98), weight_decay=0.02)
     log, checkpoint, start = Log(out / "language.jsonl"), out / "language.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -539,21 +547,21 @@ def train_language(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     tokenized_by_kind = tokenized_prompts(tokenizer)
-    pool = FamilyPool(tower, seed + 1, capacity)
+    pool = FamilyPool(tower, seed + 1, training.capacity)
     for step in range(start, steps):
-        if step >= steps - quantized_steps and not parametrize.is_parametrized(quantized_linears(model)[0]):
+        if step >= dense_steps and not parametrize.is_parametrized(quantized_linears(model)[0]):
             for linear in quantized_linears(model):
                 parametrize.register_parametrization(linear, "weight", FakeNF4())
-        pool.grow_to(512 + fresh * step)
+        pool.grow_to(512 + training.fresh * step)
         rng = np.random.default_rng((seed, step, 5))
         tokenized = tokenized_by_kind[ORDERS[step % 2], step % 10 >= 8]
-        example = make_examples(tokenized, tokenizer, pool, size, rng)
+        example = make_examples(tokenized, tokenizer, pool, training.batch, rng)
         features = blur_features(example.features, torch.Generator().manual_seed(seed * steps + step))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 50)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, training.peak_lr, 50)
         with torch.autocast("cpu", torch.bfloat16):
             loss, name, point = trainer.loss(tokenized, example, features)
             compare = trainer.compare(
-                tokenized_by_kind[ORDERS[step % 2], False], make_text_examples(tokenizer, unseen, rng)
+                tokenized_by_kind[ORDERS[step % 2], False], make_text_examples(tokenizer, training.text_batch, rng)
             )
         optimizer.zero_grad()
         (loss + trainer.COMPARE * compare).backward()
@@ -567,7 +575,7 @@ def train_language(
                 point=point.item(),
                 compare=compare.item(),
             )
-        if (step + 1) % 100 == 0 and step + 1 <= steps - quantized_steps:
+        if (step + 1) % 100 == 0 and step + 1 <= dense_steps:
             scratch = checkpoint.with_suffix(".part")
             torch.save(
                 {

@@ -1,7 +1,7 @@
-"""How the tiny supervisor was made, from nothing, in under two hours on two CPU cores.
+"""Trains the tiny supervisor from random weights, in under two hours on two CPU cores.
 
     python -m saga_fast.tiny.recipe --out DIR         # train, measure, write DIR/supervisor with its card; resumes
-    python -m saga_fast.tiny.recipe --evaluate DIR    # measure the model folder DIR and print what its card says
+    python -m saga_fast.tiny.recipe --evaluate DIR    # measure the model folder DIR and print the numbers of its card
 
 Three parts, as training tower and language model at once from scratch leaves the verdict a guess: `tower.py` teaches
 the vision tower to name attributes by heads that are thrown away; `language.py` teaches the language model to write the

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,30 +181,34 @@ class Log:
             file.write(json.dumps({"seconds": round(time.monotonic() - self.start, 1), **values}) + "\n")
 
 
-def train_tower(
-    out: Path,
-    seed: int = 0,
-    steps: int = 1100,
-    size: int = 48,
-    peak: float = 1e-3,
-    capacity: int = 12288,
-    fresh: int = 24,
-) -> TowerTrainer:
+@dataclass(frozen=True)
+class TowerTraining:
+    """batch: pictures per step. capacity: of the `Pool`; fresh: new pictures that it draws per step."""
+
+    steps: int = 1100
+    batch: int = 48
+    peak_lr: float = 1e-3
+    capacity: int = 12288
+    fresh: int = 24
+
+
+def train_tower(out: Path, seed: int = 0, training: TowerTraining = TowerTraining()) -> TowerTrainer:
     """Train tower and heads, logging to OUT/tower.jsonl; resumes from OUT/tower.pt and keeps it."""
+    steps = training.steps
     torch.manual_seed(seed)
     trainer = TowerTrainer()
-    optimizer = torch.optim.AdamW(trainer.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(trainer.parameters(), lr=training.peak_lr, betas=(0.9, 0.98), weight_decay=0.02)
     log, checkpoint, start = Log(out / "tower.jsonl"), out / "tower.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         trainer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    pool = Pool(seed, capacity)
+    pool = Pool(seed, training.capacity)
     for step in range(start, steps):
-        pool.grow_to(3072 + fresh * step)
-        batch = pool.sample(size, np.random.default_rng((seed, step, 2)))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 100)
+        pool.grow_to(3072 + training.fresh * step)
+        batch = pool.sample(training.batch, np.random.default_rng((seed, step, 2)))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, training.peak_lr, 100)
         with torch.autocast("cpu", torch.bfloat16):
             loss, right = trainer.loss(batch)
         optimizer.zero_grad()

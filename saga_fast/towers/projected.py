@@ -81,10 +81,12 @@ class ProjectedTower(VisionTower):
 
 
 def _attend_transformers(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out."""
-    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
+    """`attend` behind transformers' attention interface: (B, heads, n, head_dim) in, (B, n, heads, head_dim) out.
+    options: the layer's, of which `scaling` is used."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(q, k, v, options.get("scaling")), None
 
 
 AttentionInterface.register(ATTENTION, _attend_transformers)

@@ -1,4 +1,4 @@
-"""Vision models of transformers that stand alone: DINOv2 and v3, SigLIP, CLIP, ViT, Swin and their like."""
+"""Vision models of transformers on their own: DINOv2 and v3, SigLIP, CLIP, ViT, Swin and similar ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from saga_fast.utils.releases import OWN_CODE, SAFE_LOADING, Release, quiet
 class VitTower(VisionTower):
     """The patches' last hidden states, after the last norm, without class token and registers.
 
-    Nothing is dropped out or jittered in training, as a batch may go through in parts and parts again.
-    model: as `without_pooler` leaves it, with `patch_size` in its configuration.
+    There is no dropout or jitter in training, as a batch may go through in chunks, and chunks again.
+    model: the result of `without_pooler`, with `patch_size` in its configuration.
     """
 
-    kinds = ()  # every vision model that no other tower names
+    kinds = ()  # every vision model that is not in another tower's kinds
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -51,7 +51,7 @@ class VitTower(VisionTower):
 
     def train(self, mode: bool = True) -> VitTower:
         super().train(False)
-        for layer in self.model.modules():  # which run their parts again only if they are, themselves, in training
+        for layer in self.model.modules():  # which checkpoint only in training mode
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = mode
         return self
@@ -63,15 +63,15 @@ class VitTower(VisionTower):
         rows, columns = self.grid(*pixels.shape[-2:])
         x = self.model(pixel_values=self.normalize(pixels, self.model.dtype), **self._sizes).last_hidden_state
         x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-        if self.model.config.model_type == "clip_vision_model":  # which norms its class token alone
+        if self.model.config.model_type == "clip_vision_model":  # whose last norm covers the class token alone
             x = self.model.post_layernorm(x)
         return VisualFeatures(self.patches(x, rows * columns), ())
 
 
 def load_vit(name: str | Path) -> PreTrainedModel:
-    """The vision model of a folder or hub id; of CLIP and SigLIP, which read text too, the vision half.
+    """The vision model of a folder or hub id; of CLIP and SigLIP, which have a text model too, the vision model.
 
-    Weights are safetensors, and code that comes with a model is never run. Raises InputError for what is no such model.
+    Weights must be safetensors, and a model's own code is never run. Raises InputError for anything else.
     """
     release = Release(name, "encoder.tower")
     release.expect_files()
@@ -117,7 +117,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
 
 
 def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` without the layers that make one vector of its tokens, which a tower never asks."""
+    """`model` without its pooler, whose output a tower does not use."""
     if isinstance(getattr(model, "pooler", None), torch.nn.Module):
         model.register_module("pooler", None)
     return model

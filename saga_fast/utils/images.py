@@ -1,8 +1,7 @@
-"""How any image file becomes a plain 8-bit RGB picture, and a picture the pixels that the encoder reads.
+"""Decoding of any image file to 8-bit RGB, and resizing to the encoder's pixels.
 
-Image files come from anywhere, so they are opened with suspicion: only raster formats that Pillow, or a plug-in that
-was installed for the purpose, decodes itself (an EPS named .jpg would start Ghostscript), only regular files (a pipe
-would hang), only up to `MAX_PIXELS` (image bombs).
+Image files are untrusted: accepted are raster formats that Pillow or an installed plug-in decodes itself (an EPS named
+.jpg would start Ghostscript), in regular files (a pipe would hang), up to `MAX_PIXELS` (image bombs).
 """
 
 from __future__ import annotations
@@ -85,13 +84,13 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     with _named(os.fspath(path), partial(_head, path)):
         if not os.path.isfile(path):
             raise OSError("not a regular file" if os.path.lexists(path) else "no such file")
-        # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a lying one wrong.
+        # Not by its name: then Pillow maps an uncompressed TIFF into memory, and gets the shape of a rotated one wrong.
         with open(path, "rb") as file:
             return _decode(file)
 
 
 def read_rgb(content: bytes, name: str) -> Image.Image:
-    """As `open_rgb`, of what a file holds, which errors call `name`."""
+    """As `open_rgb`, of a file's content; errors call it `name`."""
     with _named(name, lambda: content[:HEAD]):
         return _decode(io.BytesIO(content))
 
@@ -155,7 +154,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Mode RGB: upright by its EXIF tag, transparency laid on white, more than 8 bits scaled to 8. It bears no tags.
+    """Mode RGB: upright by its EXIF tag, transparency on white, more than 8 bits scaled to 8, without tags.
 
     Raises whatever the decoder does, and ValueError for more than `MAX_PIXELS` and for numbers of no known scale.
     """
@@ -188,12 +187,12 @@ def is_image(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """How files like this one are counted where they are passed over: the suffix in small letters."""
+    """The kind by which a skipped file is counted: its suffix in lower case."""
     return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
 def passed_over(counts: Mapping[str, int]) -> str:
-    """How many of which kind, most first, and which plug-in would read them: `.heic: 40 (pip install …), .txt: 2`."""
+    """Counts by kind, largest first, with the plug-in that would read them: `.heic: 40 (pip install …), .txt: 2`."""
     kinds = sorted((kind for kind in counts if counts[kind]), key=lambda kind: (-counts[kind], kind))
     shown = [f"{kind}: {counts[kind]:,}{_remedy(kind)}" for kind in kinds[:KINDS]]
     if more := sum(counts[kind] for kind in kinds[KINDS:]):
@@ -295,7 +294,7 @@ def _cause(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns of the size of some bombs before ours is asked, with a limit of its own, and of every odd tag."""
+    """Silences Pillow's warnings of malformed tags, and turns that of an image bomb into an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)

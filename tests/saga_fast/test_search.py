@@ -129,14 +129,14 @@ def test_another_encoder_is_refused_and_a_moved_one_found(world, tmp_path):
     encoder, pictures, index = world
     save_encoder(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=r"was made by another encoder \(SHA-256 .*other'"):
-        search(index, [pictures[0]], encoder=tmp_path / "other")
+        Searcher(index, tmp_path / "other")
     shutil.copytree(index, tmp_path / "index")
     shutil.copytree(encoder, tmp_path / "moved")
     about = json.loads((tmp_path / "index/index.json").read_text())
     (tmp_path / "index/index.json").write_text(json.dumps({**about, "encoder": str(tmp_path / "was/here")}))
     with pytest.raises(InputError, match="was/here"):
         search(tmp_path / "index", [pictures[0]])
-    assert search(tmp_path / "index", [pictures[0]], encoder=tmp_path / "moved")[0][0].path == str(pictures[0])
+    assert Searcher(tmp_path / "index", tmp_path / "moved").search(pictures[0])[0][0].path == str(pictures[0])
 
 
 @pytest.mark.parametrize("name", [indices.FAISS, indices.FILES, indices.INFO_FILE])

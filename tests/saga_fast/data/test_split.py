@@ -202,7 +202,8 @@ def test_a_train_among_cars_and_ships_is_a_class(tmp_path):
 
 def test_both_halves_are_unpacked_where_an_archive_has_a_folder_of_its_own(tmp_path):
     fill(tmp_path, "birds/birds/train/owl", "birds/birds/test/jay", "__MACOSX/birds")
-    (tmp_path / ".DS_Store").touch()
+    for beside in (".DS_Store", "README.md", "birds/LICENSE"):
+        (tmp_path / beside).touch()
     assert load_dataset("folder", tmp_path)[1].classes == ["jay"]
     shutil.rmtree(tmp_path / "birds/birds/test")
     fill(tmp_path, "birds/birds/train/jay")

@@ -17,6 +17,7 @@ from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime import memory
 from saga_fast.runtime.memory import (
     GIB,
+    FixedPlan,
     LiveBytes,
     Predictor,
     Step,
@@ -105,7 +106,7 @@ def test_more_memory_buys_time_and_too_little_is_refused_with_the_numbers(tiny):
 
 
 def test_what_the_user_fixes_stays(tiny):
-    plan, slots, _ = Predictor(step(tiny)).choose(GIB, 100, "mlp", "full", 3)
+    plan, slots, _ = Predictor(step(tiny)).choose(GIB, FixedPlan(100, "mlp", "full", 3))
     assert (plan, slots) == (Plan(100, "mlp", "full"), 3)
 
 
@@ -132,14 +133,14 @@ def test_a_plan_that_does_not_fit_any_more_is_chosen_anew_for_a_resumed_run(tiny
     """What an 80 GB card held, on one of half the size."""
     predictor = Predictor(step(tiny))
     free = 2 * predictor.footprint(plan := Plan(1 << 16, "none"), 8).peak
-    fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, 8
-    assert predictor.choose(free, *fixed, may_replan=True)[:2] == predictor.choose(free, *fixed)[:2] == (plan, 8)
-    small = int(predictor.choose(free, 1, "full", "full", 1)[2].peak * 1.2)
+    fixed = FixedPlan(plan.token_budget, plan.recompute, plan.prefix_recompute, 8)
+    assert predictor.choose(free, fixed, may_replan=True)[:2] == predictor.choose(free, fixed)[:2] == (plan, 8)
+    small = int(predictor.choose(free, FixedPlan(1, "full", "full", 1))[2].peak * 1.2)
     with pytest.raises(InputError, match="memory: a step takes"):
-        predictor.choose(small, *fixed)
-    assert predictor.choose(small, *fixed, may_replan=True) == predictor.choose(small)
+        predictor.choose(small, fixed)
+    assert predictor.choose(small, fixed, may_replan=True) == predictor.choose(small)
     with pytest.raises(InputError, match="memory: a step takes"):
-        predictor.choose(1, *fixed, may_replan=True)
+        predictor.choose(1, fixed, may_replan=True)
 
 
 def group(folder: Path, limit: str | int, used: int, cached: tuple[int, int], version: int = 2) -> None:
@@ -227,11 +228,11 @@ def test_layers_that_stand_dense_count_and_are_chosen_only_on_a_gpu_with_room_wh
     more = ample.peak - without.peak
     assert 0.5 * ample.resident[dense] <= more <= ample.resident[dense], "scratch for a layer is spared"
     # Of the same plan and slots, as much as it takes without them.
-    fixed = plan.token_budget, plan.recompute, plan.prefix_recompute, slots
+    fixed = FixedPlan(plan.token_budget, plan.recompute, plan.prefix_recompute, slots)
     free = int(without.peak / (1 - memory.MARGIN)) + 2
-    assert not predictor.choose(free, *fixed)[0].resident
-    assert predictor.choose(free + int(1.2 * more), *fixed)[0].resident
-    assert not predictor.choose(GIB, resident=False)[0].resident
+    assert not predictor.choose(free, fixed)[0].resident
+    assert predictor.choose(free + int(1.2 * more), fixed)[0].resident
+    assert not predictor.choose(GIB, FixedPlan(resident=False))[0].resident
     two = parts._replace(sampling=Sampling(2, max_new_tokens=64))
     few = Predictor(dataclasses.replace(step(tiny), supervisor=two))
     way = few.choose(GIB)
@@ -240,7 +241,7 @@ def test_layers_that_stand_dense_count_and_are_chosen_only_on_a_gpu_with_room_wh
     assert few.seconds(way[0], way[1]) <= few.seconds(nearly, way[1])
     on_cpu = SupervisorParts(decoder, prefix, many)
     assert not Predictor(dataclasses.replace(step(tiny), supervisor=on_cpu)).choose(GIB)[0].resident, "not on a CPU"
-    assert Predictor(step(tiny)).choose(GIB, resident=True)[0].resident, "but where it is asked for"
+    assert Predictor(step(tiny)).choose(GIB, FixedPlan(resident=True))[0].resident, "but where it is asked for"
 
 
 def with_decoder(tiny, decoder) -> Step:
@@ -254,20 +255,20 @@ def _projections(decoder):
 
 def test_layers_asked_to_stand_dense_where_they_do_not_fit_are_refused_and_a_resumed_run_goes_without(tiny):
     predictor = Predictor(with_decoder(tiny, on_meta(tiny[1])))
-    least = min(predictor.footprint(plan, 1).peak for plan in predictor.plans(resident=False))
+    least = min(predictor.footprint(plan, 1).peak for plan in predictor.plans(FixedPlan(resident=False)))
     free = int(1.001 * least / (1 - memory.MARGIN))
     with pytest.raises(
         InputError, match=r"^memory: .*language model's layers, dense 0\.\d\d.*--supervisor.resident off"
     ):
-        predictor.choose(free, resident=True)
-    assert not predictor.choose(free, resident=True, may_replan=True)[0].resident
+        predictor.choose(free, FixedPlan(resident=True))
+    assert not predictor.choose(free, FixedPlan(resident=True), may_replan=True)[0].resident
 
 
 def test_dense_layers_have_none_to_keep(tiny):
     decoder = copy.copy(tiny[1])
     decoder.layers = [_dense(layer) for layer in decoder.layers]
     predictor = Predictor(with_decoder(tiny, on_meta(decoder)))
-    plan, _, footprint = predictor.choose(GIB, resident=True)
+    plan, _, footprint = predictor.choose(GIB, FixedPlan(resident=True))
     assert not plan.resident and "language model's layers, dense" not in footprint.resident
 
 

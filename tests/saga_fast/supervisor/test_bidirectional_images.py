@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saga_fast.supervisor.bidirectional_images import ImageRows, add_bidirectional, bidirectional_backward
+from saga_fast.supervisor.bidirectional_images import (
+    Attention,
+    ImageRows,
+    add_bidirectional,
+    bidirectional_backward,
+)
 from saga_fast.supervisor.gates import GATES
 from saga_kernels import GroupLayout, group_attention
 
@@ -32,13 +37,13 @@ def test_later_tokens_of_an_image_are_seen_forward_and_back():
 
     with torch.no_grad():
         o, lse = group_attention(q, k, v, layout)
-        add_bidirectional(q, k, v, o, lse, images)
+        attention = Attention(q, k, v, o, lse)
+        add_bidirectional(attention, images)
         torch.testing.assert_close(o, expected)
         torch.testing.assert_close(lse, scores.logsumexp(-1))
-        met = q, k, v, o, lse
         scale, onto = dim**-0.5, (None, None, None)
-        d = torch.ops.saga_kernels.group_attention_backward(d_o, *met, *layout.offsets, scale, *onto)
-        bidirectional_backward(d_o, *met, d, images)
+        d = torch.ops.saga_kernels.group_attention_backward(d_o, *attention, *layout.offsets, scale, *onto)
+        bidirectional_backward(d_o, attention, d, images)
     for mine, x in zip(d, (q, k, v)):
         torch.testing.assert_close(mine, x.grad)
 

@@ -16,7 +16,7 @@ from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime.memory import LiveBytes
 from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.pair import PairPrefix, PrefixCache
-from saga_fast.supervisor.prompt import build_prefix
+from saga_fast.supervisor.prompt import ImageMarkup, build_prefix
 from saga_fast.supervisor.replay import Group, replay_groups
 from saga_fast.supervisor.rollout import Sampling, rollout_pairs
 from saga_fast.utils.errors import InputError
@@ -244,7 +244,7 @@ def test_a_head_in_nf4_is_the_dequantised_head_everywhere(family, tmp_path):
     ids = torch.tensor([3, 287, 0, 3, 64])
     assert torch.equal(packed.decoder.embed_tokens(ids), dense.decoder.embed_tokens(ids))
     features = VisualFeatures(torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)), ())
-    prefix = build_prefix(packed.tokenizer, "Same?", 4, image_token=packed.image_token)
+    prefix = build_prefix(packed.tokenizer, "Same?", 4, image=ImageMarkup(packed.image_token))
     prefix = PairPrefix.of(prefix, (2, 2) if packed.decoder.mrope else None)
     sampling = Sampling(group_size=3, temperature=1.0, top_p=0.9, max_new_tokens=8)
     drawn = [

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from saga_fast.supervisor.families import ImageText
-from saga_fast.supervisor.prompt import PROMPTS, Prompt, build_prefix
+from saga_fast.supervisor.prompt import PROMPTS, ImageMarkup, Prompt, build_prefix
 from saga_fast.utils.errors import InputError
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
@@ -104,7 +104,7 @@ def test_marks_stand_around_each_image_and_the_text_begins_once():
             single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
         )
         marks = ImageText(None, "<|vision_start|>", "<|vision_end|>")
-        prefix = build_prefix(tokenizer, "Same?", 3, "images_first", "<|image_pad|>", marks)
+        prefix = build_prefix(tokenizer, "Same?", 3, "images_first", ImageMarkup(text=marks))
         image = "<|vision_start|>" + "<|image_pad|>" * 3 + "<|vision_end|>"
         assert tokenizer.decode(prefix.input_ids) == f"<|im_start|>{image * 2}Same?"
         assert prefix.image_spans == ((2, 5), (7, 10))
@@ -114,7 +114,7 @@ def test_marks_are_tokenised_with_the_text_around_them_and_a_newline_is_no_part_
     """Gemma's template writes the mark that begins an image; its processor, text before and tokens behind it."""
     tokenizer = byte_tokenizer("{% for part in messages[0].content %}{{ part.text or '<|vision_start|>' }}{% endfor %}")
     marks = ImageText("<|vision_start|>", "\n\n<|vision_start|>", "<|vision_end|>\n\n")
-    prefix = build_prefix(tokenizer, "Same?", 3, "instruction_first", "<|image_pad|>", marks, newline=True)
+    prefix = build_prefix(tokenizer, "Same?", 3, "instruction_first", ImageMarkup(text=marks, newline=True))
     image = "\n\n<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>\n\n"
     assert tokenizer.decode(prefix.input_ids) == "Same?" + image * 2
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")

@@ -15,7 +15,7 @@ from saga_fast.supervisor.mllm import load_mllm
 from saga_fast.supervisor.verdict import parse
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.tiny.birds import ATTRIBUTES, EASY, change, differing, species
-from saga_fast.tiny.calibration import APART, VERDICT, answers, calibrate, loss, with_verdict
+from saga_fast.tiny.calibration import APART, VERDICT, Calibration, answers, calibrate, loss, with_verdict
 from saga_fast.tiny.calibration import draw_pairs as calibration_pairs
 from saga_fast.tiny.card import SAMPLING, answer_pairs, held_out_pairs, written_right
 from saga_fast.tiny.language import (
@@ -242,7 +242,7 @@ def test_calibration_teaches_the_language_model_its_verdict(mllm, tmp_path):
     assert tokens.item() == pytest.approx(nats.mean().item(), abs=1e-5)
 
     tower = {name: p.clone() for name, p in model.model.visual.state_dict().items()}
-    trained, _ = calibrate(SUPERVISOR, tmp_path, count=8, steps=5, size=2)
+    trained, _ = calibrate(SUPERVISOR, tmp_path, calibration=Calibration(pairs=8, steps=5, batch=2))
     assert all((p == tower[name]).all() for name, p in trained.model.visual.state_dict().items())
     assert any((p != q).any() for p, q in zip(trained.lm_head.parameters(), model.lm_head.parameters()))
     (line,) = map(json.loads, (tmp_path / "calibration.jsonl").read_text().splitlines())
