@@ -594,7 +594,7 @@ def stored_encoder(config: Config, out: Path, prompt: Prompt | None) -> Encoder 
         return None
     try:
         return Encoder(tower, *encoder_shape(config, prompt))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of any kind: the libraries' configurations check their fields
         cause = f"tower: describes none ({first_line(error)})"
         raise InputError(
             f"{str(out / 'config.json')!r}: {cause}; restore the file, or start a new run with another --out"
