@@ -441,7 +441,7 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
     assert "dino" not in card, "where things lay on this machine is nobody's business"
     finished = {path.name: path.read_bytes() for path in (tmp_path / "run/encoder").iterdir()}
     broken = broken_off(tmp_path / "run", tmp_path / "broken", 0)
-    shutil.rmtree(tmp_path / "dino")  # moved away, or dropped from a cache: the run has what it needs of it
+    moved = (tmp_path / "dino").rename(tmp_path / "moved")  # or dropped from a cache: the run has what it needs of it
     assert trainer.train(*parse(["--out", str(broken), "--resume"])) == final
     assert {path.name: path.read_bytes() for path in (broken / "encoder").iterdir()} == finished
     described = json.loads((broken / "config.json").read_text())
@@ -449,6 +449,7 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
         (broken / "config.json").write_text(json.dumps(described | {"tower": tower}))
         with pytest.raises(InputError, match=r"config.json': tower: describes none \(.*\); restore the file"):
             trainer.train(*parse(["--out", str(broken), "--resume"]))
+    moved.rename(tmp_path / "dino")
     (photo := sorted(Path(photos[2]).rglob("*.png"))[0]).rename(photo.with_stem("another"))
     with pytest.raises(InputError, match="--data.root: the run was saved with another training set"):
         trainer.train(*parse(["--out", str(tmp_path / "run"), "--resume"]))
