@@ -148,6 +148,8 @@ class Searcher:
         see `indices.nearest`. Raises InputError for a query that cannot be read, for weights that are of no
         attribute, negative, not finite or all 0, and for all three where the index knows no attributes.
         """
+        if k < 1:
+            raise InputError(f"k: {k}; give 1 or more")
         blocks = self.blocks if explain or weights or only is not None else None
         weighed = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
         z, k = expect_finite(self.encoder(queries)).cpu().numpy(), min(k, len(self.files))

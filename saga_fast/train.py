@@ -148,6 +148,7 @@ class Pair(NamedTuple):
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`, which is locked meanwhile; returns what final.json holds. Raises
     InputError, Diverged."""
+    out = Path(out)
     with run_lock(out):
         if resume:
             expect_same(config, stored(out), out)

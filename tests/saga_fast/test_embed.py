@@ -90,7 +90,7 @@ def test_the_index_holds_every_picture(encoder, pictures, tmp_path, capsys):
 
 
 def test_workers_decode_to_the_same_index(encoder, pictures, tmp_path):
-    embed(encoder, [tmp_path / "pictures"], tmp_path / "a", workers=0)
+    embed(encoder, str(tmp_path / "pictures"), tmp_path / "a", workers=0)
     embed(encoder, [tmp_path / "pictures"], tmp_path / "b", workers=2)
     for name in (indices.VECTORS, indices.FILES, indices.FAISS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
