@@ -248,7 +248,8 @@ class Plan:
         factory = factory or (known.asked if known else None)
         kind = factory or indices.choose(len(files))
         same = known and (kind, factory, encoder.blocks) == (known.kind, known.asked, known.blocks)
-        if known and same and not new and len(files) == len(indexed):
+        whole = known and same and not new and len(files) == len(indexed)
+        if known and whole and all(indices.is_whole(index, name, known) for name in (indices.FAISS, indices.VECTORS)):
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
