@@ -65,7 +65,7 @@ class Embedded(NamedTuple):
 
 def embed(
     encoder: str | Path,
-    images: Iterable[str | Path],
+    images: str | Path | Iterable[str | Path],
     index: str | Path,
     faiss: str | None = None,
     workers: int | None = None,
@@ -77,6 +77,7 @@ def embed(
     path, an index of another encoder, a full disk, and if no image can be read: the index is then unchanged.
     """
     index = Path(index).absolute()
+    images = [images] if isinstance(images, str | Path) else list(images)
     with _processes(), contextlib.ExitStack() as stack:
         model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
@@ -85,7 +86,7 @@ def embed(
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
             _collect(chunks)
-            plan = _on_rank_zero(lambda: Plan.of(list(images), index, chunks, model.sha256))
+            plan = _on_rank_zero(lambda: Plan.of(images, index, chunks, model.sha256))
             faults = distributed.all_gather_object(
                 chunks.embed_files(model, plan.pending[distributed.rank() :: distributed.world_size()], workers)
             )
@@ -247,7 +248,8 @@ class Plan:
         factory = factory or (known.asked if known else None)
         kind = factory or indices.choose(len(files))
         same = known and (kind, factory, encoder.blocks) == (known.kind, known.asked, known.blocks)
-        if known and same and not new and len(files) == len(indexed):
+        whole = known and same and not new and len(files) == len(indexed)
+        if known and whole and all(indices.is_whole(index, name, known) for name in (indices.FAISS, indices.VECTORS)):
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:

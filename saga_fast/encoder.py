@@ -220,7 +220,9 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """uint8 (B, 3, S, S) of one or several PIL images, paths, or uint8 tensors (3, H, W) of any size."""
-        images = [images] if isinstance(images, Picture) else images
+        images = [images] if isinstance(images, Picture) else list(images)
+        if not images:
+            raise InputError("images: none; give one or more")
         return torch.stack([to_pixels(_open(image), self.image_size) for image in images])
 
     @classmethod
@@ -287,6 +289,9 @@ def _open(image: Picture) -> Image.Image:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise InputError(f"images: got {image.dtype} {tuple(image.shape)}; accepted are uint8 tensors (3, H, W)")
         return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+    if not isinstance(image, Picture):
+        accepted = "PIL images, paths, and uint8 tensors (3, H, W)"
+        raise InputError(f"images: got a {type(image).__name__}; accepted are {accepted}")
     return as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
 
 

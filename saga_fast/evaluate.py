@@ -153,6 +153,11 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.json and parsed.json.is_dir():
         raise InputError(f"--json: {str(parsed.json)!r} is a folder; name a file")
     encoder = Encoder.from_pretrained(parsed.encoder, map_location=distributed.device())
+    if parsed.data.image_size not in (DataConfig().image_size, encoder.image_size):
+        raise InputError(
+            f"--data.image-size: {parsed.data.image_size}; this encoder reads {encoder.image_size} pixels a side, and "
+            "no other: leave it out"
+        )
     _, test = load_images(parsed.data, encoder.image_size)
     embeddings, labels, names = embed_images(encoder, test), test.labels, test.dataset.classes
     scores = retrieve(embeddings, labels)

@@ -160,6 +160,7 @@ class Pair(NamedTuple):
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Runs (or resumes) `config` in the folder `out`, which is locked meanwhile; returns the content of final.json.
     Raises InputError, Diverged."""
+    out = Path(out)
     with run_lock(out):
         if resume:
             expect_same(config, stored(out), out)

@@ -124,5 +124,6 @@ def _visible(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if not is_litter(path.name)]
     except OSError as error:
         raise InputError(
-            f"{os.fspath(folder)!r}: cannot be listed ({error.strerror}); accepted is a folder; check --data.root"
+            f"{os.fspath(folder)!r}: cannot be listed ({error.strerror}); accepted is a folder, or a list; check "
+            "--data.root"
         ) from error

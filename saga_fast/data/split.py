@@ -7,8 +7,9 @@ By folders, ROOT/train/CLASS/IMAGE and ROOT/test/CLASS/IMAGE. By a list, in plac
     /disk/9.png,7,test
 
 A list is UTF-8 text named .csv or .tsv (with a header; commas, semicolons or tabs) or .jsonl, .ndjson or .json (an
-object a line). A path is absolute, or starts in the list's own folder; other columns are passed over. The halves are
-`train` and `test`. `val` tests where there is no `test`, else its images are left out, and counted.
+object a line). A path is absolute, or starts in the list's own folder; one that is not there is also looked for with
+slashes in place of backslashes. Other columns are passed over. The halves are `train` and `test`. `val` tests where
+there is no `test`, else its images are left out, and counted.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def load_list(path: Path) -> tuple[ImageFiles, ImageFiles]:
     for place, values in _table(path, text) if suffix in TABLES else _objects(path, text):
         name, label, half = _row(place, values)
         image = path.parent / name
+        if "\\" in name and not image.exists() and (posix := path.parent / name.replace("\\", "/")).exists():
+            image = posix
         if (real := os.path.realpath(image)) in place_of_file:
             raise InputError(f"{place}: {name!r} again, first in {place_of_file[real]}; take one of the two out")
         place_of_file[real] = place

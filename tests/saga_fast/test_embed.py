@@ -90,7 +90,7 @@ def test_the_index_holds_every_picture(encoder, pictures, tmp_path, capsys):
 
 
 def test_workers_decode_to_the_same_index(encoder, pictures, tmp_path):
-    embed(encoder, [tmp_path / "pictures"], tmp_path / "a", workers=0)
+    embed(encoder, str(tmp_path / "pictures"), tmp_path / "a", workers=0)
     embed(encoder, [tmp_path / "pictures"], tmp_path / "b", workers=2)
     for name in (indices.VECTORS, indices.FILES, indices.FAISS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -323,13 +323,19 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
         for read in (indices.read_faiss, indices.read_vectors, indices.read_files):
             read(index, known)
     assert str(index) in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    if name == indices.FAISS:  # which the vectors make again
+        assert "exact" in embed(encoder, pictures[:3], index).line
+        assert_holds(index, encoder, pictures[:3])
+    else:
+        with pytest.raises(InputError, match=name):
+            embed(encoder, pictures[:3], index)
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (["{pictures}"], "--index: missing"),
-        (["{pictures}", "--index", "{tmp}/index", "--encoder", ""], "--encoder: missing"),
+        (["{pictures}", "--index", "{tmp}/index", "--encoder", ""], "--encoder: empty; give a value"),
         (["{pictures}", "--index", "{tmp}/index", "--encoder", "{tmp}"], "holds no config.json"),
         (["--index", "{tmp}/index"], "IMAGES: none found in nothing"),
         (["{tmp}/nowhere", "--index", "{tmp}/index"], "nowhere' is not there"),
@@ -341,6 +347,8 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
         (["{pictures}", "--index", "{tmp}/broken.png/index"], "cannot be written to"),
         (["{pictures}", "--index", "{tmp}/index", "--faiss", "Flatt"], "could not parse index string Flatt"),
         (["{pictures}", "--index", "{tmp}/index", "--faiss", "IVF64,Flat"], "cannot be trained on 12 vectors"),
+        (["{pictures}", "--index", "{tmp}/index", "--faiss", "PCA8,Flat"], "it takes the mean away, after which inner"),
+        (["{pictures}", "--index", "{tmp}/index", "--faiss", "L2norm,IDMap,Flat"], "have numbers of their own"),
         (["{pictures}", "--index", "{tmp}/index", "--workers", "-1"], "--workers: -1"),
         (["{pictures}", "--indx", "{tmp}/index"], "--indx: unknown flag; did you mean --index?"),
     ],

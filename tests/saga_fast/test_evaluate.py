@@ -101,6 +101,7 @@ def test_names_that_are_no_text_are_printed_as_escapes(root, capsys):
         (["--encoder", "{root}"], "holds no config.json"),
         (["--encoder", "{root}/encoder", "--data.name", "folder"], "--data.root: missing"),
         (["--encoder", "{root}/encoder", "--json", "{root}/no/such/folder.json"], "--json: the folder of"),
+        (["--encoder", "{root}/encoder", "--data.image-size", "64"], "64; this encoder reads 32 pixels a side, and no"),
         (["--encoder", "{root}/encoder", "--data.nam", "folder"], "--data.nam: unknown flag; did you mean"),
     ],
 )

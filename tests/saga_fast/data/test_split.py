@@ -68,6 +68,14 @@ def test_json_lines(root, name):
     is_read(root / name)
 
 
+def test_backslashes_stand_for_slashes_where_no_file_has_them(root):
+    (root / "my.csv").write_text(table([(path.replace("/", "\\"), *rest) for path, *rest in IMAGES]))
+    is_read(root / "my.csv")
+    paint(root / "owls\\0.jpg", 9, 9)
+    train, _ = load_dataset("folder", root / "my.csv")
+    assert train.paths[0] == root / "owls\\0.jpg" and train.paths[1] == root / "owls/1.jpg"
+
+
 def test_a_list_elsewhere_names_its_images_from_its_own_folder(root):
     (root / "lists").mkdir()
     (root / "lists/my.csv").write_text(table([(f"../{path}", *rest) for path, *rest in IMAGES]))
