@@ -331,7 +331,7 @@ class _Arguments(Config):
 class CheckArguments(Config):
     """Of `saga_fast.models`."""
 
-    cards: tuple[float, ...] = (8, 16, 24, 40, 80)
+    cards: Annotated[tuple[float, ...], Range(0, above=True)] = (8, 16, 24, 40, 80)
     """GiB of memory of cards to plan a step for."""
 
 

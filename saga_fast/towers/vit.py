@@ -74,13 +74,12 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     Weights are safetensors, and code that comes with a model is never run. Raises InputError for what is no such model.
     """
     release = Release(name, "encoder.tower")
+    release.expect_configuration(_ACCEPTED)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "auto_map", None):
             raise ValueError("trust_remote_code")
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
-        if "config.json" in str(error):  # there is none, perhaps
-            release.expect_no_adapter()
         if "trust_remote_code" in str(error):
             raise release.refused(OWN_CODE) from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "

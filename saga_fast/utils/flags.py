@@ -86,9 +86,11 @@ def _unwrap_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Raises InputError, naming the field, for the first number of nested dataclasses that is not in its Range."""
     for field in fields_of(config):
+        values = field.value if isinstance(field.value, tuple) else () if field.value is None else (field.value,)
         for accepted in field.metadata:
-            if isinstance(accepted, Range) and field.value is not None and (fault := accepted.fault(field.value)):
-                raise InputError(f"{prefix}{field.name}: {fault}")
+            for fault in map(accepted.fault, values) if isinstance(accepted, Range) else ():
+                if fault:
+                    raise InputError(f"{prefix}{field.name}: {fault}")
 
 
 def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments:
