@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -320,7 +319,7 @@ def pictures(tmp_path) -> Path:
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
         (["--lambda.lm", "nan"], "lambda.lm: nan"),
         (["--rollout.temperature", "0"], "greedy rollouts are all alike"),
-        (["--data.species", "20"], "classes_per_batch: 16"),
+        (["--data.species", "20"], "data.classes-per-batch: 16, where 10 classes are left to train on"),
         (["--data.train-classes", "51"], "--data.train-classes: 51; the training half has 50 classes"),
         (["--data.train-classes", "0"], "data.train-classes: 0; give 1 or more"),
         (["--log.samples-every", "0"], "log.samples-every: 0; give 1 or more"),
@@ -334,7 +333,7 @@ def pictures(tmp_path) -> Path:
         (["folder", "--data.root", "{pictures}"], "--log.evaluate-every: holds out 2 of 2 training classes; pass None"),
         (
             ["folder", "--data.root", "{pictures}", "--log.evaluate-every", "None"],
-            "classes_per_batch: 16, the training set has 2",
+            "data.classes-per-batch: 16, where 2 classes are left to train on; pass --data.classes-per-batch 2",
         ),
         (
             ["--lambda.lm", "1", "--encoder.tower", "efficientnet-lite0"],
