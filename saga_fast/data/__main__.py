@@ -2,8 +2,8 @@
 
     python -m saga_fast.data check NAME --root DIR [--skip-unreadable] [--workers N]
 
-Prints a line per fault, then the counts. Faults are images that are missing, unreadable or truncated, images in no
-list, and counts that differ. Exit code 2 if there is any.
+Prints a line per fault, then the counts. Faults are images that are missing, unreadable, truncated or in no list, and
+counts that differ. Exit code 2 if there are any.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from saga_fast.utils.images import is_image, open_rgb
 
 
 class _Faults(Dataset[tuple[int, str | None]]):
-    """Maps a number to (number, what is wrong with that image or None)."""
+    """Maps an index to (index, fault of that image or None)."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = paths
@@ -92,13 +92,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m saga_fast.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="count it and open it all")
+    command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="count and open all")
     command.add_argument("name", choices=list(IN_FILES), help="the data set")
-    command.add_argument("--root", type=Path, required=True, help="the folder of its files, or a list of one's own")
-    command.add_argument(
-        "--skip-unreadable", action="store_true", help="as --data.skip-unreadable will: list broken images, go on"
-    )
-    command.add_argument("--workers", type=int, default=cores(), help="processes that open images; default one a core")
+    command.add_argument("--root", type=Path, required=True, help="the folder of its files, or your own list")
+    command.add_argument("--skip-unreadable", action="store_true", help="list broken images without failing")
+    command.add_argument("--workers", type=int, default=cores(), help="worker processes; default one per core")
     options = parser.parse_args(arguments)
     with exit_on_input_error():
         if not check(options.name, options.root, options.skip_unreadable, max(0, options.workers)):

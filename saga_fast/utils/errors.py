@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LONGEST = 2000  # characters of a message: names and values in it may come from anywhere
+LONGEST = 2000  # characters of a message: it may quote untrusted names and values
 PATIENCE = 2.0  # seconds; torchrun polls its processes ten times a second
 
 
 class InputError(ValueError):
-    """Bad user input. The message is one line: the file or field, what was found, what is accepted, the mend.
+    """Bad user input. The message is one line: the file or field, what was found, what is accepted, the remedy.
 
     It may quote hostile names and values, so line breaks and other unprintable characters in it are escaped, and a very
     long one loses its middle.
@@ -44,7 +44,7 @@ def exit_on_input_error() -> Iterator[None]:
 
     Of torchrun's processes the first prints at once. The others wait `PATIENCE` seconds: if the first has the same
     error and ends, torchrun ends them meanwhile, so that the line appears once; those left have an error of their own.
-    What is printed meanwhile may hold names of files that are no text.
+    Output inside may contain file names that are not valid text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
