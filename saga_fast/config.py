@@ -20,7 +20,7 @@ from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import expect_replaceable, read_regular
 from saga_fast.utils.flags import COUNT, SEED, WEIGHT, WORKERS, Range, check_ranges, fields_of, from_dict, parse_flags
 
-RESUMABLE = "a resumed run may be given this anew: no result depends on it"
+RESUMABLE = "a resumed run may change this: no result depends on it"
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,34 @@ class DataConfig:
     """Folder of the images; drawn-birds needs none. `folder` also takes a list (.csv, .jsonl) of path, label, split."""
     image_size: Annotated[int, Range(1, 8192)] = 224
     """Side in pixels that images are resized to."""
-    classes_per_batch: Annotated[int, Range(2, 2**16, why="images of one class have none to be told from")] = 16
+    classes_per_batch: Annotated[int, Range(2, 2**16, why="one class has no other to differ from")] = 16
     images_per_class: Annotated[int, Range(1, 2**16)] = 4
     skip_unreadable: bool = False
     """Skip and count images that cannot be read, instead of stopping at the first."""
     workers: Annotated[int | None, WORKERS, RESUMABLE] = None
-    """Processes that decode, 0 for none; default one a core up to 8, and none to draw birds."""
+    """Worker processes that decode images, 0 for none; default one per core, up to 8, and none for drawn birds."""
     train_classes: Annotated[int | None, COUNT] = None
-    """Train on the first so many classes of the training half only, to see what few classes can teach; default all."""
+    """Train on only this many classes, the first of the training half; default all."""
     species: Annotated[int, Range(4, 10**6)] = 100
-    """drawn-birds: species drawn, half of them for training."""
+    """drawn-birds: number of species, half of them for training."""
     images_per_species: Annotated[int, Range(2, 10**6)] = 30
-    """drawn-birds: images of each species."""
+    """drawn-birds: number of images per species."""
     seed: Annotated[int, SEED] = 0
     """drawn-birds: another seed draws other species and other pictures."""
     nuisance: Literal["easy", "moderate", "benchmark", "hard"] = "benchmark"
-    """drawn-birds: how far the pictures are from those that the tiny supervisor learned from."""
+    """drawn-birds: how much the pictures differ from those that the tiny supervisor was trained on."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images; there is no other."""
+    """Augmentation of training images."""
 
     least_area: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Random resized crops that keep at least this share of an image's area; 1 for whole images."""
     flip: bool = False
-    """Mirror every other image; not where left and right tell classes apart."""
+    """Mirror an image with probability 1/2; turn off where left and right distinguish classes."""
     light: Annotated[float, Range(0, 0.99)] = 0.0
-    """Brightness, contrast and saturation times 1 - light to 1 + light; not where shades tell classes apart."""
+    """Brightness, contrast and saturation are scaled by 1 - light to 1 + light; 0 where shades distinguish classes."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,23 @@ class EncoderConfig:
     embedding_dim: Annotated[int, Range(1, 2**16)] = 4096
     """D_e, the width of the embedding."""
     checkpointing: Annotated[bool, RESUMABLE] = False
-    """Keep only the inputs of the tower's blocks for the backward pass, and run each block again there."""
+    """Gradient checkpointing: keep only the inputs of the tower's blocks, and recompute each block in the backward
+    pass."""
     license: Annotated[str, RESUMABLE] = "unknown"
-    """The encoder's licence as its model card states it, by the hub's identifier; the tower's own binds it."""
+    """The encoder's licence for its model card, as an identifier of the hub; it must suit the tower's own licence."""
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
     model: Annotated[str, RESUMABLE] = "Qwen/Qwen3-VL-8B-Instruct"
-    """Folder or hub id of the MLLM whose tower is trained and whose language model supervises."""
+    """Folder or hub id of the MLLM: its vision tower is trained, its language model supervises."""
     quantize: bool = True
     """Language model in NF4 with nested absmax; False keeps it dense."""
     quantize_head: bool = False
-    """Embedding and head in NF4 too; `python -m bench.quantization` says what that costs."""
+    """Embedding and head in NF4 too; `python -m bench.quantization` measures the error of that."""
     resident: Annotated[Literal["auto", "on", "off"], RESUMABLE] = "auto"
-    """Keep the NF4 layers' values dense beside them, for many rollouts at once and for replays; auto: on a GPU that has
-    room, where it is faster. The policy is the same."""
+    """Keep a dense copy of the NF4 layers in memory, for many rollouts at once and for replays; auto: on a GPU with
+    enough memory, where that is faster. The policy is the same."""
     prompt: str = "birds"
     """birds, cars, aircraft, drawn-birds, or a file of your own that ends in .toml."""
     generic: bool = False
@@ -104,27 +105,27 @@ class RolloutConfig:
     """G, completions per pair."""
     pairs: Annotated[int, Range(1, 2**16)] = 8
     """K, contributing pairs per optimizer step."""
-    temperature: Annotated[float, Range(0, above=True, why="greedy rollouts are all alike")] = 0.7
+    temperature: Annotated[float, Range(0, above=True, why="greedy rollouts are all equal")] = 0.7
     top_p: Annotated[float, Range(0, 1, above=True)] = 0.95
     max_new_tokens: Annotated[int, Range(1, 2**20)] = 1024
-    pairs_per_batch: Annotated[int, Range(2, 2**20, why="pairs of one class and of two are drawn in turn")] = 64
+    pairs_per_batch: Annotated[int, Range(2, 2**20, why="same-class and different-class pairs are drawn in turn")] = 64
     """Pairs drawn from one micro-batch at most, before another is embedded."""
     credit: Literal["verdict", "attributes"] = "verdict"
-    """What a rollout earns: verdict: the paper's, one reward; attributes: one more for each attribute of each image,
-    for saying what rollouts say of other images of its class."""
+    """Rewards of a rollout. verdict: one, as in the paper; attributes: one more per attribute of each image, for
+    agreement with what rollouts write about other images of its class."""
     credit_weight: Annotated[float, WEIGHT] = 1.0
     """Weight of the attributes' advantages beside the verdict's."""
     max_batches: Annotated[int, COUNT] = 4
-    """Micro-batches per step at most: the draw is bounded, and a step may go on with fewer than K pairs, or none."""
+    """Micro-batches per step at most; a step may then have fewer than K pairs, or none."""
     slots: Annotated[int | None, COUNT, RESUMABLE] = None
-    """Pairs that roll out at once, each with memory for G rollouts; default what is fastest in the memory that is free.
-    What is sampled does not depend on it."""
+    """Pairs that roll out at once, each with memory for G rollouts; default the fastest number in free memory.
+    Completions do not depend on it."""
     token_budget: Annotated[int | None, COUNT, RESUMABLE] = None
-    """Packed tokens that go through a replay together; a pair's group that is longer goes in slices."""
+    """Packed tokens per pass of a replay; a longer group is split into slices of completions."""
     recompute: Annotated[Literal["none", "mlp", "full"] | None, RESUMABLE] = None
-    """What a replay's backward computes again: nothing, gate and up of each layer, or all from each layer's input."""
+    """Recomputation in a replay's backward pass: none; mlp, the gate and up projections; full, all of each layer."""
     prefix_recompute: Annotated[Literal["none", "mlp", "full"] | None, RESUMABLE] = None
-    """The same, of a prefix while its group goes in slices."""
+    """The same for the prefix of a group that is split into slices."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class LambdaConfig:
     kl: Annotated[float, WEIGHT] = 1.0
     adaptive: bool = False
     """Scale the policy gradient in the tower so that its norm is 3 lm times the metric loss's; and lower lm and kl
-    where the supervisor's verdicts turn out to have nothing to do with the truth."""
+    where the supervisor's verdicts do not depend on the truth."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ class OptimConfig:
     warmup: Annotated[float, Range(0, 1)] = 0.05
     """Share of the steps with linear warm-up; cosine to zero after it."""
     clip: Annotated[float, Range(0, above=True)] = 1.0
-    """Global gradient norm."""
+    """Largest global gradient norm; gradients above it are scaled down."""
     states: Literal["32bit", "8bit"] = "32bit"
-    """AdamW's two moments of each parameter; 8 bits are bitsandbytes', in blocks of 256."""
+    """Precision of AdamW's two moments; 8bit is that of bitsandbytes, in blocks of 256."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast of the encoder, and dtype of the frozen language model."""
 
@@ -174,12 +175,12 @@ class LogConfig:
     checkpoint_every: Annotated[int, COUNT, RESUMABLE] = 50
     """Steps between checkpoints."""
     keep: Annotated[int, COUNT, RESUMABLE] = 2
-    """Checkpoints kept, the newest."""
+    """Number of checkpoints to keep, the newest ones."""
     evaluate_every: Annotated[int | None, COUNT] = None
-    """Steps between two looks at Recall@1 on the last tenth of the training classes, which are then held out of
-    training; best/ keeps the encoder that was best at it. The test half never selects. Default: none."""
+    """Steps between two validations: Recall@1 on the last tenth of the training classes, which are then held out of
+    training; best/ has the encoder with the highest. The test half never selects. Default: no validation."""
     patience: Annotated[int | None, COUNT] = None
-    """Of those looks, how many in a row without a better one stop the run; encoder/ is then the best, not the last."""
+    """Validations in a row without a better Recall@1 that stop the run; encoder/ is then the best one, not the last."""
     samples_every: Annotated[int | None, COUNT, RESUMABLE] = None
     """Steps between samples of rollouts for the report; default the first step, the middle one and the last."""
 
@@ -197,7 +198,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     log: LogConfig = LogConfig()
     tracker: Annotated[Literal["trackio", "wandb"] | None, RESUMABLE] = None
-    """Show the run there too, if it is installed."""
+    """Log the run to this experiment tracker too; it must be installed."""
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
@@ -221,7 +222,7 @@ class Config:
             )
         if self.supervisor.generic and self.rollout.credit == "attributes":
             raise InputError(
-                "rollout.credit: attributes with supervisor.generic, whose prompt names none: "
+                "rollout.credit: attributes with supervisor.generic, whose prompt names no attributes: "
                 "pass --rollout.credit verdict"
             )
         if self.rollout.group_size < 2 and self.uses_supervisor:
@@ -230,7 +231,7 @@ class Config:
             )
         if self.data.images_per_class < 2 and (self.uses_supervisor or self.dml.loss in PAIRWISE):
             wants = "the supervisor's pairs" if self.uses_supervisor else f"dml.loss {self.dml.loss!r}"
-            raise InputError(f"data.images-per-class: 1; {wants} need two images of a class: give 2 or more")
+            raise InputError(f"data.images-per-class: 1; two images per class are needed for {wants}: give 2 or more")
         if self.rollout.pairs_per_batch * self.rollout.max_batches > 2**20:
             raise InputError(
                 f"rollout.max-batches: {self.rollout.max_batches} of {self.rollout.pairs_per_batch} pairs are more "
@@ -243,7 +244,8 @@ class Config:
 
     @property
     def uses_prompt(self) -> bool:
-        """The pooler `attributes` takes their names from the prompt, whether or not the supervisor is used."""
+        """Whether the prompt is read: by the supervisor, or by the pooler `attributes`, for the names of its
+        queries."""
         return self.uses_supervisor or self.encoder.pooler == "attributes"
 
     @property
@@ -258,7 +260,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
-        """The inverse of `to_dict`. Raises InputError for an unknown field, and a value of the wrong type."""
+        """The inverse of `to_dict`. Raises InputError for an unknown field or a value of the wrong type."""
         return from_dict(cls, values)
 
 
@@ -283,7 +285,7 @@ PRESETS: dict[str, Config] = {
     "cub": Config(data=DataConfig(name="cub")),
     "cars": Config(data=DataConfig(name="cars"), supervisor=SupervisorConfig(prompt="cars")),
     "aircraft": Config(data=DataConfig(name="aircraft"), supervisor=SupervisorConfig(prompt="aircraft")),
-    # Two proxies for each of 743 classes are about as many as 15 for each of CUB's 100; the cost is quadratic in them.
+    # Two proxies for each of 743 classes make about as many as 15 for each of CUB's 100; the cost is quadratic in them.
     "inat-aves": Config(data=DataConfig(name="inat-aves"), dml=DmlConfig(proxies_per_class=2)),
     # Chosen on held-out training classes of the emoji, see README.
     "folder": Config(
@@ -297,7 +299,7 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-# Replaces the preset of that name, whose tower is a vision model on its own, where --supervisor.model is given.
+# Replaces the preset of that name, whose tower has no language model, where --supervisor.model is given.
 SUPERVISED: dict[str, Config] = {
     "folder": Config(
         data=DataConfig(image_size=112),
@@ -324,24 +326,24 @@ class _Arguments(Config):
     out: Path | None = None
     """Folder of the run; default runs/PRESET."""
     resume: bool = False
-    """Go on from the last checkpoint in --out, with the configuration it was started with."""
+    """Continue from the last checkpoint in --out, with the configuration that the run was started with."""
 
 
 @dataclass(frozen=True)
 class CheckArguments(Config):
-    """Of `saga_fast.models`."""
+    """The flags of `saga_fast.models`."""
 
     cards: Annotated[tuple[float, ...], Range(0, above=True)] = (8, 16, 24, 40, 80)
-    """GiB of memory of cards to plan a step for."""
+    """Memory sizes of GPUs, in GiB, to plan a step for."""
 
 
 def parse_check(arguments: Sequence[str]) -> tuple[str, CheckArguments]:
-    """The command line `check ID_OR_FOLDER FLAGS…`: a model's name, and the flags. Raises InputError."""
+    """Parses `check ID_OR_FOLDER FLAGS…` into the model's name and the flags. Raises InputError."""
     known = len(arguments) > 1 and arguments[0] == "check" and bool(arguments[1]) and not arguments[1].startswith("-")
     if not known and not {"-h", "--help"} & set(arguments):
-        raise InputError("models: say `check` and a model's folder or hub id, then flags of saga_fast.train")
+        raise InputError("models: give `check`, a model's folder or hub id, then flags of saga_fast.train")
     flags = arguments[2:] if known else ["--help"]
-    description = "Whether a model will work as a supervisor, and what it will take."
+    description = "Check whether a model works as a supervisor, and how much memory it needs."
     program = "python -m saga_fast.models check ID_OR_FOLDER"
     return arguments[1], parse_flags(CheckArguments(), flags, program, description)
 
@@ -362,7 +364,7 @@ def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation
     if parsed.tracker and not importlib.util.find_spec(parsed.tracker):
         raise InputError(
             f"--tracker: {parsed.tracker} is not installed; `pip install {parsed.tracker}`, or leave --tracker out: "
-            "TensorBoard has it all"
+            "TensorBoard has the same curves"
         )
     out = parsed.out or Path("runs") / preset
     resume = parsed.resume or (restarted and (out / "config.json").is_file())
@@ -397,7 +399,7 @@ def record_of(out: Path) -> dict[str, Any]:
         if not isinstance(values["config"], dict) or not isinstance(values.get("run", ""), str):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        cause = getattr(error, "strerror", None) or "cut short, or no run's"
+        cause = getattr(error, "strerror", None) or "truncated, or not the file of a run"
         raise InputError(f"{str(file)!r}: {cause}; restore the file, or start a new run with another --out") from None
     return values
 
@@ -414,21 +416,21 @@ def stored(out: Path) -> Config:
 
 # Why a resumed run keeps a field that is not RESUMABLE, by the longest matching prefix of the field's name.
 KEEP_REASONS = {
-    "data": "it decides which images make which batch",
-    "data.skip-unreadable": "it decides which images there are, and with them every batch",
-    "augment": "it decides what training sees of an image",
+    "data": "it determines which images make which batch",
+    "data.skip-unreadable": "it determines which images there are, and with them every batch",
+    "augment": "it determines the pixels of training",
     "encoder": "the checkpoint's weights are of that encoder",
-    "supervisor": "it decides what is asked and answered",
-    "rollout": "it decides what is sampled and what that earns",
+    "supervisor": "it determines prompt and answers",
+    "rollout": "it determines rollouts and rewards",
     "dml": "the checkpoint's proxies and the gradients so far are of that loss",
-    "lambda": "the gradients so far were weighed so",
-    "optim": "the updates so far were made so",
-    "optim.epochs": "the learning rates so far followed a cosine over that many",
-    "optim.steps": "the learning rates so far followed a cosine over that many",
-    "optim.warmup": "the learning rates so far rose by it",
+    "lambda": "earlier gradients have these weights",
+    "optim": "earlier updates used it",
+    "optim.epochs": "earlier learning rates followed a cosine over that many",
+    "optim.steps": "earlier learning rates followed a cosine over that many",
+    "optim.warmup": "earlier learning rates followed it",
     "optim.states": "the checkpoint's optimizer states are of that kind",
-    "log.evaluate-every": "it decides which classes are held out, and what best/ was chosen by",
-    "log.patience": "it decides when the run ends",
+    "log.evaluate-every": "it determines which classes are held out, and how best/ is chosen",
+    "log.patience": "it determines when the run ends",
     "seed": "batches, pairs and rollouts are drawn by it",
 }
 
@@ -437,7 +439,9 @@ def _resumed(arguments: list[str], out: Path, preset: str | None) -> _Arguments:
     """The run's stored configuration with this command line's RESUMABLE flags. Raises InputError for other changes."""
     original = stored(out)
     if preset and PRESETS[preset].data.name != original.data.name:
-        raise InputError(f"preset: {preset!r}, and {out} is a run on {original.data.name}; leave it out, or mend --out")
+        raise InputError(
+            f"preset: {preset!r}, but {out} is a run on {original.data.name}; leave the preset out, or correct --out"
+        )
     # The stored configuration provides the defaults, so that only flags on this command line can differ from it.
     parsed = _parse(arguments, original)
     expect_same(_config(parsed), original, out)
@@ -452,20 +456,20 @@ def expect_same(config: Config, original: Config, out: Path) -> None:
                 max((name for name in KEEP_REASONS if f"{field.name}.".startswith(f"{name}.")), key=len)
             ]
             raise InputError(
-                f"--{field.name}: {field.value}, and {out} began with {before.value}; a resumed run keeps that, as "
-                f"{reason}: leave it out, or start a new run with another --out"
+                f"--{field.name}: {field.value}, but {out} was started with {before.value}; a resumed run keeps that, "
+                f"as {reason}: leave it out, or start a new run with another --out"
             )
 
 
 def _defaults(preset: str, arguments: Sequence[str]) -> Config:
-    """The preset, as it is where the command line names an MLLM, or a tower that none reads. Raises InputError for both
-    at once."""
+    """The preset, adapted to a command line with an MLLM or with a separate tower. Raises InputError for both at
+    once."""
     typed = {argument.partition("=")[0] for argument in arguments}
     supervised, own_tower = "--supervisor.model" in typed, "--encoder.tower" in typed
     if supervised and own_tower:
         raise InputError(
-            "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the one, for "
-            "the metric loss alone, or the other, for the MLLM's own tower"
+            "--supervisor.model: with --encoder.tower, whose tokens no language model reads; leave out the former for "
+            "the metric loss alone, or the latter for the MLLM's own tower"
         )
     config = SUPERVISED.get(preset, PRESETS[preset]) if supervised else PRESETS[preset]
     return (

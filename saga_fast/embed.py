@@ -3,9 +3,9 @@
     python -m saga_fast.embed --encoder DIR IMAGES… --index OUT [--faiss FACTORY]
     torchrun --nproc-per-node N -m saga_fast.embed …
 
-IMAGES are folders, searched through for images, files, glob patterns, or `-` for a list on stdin, a line each. The
-index keeps the vectors of earlier calls: only files that are new, or whose size or modification time differs, are
-embedded, and vectors of deleted files are removed. Vectors are saved in chunks beside the index while embedding, so an
+IMAGES are folders (with their subfolders), files, glob patterns, or `-` for a list on stdin, one per line. The index
+keeps the vectors of earlier calls: only files that are new, or whose size or modification time differs, are embedded,
+and vectors of deleted files are removed. Vectors are saved in chunks beside the index while embedding, so an
 interrupted call continues where it stopped. Under torchrun every process embeds its share, and the first one makes the
 index; all must see the images under the same paths, but need not share the disk of the index.
 """
@@ -44,7 +44,7 @@ from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, warn_rank_zero
 from saga_fast.utils.files import expect_replaceable, hidden, is_litter, locked
 from saga_fast.utils.flags import WORKERS, parse_flags
-from saga_fast.utils.images import SUFFIXES, is_image, kind_of, passed_over
+from saga_fast.utils.images import SUFFIXES, is_image, kind_of, skipped_kinds
 
 BATCH = 64  # images that go through the encoder at once
 CHUNK = 1024  # images, or
@@ -97,7 +97,7 @@ def embed(
             done = _on_rank_zero(lambda: plan.finish(index, chunks, made_by, faiss, failed))
             shutil.rmtree(chunks.folder, ignore_errors=True)
         finally:
-            with contextlib.suppress(OSError):  # gone, or not empty: kept for the next call
+            with contextlib.suppress(OSError):  # deleted, or not empty: kept for the next call
                 chunks.folder.rmdir()
     return done
 
@@ -177,7 +177,7 @@ class Chunks:
 @dataclass(frozen=True)
 class Plan:
     """The work of a call, the same in every process. files: those to be in the index, sorted by path; pending: those to
-    be embedded; missing: a line per file that is not there; gone: number of indexed files that are not there any
+    be embedded; missing: a line per file that does not exist; gone: number of indexed files that do not exist any
     more."""
 
     files: list[File]
@@ -200,7 +200,7 @@ class Plan:
                 f"{known.encoder_sha256[:12]}…, this one's is {encoder_sha256[:12]}…); name another index"
             )
         ours = set(chunks.names())
-        for leftover in chunks.folder.iterdir():  # of other encoders, and torn ones
+        for leftover in chunks.folder.iterdir():  # of other encoders, and incomplete ones
             if leftover.name not in ours:
                 leftover.unlink()
         indexed = indices.read_files(index, known) if known else []
@@ -208,7 +208,7 @@ class Plan:
         skipped: Counter[str] = Counter()
         wanted = {os.path.abspath(path) for path in expand(images, skipped)}
         if skipped:
-            warn_rank_zero(f"IMAGES: passed over: {passed_over(skipped)}")
+            warn_rank_zero(f"IMAGES: skipped: {skipped_kinds(skipped)}")
         files, missing = [], []
         indexed_paths = {file.path for file in indexed}
         for path in sorted(wanted | {file.path for file in embedded}):
@@ -250,7 +250,7 @@ class Plan:
         same = known and (kind, factory, encoder.blocks) == (known.kind, known.asked, known.blocks)
         whole = known and same and not new and len(files) == len(indexed)
         if known and whole and all(indices.is_whole(index, name, known) for name in (indices.FAISS, indices.VECTORS)):
-            return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: as it was")
+            return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: unchanged")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             places: dict[str, list[tuple[int, int]]] = {}
@@ -280,8 +280,8 @@ def _moved(vectors: np.ndarray, pairs: Sequence[tuple[int, int]]) -> Iterator[tu
 def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) -> Iterator[str]:
     """The image files in folders and under glob patterns, by their names; files as they are; `-`: lines of stdin.
 
-    Other files in the folders, except litter, are counted in `skipped` by kind. Raises InputError for a path that is
-    not there, except one that stdin names.
+    Other files in the folders, except litter, are counted in `skipped` by kind. Raises InputError for a path that
+    does not exist, except for one from stdin.
     """
     skipped = Counter() if skipped is None else skipped
     for item in (os.fspath(image) for image in images):
@@ -302,7 +302,7 @@ def expand(images: Iterable[str | Path], skipped: Counter[str] | None = None) ->
             yield from _images((path for path in inside if not os.path.isdir(path)), skipped)
         else:
             raise InputError(
-                f"IMAGES: {item!r} is not there; accepted are folders, files, glob patterns, or - for stdin"
+                f"IMAGES: {item!r} does not exist; accepted are folders, files, glob patterns, or - for stdin"
             )
 
 
@@ -323,7 +323,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"--index: {str(folder)!r} cannot be written to ({first_line(error)}); free space, and the same command "
-            "goes on where this one stopped"
+            "continues where this one stopped"
         ) from error
 
 
@@ -332,7 +332,7 @@ def _processes() -> Iterator[None]:
     """A Gloo group of torchrun's processes, unless there is a group: only lists and files are exchanged."""
     ours = dist.is_torchelastic_launched() and not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # shares may take unequally long
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the processes' shares may take unequal times
     yield
     if ours:
         dist.destroy_process_group()
@@ -353,7 +353,7 @@ def _on_rank_zero(function: Callable[[], Result]) -> Result:
 
 
 def _collect(chunks: Chunks) -> None:
-    """Send to the first process the chunks that it cannot see, as on another host."""
+    """Send to the first process the chunks that are on other hosts' disks."""
     names_by_rank = distributed.all_gather_object(chunks.names())
     for name in sorted(set().union(*names_by_rank) - set(names_by_rank[0])):
         owner = next(rank for rank, names in enumerate(names_by_rank) if name in names)
@@ -371,21 +371,21 @@ class EmbedArguments:
     images: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders, files, glob patterns, or - for a list on stdin."""
     encoder: str = ""
-    """Folder that holds the encoder, or hub id."""
+    """Folder of the encoder, or hub id."""
     index: Path | None = None
-    """Folder of the index, new or to be brought up to date."""
+    """Folder of the index, to create or to update."""
     faiss: str | None = None
     """Kind of index, a factory string of faiss; by default exact below 100,000 images, from there on IVF, tuned."""
     workers: Annotated[int | None, WORKERS] = None
-    """Processes that decode images, 0 for none; default one a core up to 8."""
+    """Worker processes that decode images, 0 for none; default one per core, up to 8."""
 
 
 def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(EmbedArguments(), arguments, "python -m saga_fast.embed", "Embed images into an index.")
     if parsed.index is None:
-        raise InputError("--index: missing; name the folder that the index shall be in")
+        raise InputError("--index: missing; name a folder for the index")
     done = embed(parsed.encoder, parsed.images, parsed.index, parsed.faiss, parsed.workers)
-    if int(os.environ.get("RANK", 0)) == 0:  # the group is gone
+    if int(os.environ.get("RANK", 0)) == 0:  # the process group is destroyed by now
         for fault in done.unreadable:
             print(f"unreadable: {fault}", file=sys.stderr)
         print(

@@ -80,7 +80,7 @@ class AttributePooler(nn.Module):
 
     β_m = softmax(s q_m W_k X̂ᵀ / √D), where X̂ are the tokens after a LayerNorm without weights and s is `SHARPNESS`;
     block m = (W_m β_m X + b_m) / |W_m β_m X + b_m|; z = the blocks side by side, over √M. So the cosine of two images
-    is the mean of the cosines of their blocks. D_e is shared out among the blocks: their sizes differ by one at most.
+    is the mean of the cosines of their blocks. D_e is divided among the blocks, whose sizes differ by one at most.
     Each W_m starts orthogonal. Raises InputError where D_e < M.
     """
 
@@ -94,7 +94,7 @@ class AttributePooler(nn.Module):
         count = len(attributes)
         if not 1 <= count <= embedding_dim:
             raise InputError(
-                f"encoder.embedding-dim: {embedding_dim} cannot be shared out among {count} attributes; "
+                f"encoder.embedding-dim: {embedding_dim} cannot be divided among {count} attributes; "
                 f"give {max(1, count)} or more, or ask for fewer attributes"
                 if count
                 else "encoder.pooler: 'attributes' without attribute names; name one or more, or take 'attention'"
@@ -103,7 +103,7 @@ class AttributePooler(nn.Module):
         size = int(sizes.max())
         self.query = nn.Parameter(0.02 * torch.randn(count, width))
         self.key = nn.Parameter(torch.eye(width))
-        # Row d of block m is left out of the embedding where block m is a number shorter than the longest.
+        # The last row of a block that is one number shorter than the longest is not part of the embedding.
         self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(size, width)) for _ in sizes]))
         self.bias = nn.Parameter(torch.zeros(count, size))
         used = torch.arange(size) < sizes[:, None]
@@ -123,13 +123,13 @@ class AttributePooler(nn.Module):
         return blocks.flatten(1).index_select(1, self.place)
 
     def blocks(self, z: Tensor) -> Tensor:
-        """The unit blocks (B, M, d) of embeddings z (B, D_e); those shorter than the longest end in a zero."""
+        """The unit blocks (B, M, d) of embeddings z (B, D_e); shorter ones are padded with a zero."""
         blocks = z.new_zeros(len(z), self.used.numel()).index_copy(1, self.place, z)
         return blocks.unflatten(1, self.used.shape) * len(self.used) ** 0.5
 
 
 def make_pooler(kind: str, width: int, embedding_dim: int, attributes: Sequence[str] = ()) -> Pooler | AttributePooler:
-    """Raises InputError for an unknown kind, and for attributes that D_e has no room for."""
+    """Raises InputError for an unknown kind, and for more attributes than D_e."""
     if kind not in POOLERS:
         raise InputError(f"encoder.pooler: got {kind!r}; choose one of {', '.join(POOLERS)}")
     if kind == "attributes":
@@ -191,18 +191,18 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         return next(self.pooler.parameters()).device
 
     def blocks(self, z: Tensor) -> Tensor:
-        """The embeddings z (B, D_e) attribute by attribute: unit vectors (B, M, d), d = ⌈D_e / M⌉; a block that is a
-        number shorter than the longest ends in a zero. Raises ValueError where the pooler has no attributes."""
+        """The embeddings z (B, D_e) attribute by attribute: unit vectors (B, M, d), d = ⌈D_e / M⌉; shorter blocks are
+        padded with a zero. Raises ValueError where the pooler has no attributes."""
         return self._attribute_pooler().blocks(z)
 
     @property
     def block_sizes(self) -> dict[str, int]:
-        """How many numbers of an embedding are each attribute's, in their order; empty without attributes."""
+        """Attribute → size of its block, in the order of the embedding; empty without attributes."""
         return dict(zip(self.attributes, self._attribute_pooler().used.sum(1).tolist())) if self.attributes else {}
 
     def attention(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
-        """β (B, M, rows, columns) of images as `forward` takes them: where each attribute is looked for, M = 1 in the
-        paper's pooler. Raises ValueError for mean and max pooling."""
+        """β (B, M, rows, columns) of images as `forward` takes them: the attention of each attribute's query, M = 1 in
+        the paper's pooler. Raises ValueError for mean and max pooling."""
         tokens = self.tower(self._as_pixels(images)).tokens
         return self.pooler.attention(tokens).unflatten(2, self.tower.grid(self.image_size, self.image_size))
 
@@ -232,7 +232,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         """The encoder of a folder or a hub id, in evaluation mode, on the device `map_location`.
 
         download: `revision`, `token`, ... as `huggingface_hub.snapshot_download` takes them. Raises InputError, naming
-        the file, where one is missing, damaged or of something else.
+        the file, where one is missing, damaged or not an encoder's.
         """
         if not str(pretrained_model_name_or_path):
             raise InputError("--encoder: missing; give the encoder/ folder of a run, or a hub id")
@@ -250,7 +250,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
             raise InputError(f"{str(folder / WEIGHTS)!r}: not this encoder's weights ({first_line(error)})") from error
         for name, values in encoder.state_dict().items():
             if not values.isfinite().all():
-                raise InputError(f"{str(folder / WEIGHTS)!r}: {name} holds numbers that are not finite; {DIVERGED}")
+                raise InputError(f"{str(folder / WEIGHTS)!r}: {name} has numbers that are not finite; {DIVERGED}")
         encoder.sha256 = hashlib.sha256("".join(hashes[name] for name in (CONFIG, WEIGHTS)).encode()).hexdigest()
         if (folder / CARD).is_file():
             encoder.card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
@@ -269,7 +269,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         """The mixin's own, with this encoder's card and a manifest. Returns the commit's URL if it is pushed."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.card is not None:  # the mixin leaves a card alone that is there
+        if self.card is not None:  # the mixin keeps an existing card
             (folder / CARD).write_text(self.card, encoding="utf-8")
         super().save_pretrained(folder, config=config, model_card_kwargs=model_card_kwargs)
         hashes = {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)}
@@ -280,7 +280,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 def expect_finite(vectors: Tensor) -> Tensor:
     """`vectors`. Raises InputError if any is not finite: such a vector has no neighbours."""
     if not vectors.isfinite().all():
-        raise InputError(f"encoder: gives vectors that are not finite; {DIVERGED}")
+        raise InputError(f"encoder: its vectors are not finite; {DIVERGED}")
     return vectors
 
 
@@ -300,7 +300,7 @@ def _download(name: str, options: dict[str, Any]) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, MANIFEST, CARD], **options))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"encoder: {name!r} is no folder, and on the hub it was not found ({first_line(error)}); "
+            f"encoder: {name!r} is no folder, and was not found on the hub ({first_line(error)}); "
             "give the encoder/ folder of a run, or a hub id"
         ) from error
 
@@ -309,7 +309,7 @@ def _check(folder: Path) -> dict[str, str]:
     """name → SHA-256 of configuration and weights. Raises InputError if they are not those of the manifest."""
     for name in (CONFIG, WEIGHTS, MANIFEST):
         if not (folder / name).is_file():
-            raise InputError(f"encoder: {str(folder)!r} holds no {name}; give a whole encoder/ folder of a run")
+            raise InputError(f"encoder: {str(folder)!r} has no {name}; give a whole encoder/ folder of a run")
     try:
         hashes = {name: str(json.loads((folder / MANIFEST).read_bytes())["sha256"][name]) for name in (CONFIG, WEIGHTS)}
         found = {name: sha256(folder / name) for name in hashes}

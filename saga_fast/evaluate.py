@@ -3,7 +3,7 @@
     python -m saga_fast.evaluate --encoder DIR [--data.name NAME --data.root DIR] [--json FILE]
 
 Prints Recall@K, MAP@R, R-precision and NMI, the worst classes, and the worst confusions. The file holds all classes and
-confusions. Of images that are equally near, the one that comes first in the data set ranks first.
+confusions. Of equally near images, the one that comes first in the data set ranks first.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
 def load_images(data: DataConfig, image_size: int) -> tuple[PixelLoader, PixelLoader]:
     """(train, test) as `data` describes them, at `image_size` pixels a side.
 
-    Raises InputError, on every rank, if the ranks do not hold the same images: each reads for itself, and a rank that
-    skips an image, because its disk fails for a moment, would train on other batches than the rest.
+    Raises InputError, on every rank, if the ranks do not hold the same images: each reads its
+    own copy, and a rank that skips an image, because its disk fails for a moment, would train on other batches.
     """
     settings = {}
     if data.name == "drawn-birds":
@@ -93,7 +93,7 @@ def _check_ranks(images: PixelLoader, what: str) -> None:
             (f" (on {_ranks(some)}: {fault})" for fault, some in ranks_by_fault.items() if len(some) < len(found)), ""
         )
         raise InputError(
-            f"data: the ranks hold different {what} images, {counts}{odd}; start again, once every host reads the same"
+            f"data: the ranks hold different {what} images, {counts}{odd}; start again when every host reads the same"
         )
 
 
@@ -123,8 +123,8 @@ def by_class(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dict[
 
 
 def confusions(scores: Scores, labels: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each class and the wrong class found first: how often, of how many queries; the largest share first, of equal
-    shares the more frequent one."""
+    """For each class and the wrong class found first: its count, and the number of queries; the largest share
+    first, of equal shares the more frequent one."""
     query_labels, first_labels = labels[scores.queries], labels[scores.first]
     queries = torch.bincount(query_labels, minlength=len(names))
     pairs, counts = torch.stack([query_labels, first_labels], 1)[query_labels != first_labels].unique(

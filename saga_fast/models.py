@@ -3,9 +3,9 @@
     python -m saga_fast.models check ID_OR_FOLDER [--cards 24 40 80] [--section.field VALUE …]
 
 The flags are those of `saga_fast.train`, and so are their defaults. Configuration, tokenizer and the processor's pixel
-statistics are read, weights are not: the language model runs on the meta device, where tensors have shapes alone, and
-the tower once on the CPU, with whatever numbers are in its memory. Exit code 2 and one line for a model that cannot be
-used as asked.
+statistics are read, weights are not: the language model runs on the meta device, where tensors have no values, and the
+tower once on the CPU, with uninitialised weights. Exit code 2 and one line for a model that cannot be used with these
+flags.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from saga_fast.config import TINY, CheckArguments, Config, parse_check
 from saga_fast.utils.errors import InputError, exit_on_input_error
 
-if __name__ == "__main__":  # --help, and what is wrong with the flags, before the seconds that PyTorch takes to import
+if __name__ == "__main__":  # --help and errors in flags come before the seconds that importing PyTorch takes
     with exit_on_input_error():
         parse_check(sys.argv[1:])
 
@@ -36,7 +36,7 @@ from saga_fast.tiny import SUPERVISOR
 
 
 def check(name: str, config: CheckArguments) -> Iterator[str]:
-    """The report about a model, line by line. Raises InputError where it cannot be used as `config` says."""
+    """The report about a model, line by line. Raises InputError for a model that cannot be used with `config`."""
     model = SUPERVISOR if name == TINY else name
     pretrained = read_pretrained(model, torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
     mllm = shapes(pretrained, config)

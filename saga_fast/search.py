@@ -1,11 +1,11 @@
-"""Find the indexed images most like a picture.
+"""Find the indexed images that are most similar to a picture.
 
     python -m saga_fast.search --index DIR QUERY… [-k 10] [--json | --html] [--encoder DIR]
                                 [--explain] [--attribute "NAME=WEIGHT" … | --only NAME] [--show NAME]
     python -m saga_fast.search --index DIR --serve PORT [--host 127.0.0.1]
 
 Prints the nearest files of each query with their similarity, the inner product of the unit vectors; `--json` as JSON,
-`--html` as one page with thumbnails that needs no other file. The encoder is the one the index was made with.
+`--html` as one self-contained page with thumbnails. The encoder is the one that made the index.
 `--serve` loads both once and answers over HTTP, see `retrieval.server`.
 
 If it has a block per attribute (pooler `attributes`), the similarity is the mean of the attributes' cosines.
@@ -178,13 +178,13 @@ class Searcher:
         """The attributes of the vectors. Raises InputError where the encoder has none, or the index knows none."""
         if not self.encoder.attributes:
             raise InputError(
-                f"--explain and --attribute: the encoder of {str(self.folder)!r} keeps no attributes apart "
+                f"--explain and --attribute: the encoder of {str(self.folder)!r} has no block per attribute "
                 f"({self.encoder.pooler.kind} pooling); train one with --encoder.pooler attributes"
             )
         if self.info.blocks is None:
             raise InputError(
-                f"--explain and --attribute: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as it is "
-                "older than they are; embed again into the same folder, which keeps the vectors"
+                f"--explain and --attribute: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as an "
+                "older version wrote it; embed again into the same folder, which keeps the vectors"
             )
         if self.info.blocks != (sizes := self.encoder.block_sizes):
             file = self.folder / indices.INFO_FILE
@@ -193,7 +193,7 @@ class Searcher:
 
     @cached_property
     def _vectors(self) -> np.ndarray:
-        """float32 (n, D_e): an exact index has them in memory; of another they are read when first asked for."""
+        """float32 (n, D_e): those of an exact index are in memory already; others are read at the first use."""
         exact = indices.exact_vectors(self.faiss)
         return indices.read_vectors(self.folder, self.info) if exact is None else exact
 
@@ -253,7 +253,7 @@ def page(queries: Sequence[str], results: Sequence[Sequence[Hit]], overlays: Seq
     sections = []
     for i, (query, hits) in enumerate(zip(queries, results)):
         overlay = overlays[i] if overlays else AttentionOverlay("", None, [None] * len(hits))
-        caption = f"query, clear where {overlay.attribute} is looked for" if overlays else "query"
+        caption = f"query, clear where the attention of {overlay.attribute} is high" if overlays else "query"
         figures = [_figure(query, caption, overlay.query, kind="query")]
         for hit, shade_uri in zip(hits, overlay.hits):
             figures.append(_figure(hit.path, f"{hit.similarity:.3f}", shade_uri, hit.attributes, overlay.attribute))
@@ -281,7 +281,7 @@ def _figure(
                 f'<img class="shade" alt="" src="{shade_uri}"></span></div>'
             )
     except InputError:  # moved or deleted since it was indexed
-        image = '<div class="none">not there any more</div>'
+        image = '<div class="none">not found any more</div>'
     bars = "".join(
         f"<li{' class=shown' * (attribute == shown)}><span>{html.escape(attribute)}</span>"
         f'<i style="width:{100 * max(cosine, 0):.1f}%"></i><span>{cosine:.2f}</span></li>'
@@ -294,11 +294,11 @@ def _figure(
 @dataclass(frozen=True)
 class SearchArguments:
     queries: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files to find the like of."""
+    """Image files to find similar ones to."""
     index: Path | None = None
     """Folder of the index."""
     k: Annotated[int, COUNT, tyro.conf.arg(aliases=["-k"])] = 10
-    """How many to find for each."""
+    """Number of images to find for each."""
     json: bool = False
     """Print JSON."""
     html: bool = False
@@ -306,18 +306,18 @@ class SearchArguments:
     encoder: str | None = None
     """Folder of the encoder, or hub id, if it is no longer where it was when the index was made."""
     explain: bool = False
-    """Tell how well each attribute agrees."""
+    """Print the cosine of each attribute."""
     attribute: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=WEIGHT: what an attribute counts, others count 1; several times for several."""
+    """NAME=WEIGHT: the weight of an attribute, 1 for the others; repeat the flag for several."""
     only: str | None = None
-    """The one attribute that counts."""
+    """The only attribute to compare."""
     show: str | None = None
-    """With --explain --html: the attribute that pictures are lit by; default the most decisive one."""
+    """With --explain --html: the attribute whose attention is shown; default the most decisive one."""
 
     serve: Annotated[int | None, Range(0, 65535)] = None
-    """Answer over HTTP on this port, 0 for one that is free, until Ctrl-C."""
+    """Serve over HTTP on this port, 0 for any free one, until Ctrl-C."""
     host: str = LOOPBACK
-    """Address to serve on; by default nobody but this machine can ask."""
+    """Address to serve on; by default only this machine can connect."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.json and parsed.html:
         raise InputError("--json: given with --html; choose one")
     if parsed.show is not None and not (parsed.explain and parsed.html):
-        raise InputError("--show: chooses what lights the page of --explain --html; give both, or leave it out")
+        raise InputError("--show: needs --explain and --html; give both, or leave it out")
     weights, searcher = weights_of(parsed.attribute), Searcher(parsed.index, parsed.encoder)
     if parsed.show is not None:
         searcher.blocks.place(parsed.show, "--show")
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _lines(attributes: Mapping[str, float]) -> str:
-    """Those that agree best first, in lines that break between attributes."""
+    """The attributes' cosines, in lines that break between attributes."""
     parts = [f"{cosine:.2f} {printable(name)}".replace(" ", "\xa0") for name, cosine in attributes.items()]
     indent = " " * 10
     return textwrap.fill(", ".join(parts), COLUMNS, initial_indent=indent, subsequent_indent=indent).replace(

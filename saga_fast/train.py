@@ -19,7 +19,7 @@ import sys
 from saga_fast.config import TINY, Config, expect_new, expect_same, parse, record_of, stored
 from saga_fast.utils.errors import InputError, exit_on_input_error, first_line
 
-if __name__ == "__main__":  # --help, and what is wrong with the flags, before the seconds that PyTorch takes to import
+if __name__ == "__main__":  # --help and errors in flags come before the seconds that importing PyTorch takes
     with exit_on_input_error():
         parse(sys.argv[1:])
 

@@ -1,5 +1,5 @@
-"""Data sets by name, a file each. Each is loaded as (train, test), without a class in both, unless the user's own split
-has one.
+"""Data sets by name, one file each. Each is loaded as (train, test), without a class in both, unless the user's own
+split has one.
 
 The drawn birds are in `tiny`, with the supervisor that is trained on them, and are imported only when loaded.
 """
@@ -27,7 +27,7 @@ from saga_fast.data.folder import ImageFolder, class_folders, load_folder
 from saga_fast.data.loader import Batch, PixelLoader, cores
 from saga_fast.data.sampler import ClassBalancedSampler
 from saga_fast.utils.errors import InputError, warn_rank_zero
-from saga_fast.utils.images import passed_over
+from saga_fast.utils.images import skipped_kinds
 
 __all__ = [
     "DATASETS",
@@ -81,7 +81,8 @@ PUBLISHED: dict[str, Published] = {
 def load_dataset(
     name: str, root: str | os.PathLike[str] | None = None, **settings: Any
 ) -> tuple[ImageDataset, ImageDataset]:
-    """(train, test) of the data set `name`. root: the folder of its files, None if it is drawn; settings: its own.
+    """(train, test) of the data set `name`. root: the folder of its files, None if it is drawn; settings: of that data
+    set.
 
     Warns of skipped files, of counts that differ from the published ones, as figures are then not comparable, and of
     classes in both halves of the user's own split. Raises InputError for an unknown name and a missing root.
@@ -92,21 +93,21 @@ def load_dataset(
         raise InputError(f"--data.root: missing; {name!r} needs the folder that holds its images")
     train, test = DATASETS[name](root, **settings)
     if name in PUBLISHED and (differences := PUBLISHED[name].differences(train, test)):
-        warn_rank_zero(f"{name}: {differences[0]}; what is wrong: python -m saga_fast.data check {name} --root {root}")
+        warn_rank_zero(f"{name}: {differences[0]}; for details: python -m saga_fast.data check {name} --root {root}")
     for line in notes(train, test):
         warn_rank_zero(f"{name}: {line}")
     return train, test
 
 
 def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
-    """Notes on the two halves that are no errors, a line each: skipped files, shared classes."""
+    """Warnings about the two halves, a line each: skipped files, shared classes."""
     skipped: Counter[str] = Counter()
     for half in (train, test):
         skipped.update(getattr(half, "skipped", {}))
-    if skipped_summary := passed_over(skipped):
-        yield f"passed over: {skipped_summary}"
+    if skipped_summary := skipped_kinds(skipped):
+        yield f"skipped: {skipped_summary}"
     if shared := set(train.classes) & set(test.classes):
         yield (
             f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are "
-            "not of classes never seen"
+            "not for unseen classes alone"
         )

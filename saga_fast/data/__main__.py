@@ -2,8 +2,8 @@
 
     python -m saga_fast.data check NAME --root DIR [--skip-unreadable] [--workers N]
 
-Prints a line per fault, then the counts. Faults are images that are missing, unreadable or truncated, images in no
-list, and counts that differ. Exit code 2 if there is any.
+Prints a line per fault, then the counts. Faults are images that are missing, unreadable, truncated or in no list, and
+counts that differ. Exit code 2 if there are any.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from saga_fast.utils.images import is_image, open_rgb
 
 
 class _Faults(Dataset[tuple[int, str | None]]):
-    """Maps a number to (number, what is wrong with that image or None)."""
+    """Maps an index to (index, fault of that image or None)."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = paths

@@ -1,10 +1,10 @@
 """FGVC-Aircraft: 100 variants. Sorted by name, the first 50 train and the last 50 test; the release's partitions, which
-cut across variants, are pooled. Pictures are taken whole, with the photographer's line at their foot.
+cut across variants, are pooled. Pictures are not cropped: the photographer's credit line stays at the bottom.
 
     ROOT/data/images_variant_train.txt, images_variant_val.txt, images_variant_test.txt      1025794 707-320
     ROOT/data/images/1025794.jpg
 
-ROOT may also be that data/, or the folder around it.
+ROOT may also be that data/, or its parent folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Augmentation of training images: random resized crops, mirroring, and changes of light.
 
-Random numbers depend on the run's seed, the number of the micro-batch and the position in it alone: a resumed run gets
-the same images as an unbroken one, and ranks agree.
+Random numbers depend only on the run's seed, the number of the micro-batch and the position in it: a resumed run gets
+the same images as an uninterrupted one, and all ranks agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saga_fast.data.loader import Batch
 
-LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601: what of red, green and blue the eye takes for brightness
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: weights of red, green and blue in brightness
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Augmentation:
             return low + (high - low) * torch.rand(count, generator=random)
 
         x = pixels.float()
-        # All random numbers are drawn whatever the settings, so that one setting does not change those of another.
+        # All random numbers are always drawn, so that one setting does not change the random numbers of another.
         area, ratio = uniform(self.least_area, 1), uniform(-math.log(4 / 3), math.log(4 / 3)).exp()
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         across, down, mirrored = uniform(-1, 1), uniform(-1, 1), uniform(0, 1) < 0.5
@@ -48,7 +48,7 @@ class Augmentation:
         if self.least_area < 1 or self.flip:
             if self.least_area == 1:
                 width, height = torch.ones(count), torch.ones(count)
-            # What affine_grid wants, in coordinates from -1 to 1: the crop's half sides, and where its middle lies.
+            # For affine_grid, in coordinates from -1 to 1: half the crop's sides, and its centre.
             crop = torch.zeros(count, 2, 3)
             crop[:, 0, 0], crop[:, 0, 2] = torch.where(mirrored & self.flip, -width, width), across * (1 - width)
             crop[:, 1, 1], crop[:, 1, 2] = height, down * (1 - height)
@@ -68,5 +68,5 @@ class Augmentation:
 def augmented(batches: Iterable[Batch], augmentation: Augmentation, seed: int, first: int = 0) -> Iterator[Batch]:
     """The augmented micro-batches; the first is number `first` of the run."""
     for number, batch in enumerate(batches, first):
-        (mixed,) = np.random.SeedSequence((seed, number)).generate_state(1)  # 32 bits are all that a generator reads
+        (mixed,) = np.random.SeedSequence((seed, number)).generate_state(1)  # 32 bits, as a generator uses no more
         yield batch._replace(pixels=augmentation(batch.pixels, int(mixed)))

@@ -9,13 +9,13 @@ which cut across models, are pooled. It was released twice, and both are read:
     ROOT/[devkit/]cars_meta.mat                 class_names
     ROOT/cars_train/00001.jpg, cars_test/00001.jpg
 
-A third is passed around, a folder a model. Sorted by name its halves are those of the release, whose numbering is not
-sorted within a make, but between makes, and the cut lies between two (after Eagle):
+A third copy in circulation has one folder per model. Sorted by name it has the same halves: the release's numbering is
+sorted by make, though not within a make, and the halves meet between two makes (after Eagle):
 
     ROOT/car_data/train/AM General Hummer SUV 2000/00001.jpg, car_data/test/…
 
-Folders may stand once more within themselves (cars_train/cars_train/), the devkit in car_devkit/, and ROOT may be the
-folder around it.
+Folders may be nested in a folder of the same name (cars_train/cars_train/), the devkit may be in car_devkit/, and ROOT
+may be the parent folder.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def load_cars(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
 
 
 def _find(root: Path, name: str) -> Path:
-    """ROOT/devkit/NAME, or where else it may be; a browser adds ` (1)` to what it has downloaded before."""
+    """ROOT/devkit/NAME, or another place of it; a browser adds ` (1)` to the name of a repeated download."""
     folders = [root / "devkit", root / "car_devkit" / "devkit", root / "car_devkit", root]
     names = [name, name.replace(".mat", " (1).mat")]
     return next(
@@ -78,7 +78,7 @@ def _find(root: Path, name: str) -> Path:
 
 
 def _innermost(root: Path, name: str) -> str:
-    """The folder `name`, or the one of that name in it, from `root`."""
+    """The folder `name` in `root`, or the folder of the same name in that."""
     return f"{name}/{name}" if (root / name / name).is_dir() else name
 
 
@@ -114,7 +114,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
         raise InputError(
             f"{str(path)!r}: not a readable .mat file (what reads it crashed); take it from the release again"
         ) from error
-    except Exception as error:  # scipy raises whatever a broken file makes it stumble over
+    except Exception as error:  # scipy raises exceptions of any type for a broken file
         cause = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{str(path)!r}: not a readable .mat file ({cause}); take it from the release again"
@@ -122,7 +122,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
 
 
 def _load(content: bytes, name: str) -> np.ndarray:
-    """In a process of its own: some damaged files crash scipy's compiled reader, and the process with it."""
+    """Reads in a separate process, as some damaged files crash scipy's compiled reader."""
     return np.atleast_1d(loadmat(io.BytesIO(content), squeeze_me=True, variable_names=[name])[name])
 
 
@@ -135,9 +135,7 @@ def _listed(path: Path, folder: str, field: str, classes: int) -> list[ListedIma
     for number, (image, label) in enumerate(zip(annotations[field], annotations["class"]), 1):
         place = f"{str(path)!r} annotation {number}"
         if not isinstance(image, str) or not image:
-            raise InputError(
-                f"{place}: {field} is {image!r}, accepted is a file's name; take it from the release again"
-            )
+            raise InputError(f"{place}: {field} is {image!r}, accepted is a file name; take it from the release again")
         if np.ndim(label) or label not in range(1, classes + 1):
             raise InputError(f"{place}: class {label!r}, accepted are 1 to {classes}; take it from the release again")
         listed.append(ListedImage(folder + image, int(label) - 1, place))

@@ -5,7 +5,7 @@ ROOT/images.txt                1 001.Black_footed_Albatross/Black_Footed_Albatro
 ROOT/image_class_labels.txt    1 1
 ROOT/images/
 
-ROOT may also be the folder around it.
+ROOT may also be the parent folder.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.images import SUFFIXES, open_rgb, passed_over
+from saga_fast.utils.images import SUFFIXES, open_rgb, skipped_kinds
 
 
 class ImageDataset(Protocol):
@@ -45,9 +45,9 @@ class ImageFiles:
 
 
 def checksum(dataset: ImageDataset, called: Callable[[Path], str] = os.fspath) -> str:
-    """SHA-256 of the images' names, in order, and their labels: if it is equal, a seed draws the same batches.
+    """SHA-256 of the images' names, in order, and their labels: for equal checksums a seed draws the same batches.
 
-    called: what tells a file; of a data set that may have been moved, its name alone.
+    called: the part of a path that identifies a file; in a data set that may be moved, its name alone.
     """
     images = list(range(len(dataset)))
     data = dataset
@@ -107,7 +107,7 @@ def first_classes(dataset: ImageDataset, count: int) -> Subset:
 
 
 def split_classes(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(train, test): the halves of the sorted names; train has one more of an odd number."""
+    """(train, test): the halves of the sorted names; of an odd number, train has one more."""
     names = sorted(names)
     middle = (len(names) + 1) // 2
     return names[:middle], names[middle:]
@@ -116,11 +116,11 @@ def split_classes(names: Sequence[str]) -> tuple[list[str], list[str]]:
 def check_classes(dataset: ImageDataset, source: str | Path) -> None:
     """Raise InputError, naming `source` and the class, if a class has fewer than two images: a query needs a match."""
     counts = Counter(dataset.labels)
-    skipped = passed_over(getattr(dataset, "skipped", {}))
+    skipped = skipped_kinds(getattr(dataset, "skipped", {}))
     for label, name in enumerate(dataset.classes):
         if counts[label] < 2:
             raise InputError(
                 f"{str(source)!r}: class {name!r} has {counts[label]} readable image{'s' * (counts[label] != 1)}"
                 f" ({' '.join(SUFFIXES)}), retrieval needs 2 or more; add images or remove the class"
-                + (f"; in all classes, passed over: {skipped}" if skipped else "")
+                + (f"; in all classes, skipped: {skipped}" if skipped else "")
             )

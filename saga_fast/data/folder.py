@@ -1,6 +1,6 @@
 """The user's own images, one folder per class: `root/<class>/<image>`.
 
-Also with a split of their own, `root/train/<class>/<image>` and `root/test/<class>/<image>`, or a list in place of the
+Also with the user's own split, `root/train/<class>/<image>` and `root/test/<class>/<image>`, or a list in place of the
 folder: see `split`.
 """
 
@@ -23,7 +23,7 @@ class ImageFolder(ImageFiles):
 
     Hidden entries and system files (`is_litter`) are skipped; other files and deeper folders are skipped too, and
     counted in `skipped`. Raises InputError for a missing or empty root, an unknown class, and a class with
-    fewer than two images. Images are decoded when asked for, not here.
+    fewer than two images. Images are decoded on access, not here.
     """
 
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | None = None):
@@ -50,7 +50,7 @@ def images_in(folder: Path, skipped: Counter[str]) -> list[Path]:
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:
-    """Names of the folders in `root`, sorted. A link that leads back to `root` or above it is no class."""
+    """Names of the folders in `root`, sorted. A link to `root` or a parent of it is no class."""
     names = _folders(Path(root))
     if not names:
         raise InputError(f"{os.fspath(root)!r}: no class folders in it; put each class in a folder, ROOT/CLASS/IMAGE")
@@ -58,7 +58,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
 
 
 def load_folder(root: str | os.PathLike[str]) -> tuple[ImageFiles, ImageFiles]:
-    """(train, test): a split of one's own, by folders or list; else the first and the second half of the class folders,
+    """(train, test): the user's own split, by folders or list; else the first and the second half of the class folders,
     so test classes are never seen in training.
     """
     root = Path(root)

@@ -3,7 +3,7 @@
 
     ROOT/train_mini/03111_Animalia_Chordata_Aves_Accipitriformes_Accipitridae_Accipiter_badius/IMAGE.jpg
 
-The folder may be called 2021_train_mini, stand once more within itself, or be ROOT; ROOT may be the folder around it.
+The folder may be called 2021_train_mini, be nested in a folder of the same name, or be ROOT; ROOT may be its parent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Readers of the lists that come with a data set and assign images to classes.
 
-A list may be truncated, edited or hostile. So an error names the file and the line, and an image outside of the data
-set's folder is refused.
+A list may be truncated, edited or hostile. So an error names the file and the line, and an image outside the data
+set's folder is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import is_litter, read_regular
 
 MAX_BYTES = 2**26  # of a list; the longest released is 1 MB
-WRAPPERS = 20  # folders side by side, at most, that may be what archives unpack to; more of them are classes
+WRAPPERS = 20  # subfolders, at most, that may be unpacked archives; more of them are classes
 
 
 class Entry(NamedTuple):
@@ -35,11 +35,11 @@ class ListedImage(NamedTuple):
 
 
 def read_list(path: Path, form: str) -> dict[str, Entry]:
-    """The lines `KEY VALUE` of a text file, by key, in order; a value may hold spaces, blank lines are passed over.
-    Between the two stand spaces or tabs.
+    """The lines `KEY VALUE` of a text file, by key, in order; a value may contain spaces; blank lines are skipped.
+    Spaces or tabs separate the two.
 
     form: what a line should look like, for errors. Raises InputError for a file that cannot be read, a line without a
-    value and a key that comes twice.
+    value and a repeated key.
     """
     entries: dict[str, Entry] = {}
     text = read_text(path, MAX_BYTES, "take it from the release again")
@@ -57,9 +57,9 @@ def read_list(path: Path, form: str) -> dict[str, Entry]:
 
 
 def read_text(path: Path, limit: int, mend: str) -> str:
-    """The text of a file in UTF-8, or in UTF-16 if it starts with that mark; the mark is left out.
+    """The text of a file in UTF-8, or in UTF-16 if it starts with that byte order mark; the mark is removed.
 
-    Raises InputError, which ends in `mend`, for one that cannot be read, is no text or has more than `limit` bytes.
+    Raises InputError, which ends in `mend`, for a file that cannot be read, is no text or has more than `limit` bytes.
     """
     try:
         content = read_regular(path, limit)
@@ -72,7 +72,7 @@ def read_text(path: Path, limit: int, mend: str) -> str:
 
 
 def find_root(root: Path, *marks: str) -> Path:
-    """The folder in which one of `marks` is: `root`, or one at most two deeper, as archives unpack; else `root`.
+    """The folder that contains one of `marks`: `root`, or one up to two levels below, as archives unpack; else `root`.
 
     Raises InputError if there are several.
     """

@@ -1,4 +1,4 @@
-"""From data set to uint8 batches: pixels are cached if they fit in memory, else decoded ahead by workers."""
+"""uint8 batches of a data set: pixels are cached if they fit in memory, else decoded ahead by workers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class PixelLoader:
     """Every image of `dataset`, resized to (size, size).
 
     The constructor decodes each image once, so a broken file is found before anything is trained or written: it raises
-    InputError, which names the file, or with `skip_unreadable` leaves it out with a warning and lists it in `skipped`.
-    Indices count within the attribute `dataset`, which holds the readable images only. Pixels are cached if they fit in
+    InputError, which names the file, or with `skip_unreadable` skips it with a warning and lists it in `skipped`.
+    Indices refer to the attribute `dataset`, which has the readable images only. Pixels are cached if they fit in
     `memory_limit` bytes.
 
     workers: processes that decode; 0 decodes in this one.
@@ -136,11 +136,11 @@ class Decoder(Dataset[tuple[list[int], Tensor, dict[int, str]]]):
 def prefetch(dataset: Dataset[Item], items: Iterable[Any], workers: int) -> Generator[Item]:
     """dataset[item] of each item, in order, computed ahead by `workers` processes, or lazily in this one if 0.
 
-    The processes end with the iterator, when it is exhausted or dropped, and with this process, however that ends.
+    The processes end with the iterator, when it is exhausted or dropped, and with this process, even if that is killed.
     Raises InputError if one of them is killed.
     """
     stream = _prefetched(dataset, items, workers)
-    # At exit Python waits for its children, after a SIGTERM to them, which these workers ignore: close them before.
+    # At exit Python sends SIGTERM to its children and waits; these workers ignore it, so close them before.
     atexit.register(_close, weakref.ref(stream))
     return stream
 
@@ -179,7 +179,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this worker when its parent ends. PyTorch's own check misses a parent that is gone before the check
+    """Ends this worker when its parent ends. PyTorch's own check misses a parent that ends before the check
     starts."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()

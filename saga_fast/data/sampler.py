@@ -10,13 +10,14 @@ from saga_fast.utils.errors import InputError
 
 
 class ClassBalancedSampler:
-    """Endless iterator of index lists, `images_per_class` consecutive indices a class.
+    """Endless iterator of index lists, `images_per_class` consecutive indices per class.
 
     Classes, and the images of each class, are dealt from shuffled decks: none is repeated before all have been dealt,
     nor within a batch, except that a class with too few images repeats them. The state is the number of batches dealt;
-    restoring deals them again, thousands a second. A reader that reads ahead saves the number of batches that it used.
+    restoring deals them again, thousands per second. A reader that reads ahead saves the number of batches that it
+    used.
 
-    contents: what the labels are of, such as `checksum`; a state that was saved with others is refused.
+    contents: identifies the labelled images, such as `checksum`; a state saved with others is an error.
     Raises InputError if there are fewer classes than `classes_per_batch` or a class has a single image.
     """
 
@@ -67,7 +68,7 @@ class ClassBalancedSampler:
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go to a saved position. Raises InputError if it was saved over other labels, batch shape or seed."""
-        if state["fingerprint"] not in (self._fingerprint, self._earlier):  # of before contents were looked at
+        if state["fingerprint"] not in (self._fingerprint, self._earlier):  # of versions without contents
             raise InputError(
                 "--data.root: the run was saved with another training set, or other test images, batches or seed; "
                 "resume with the same ones"

@@ -6,10 +6,10 @@ By folders, ROOT/train/CLASS/IMAGE and ROOT/test/CLASS/IMAGE. By a list, in plac
     owls/1.jpg,barn owl,train                       {"path": "/disk/9.png", "label": 7, "split": "test"}
     /disk/9.png,7,test
 
-A list is UTF-8 text named .csv or .tsv (with a header; commas, semicolons or tabs) or .jsonl, .ndjson or .json (an
-object a line). A path is absolute, or starts in the list's own folder; one that is not there is also looked for with
-slashes in place of backslashes. Other columns are passed over. The halves are `train` and `test`. `val` tests where
-there is no `test`, else its images are left out, and counted.
+A list is UTF-8 text named .csv or .tsv (with a header; commas, semicolons or tabs) or .jsonl, .ndjson or .json (one
+object per line). A path is absolute, or relative to the list's folder; one that does not exist is also tried with
+slashes in place of backslashes. Other columns are ignored. The halves are `train` and `test`. `val` is the test half
+where there is no `test`; else its images are skipped, and counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HALVES = {
 
 
 def halves_among(names: Iterable[str]) -> dict[str, list[str]]:
-    """half → those of `names` that stand for it, in any letter case."""
+    """half → those of `names` that mean it, in any letter case."""
     found: dict[str, list[str]] = {}
     for name in names:
         if half := HALVES.get(name.casefold()):
@@ -103,7 +103,7 @@ def _row(place: str, values: Sequence[Any]) -> tuple[str, str, str]:
             except UnicodeEncodeError:
                 usable = False
             if not usable:
-                raise InputError(f"{place}: {column} is {value!r}, accepted is a text of some length; correct the line")
+                raise InputError(f"{place}: {column} is {value!r}, accepted is a non-empty text; correct the line")
     path, label, split = values[0], str(values[1]).strip(), values[2].strip()
     if not (half := HALVES.get(split.casefold())):
         raise InputError(f"{place}: split {split!r}, accepted are train, test and val; correct the line")

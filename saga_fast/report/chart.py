@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours are classes of page.css: one drawing serves a light page and a dark one."""
+"""Line charts as inline SVG. Colours are classes of page.css, so that one drawing suits a light page and a dark one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 58, 8, 10, 34  # room around the axes
-LARGEST = 1e290  # what is larger, or no number, is not drawn
-POINTS = 240  # a line's, at most: longer runs are averaged
+LARGEST = 1e290  # larger values and nan are not drawn
+POINTS = 240  # of a line, at most: longer runs are averaged
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, steps, values
 
@@ -25,7 +25,7 @@ class Chart(NamedTuple):
 
 
 def chart(title: str, lines: Sequence[Line], unit: str = "", zero: bool = False) -> Chart | None:
-    """None where no line has a finite point. unit: of the values; zero: the axis begins there."""
+    """None where no line has a finite point. unit: of the values; zero: whether the axis starts at 0."""
     kept = [(name, _thinned(steps, values)) for name, steps, values in lines]
     kept = [(name, points) for name, points in kept if points]
     if not kept:

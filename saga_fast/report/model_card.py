@@ -16,7 +16,7 @@ DATA = {
     "cars": "Cars-196",
     "aircraft": "FGVC-Aircraft, variants",
     "inat-aves": "The birds of iNaturalist 2021 (train_mini)",
-    "folder": "A folder of images, one folder a class",
+    "folder": "A folder of images, one folder per class",
 }
 
 CARD = """---
@@ -26,7 +26,7 @@ CARD = """---
 
 Images in, unit vectors of {embedding_dim} numbers out; the inner product of two is their similarity. Trained for
 {steps} steps with SAGA ([arXiv 2606.15134](https://arxiv.org/abs/2606.15134)): {supervisor}
-The language model is no part of this encoder.
+The language model is not part of this encoder.
 
 ## Use
 
@@ -44,7 +44,7 @@ Pictures are resized to {image_size} x {image_size} pixels, aspect ratio not kep
 ## Data and results
 
 {data}. Classes are split in halves: trained on the first, measured on the second.
-Every image of the second half queries all its others; per cent:
+Every image of the second half queries all the others; per cent:
 
 {table}
 
@@ -67,8 +67,8 @@ def model_card(
     steps: int,
     weights: dict[str, str] | None = None,
 ) -> str:
-    """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: trained;
-    weights: `source` and `license` of a separate tower's; None for one from a folder, whose name says nothing to
+    """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: of training;
+    weights: `source` and `license` of a separate tower's; None for one from a folder, which is no source for
     others."""
     own, tower = config.data, config.encoder.tower
     if tower is None:

@@ -1,4 +1,4 @@
-"""From a run's files to the values of page.html. Jinja escapes all of them, as a model's answers are untrusted text."""
+"""The values of page.html from a run's files. Jinja escapes all of them, as a model's answers are untrusted text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIGURES = {
     "nmi": "NMI",
 }
 
-# title, unit, does the axis begin at zero, field of metrics.jsonl or telemetry.jsonl -> name
+# title, unit, whether the axis starts at 0, field of metrics.jsonl or telemetry.jsonl -> name
 CHARTS = (
     ("Metric loss", "loss", False, {"loss_dml": "DML"}),
     ("Policy loss", "loss", False, {"loss_lm": "GRPO"}),
@@ -41,7 +41,7 @@ CHARTS = (
     ("Reward", "share right", True, {"reward_same": "same class", "reward_different": "different class"}),
     ("Well-formed answers", "share", True, {"well_formed": "well formed"}),
     (
-        "Pairs a step",
+        "Pairs per step",
         "pairs",
         True,
         {"pairs_drawn": "drawn", "pairs_contributing": "contributing", "pairs_replayed": "replayed"},
@@ -59,7 +59,7 @@ CHARTS = (
     ("Learning rate of the encoder", "", True, {"lr": "rate"}),
     ("GPU power", "watts", True, {"gpu_power_watts": "power"}),
     ("GPU load", "share", True, {"gpu_utilisation": "load"}),
-    ("Energy a step", "joules", True, {"gpu_joules": "GPU"}),
+    ("Energy per step", "joules", True, {"gpu_joules": "GPU"}),
 )
 
 KINDS = {
@@ -68,7 +68,7 @@ KINDS = {
     "spoilt": "Right before, wrong after",
 }
 MENDED = 3  # attributes named beside a query that is right after training only
-SHADES = 5  # of a token's share in the gradient, each half of the next
+SHADES = 5  # of a token's share of the gradient, each half of the next
 
 
 MAX_BYTES = 2**29  # of a file of the run
@@ -179,17 +179,18 @@ def _read(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """A file with a JSON object a line. A run that is still going, or was killed, may leave half a line at the end."""
+    """A file with one JSON object per line. The last line may be incomplete, if the run is in progress or was
+    killed."""
     try:
         whole = read_regular(path, MAX_BYTES).decode().split("\n")[:-1] if path.exists() else []
         lines = [json.loads(line) for line in whole]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct or remove it") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: a line is no JSON ({first_line(error)}); remove that line") from None
     for number, line in enumerate(lines, 1):
         if not (isinstance(line, dict) and "step" in line and all(map(_is_number, line.values()))):
-            raise InputError(f"{path}: line {number} is no step and its numbers; remove that line")
+            raise InputError(f"{path}: line {number} is not a step with its numbers; remove that line")
     return lines
 
 
@@ -203,7 +204,7 @@ def _sprite(path: Path, columns: int, sprites: list[Sprite]) -> Sprite:
         with Image.open(path) as picture:
             width, height = picture.size
     except OSError as error:
-        raise InputError(f"{path}: is no picture ({error}); remove what stands beside it too") from None
+        raise InputError(f"{path}: is no picture ({error}); remove the JSON file beside it too") from None
     name, data = f"sheet{len(sprites)}", base64.b64encode(path.read_bytes()).decode()
     rows = height * columns // width
     rule = f".{name}{{background-image:url(data:image/jpeg;base64,{data});background-size:{columns}00% {rows}00%}}"
@@ -249,7 +250,7 @@ def _gallery(folder: Path, sprites: list[Sprite]) -> dict[str, Any] | None:
 
 
 def _mended(gains: dict[str, float] | None) -> list[dict[str, Any]]:
-    """The few attributes that put the right neighbour before the wrong one, with their shares of all that did so."""
+    """The attributes that rank the right neighbour before the wrong one, with their shares of the difference."""
     ahead = sorted(((gain, name) for name, gain in (gains or {}).items() if gain > 0), reverse=True)
     total = sum(gain for gain, _ in ahead)
     return [{"name": name, "share": 100 * gain / total} for gain, name in ahead[:MENDED]]
@@ -276,18 +277,18 @@ def _phases(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _phase_chart(metrics: list[dict[str, Any]]) -> Chart | None:
-    return _chart(metrics, "Time a step", "seconds", True, _phase_fields(metrics))
+    return _chart(metrics, "Time per step", "seconds", True, _phase_fields(metrics))
 
 
 def _machine(telemetry: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What the run cost, as (name, figure with its unit)."""
     readings = {
         "Peak memory of the process": ("memory_peak_rss_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
-        "Processor time": ("seconds_cpu", lambda v: f"{sum(v):,.0f} s, {statistics.median(v):.1f} s a step"),
+        "Processor time": ("seconds_cpu", lambda v: f"{sum(v):,.0f} s, {statistics.median(v):.1f} s per step"),
         "GPU memory at most": ("gpu_memory_bytes", lambda v: f"{max(v) / 2**30:.2f} GiB"),
         "GPU power": ("gpu_power_watts", lambda v: f"{statistics.mean(v):.0f} W on average, {max(v):.0f} W at most"),
         "GPU load": ("gpu_utilisation", lambda v: f"{100 * statistics.mean(v):.0f} % on average"),
-        "GPU energy": ("gpu_joules", lambda v: f"{sum(v) / 1e3:,.1f} kJ, {short(statistics.mean(v))} J a step"),
+        "GPU energy": ("gpu_joules", lambda v: f"{sum(v) / 1e3:,.1f} kJ, {short(statistics.mean(v))} J per step"),
     }
     read = [
         (name, [line[field] for line in telemetry if field in line], describe)
@@ -326,7 +327,7 @@ def _pair(sample: dict[str, Any], pair: dict[str, Any], sprite: Sprite, cell: in
 
 
 def _maps(sample: dict[str, Any], pair: dict[str, Any], image: int, place: Markup) -> dict[str, Any]:
-    """Of one image: where the supervisor looked, attribute by attribute and on average, and where the pooler looks."""
+    """The attention maps of one image: the supervisor's per attribute and on average, and the pooler's."""
     attention, grid = pair["attention"]["images"][image], sample["grid"]
     rollout = pair["rollouts"][pair["attention"]["rollout"]]
     values = {
@@ -353,7 +354,7 @@ def _maps(sample: dict[str, Any], pair: dict[str, Any], image: int, place: Marku
 
 
 def mean_attention(attention: Mapping[str, list[float]] | list[float]) -> list[float]:
-    """N weights: the mean over attributes, or the one attention there is."""
+    """N weights: the mean over attributes, or the single attention map."""
     return (
         [sum(column) / len(attention) for column in zip(*attention.values())]
         if isinstance(attention, Mapping)
@@ -368,7 +369,7 @@ def _shade(weights: list[float], grid: tuple[int, int]) -> str:
 
 
 def _rollout(rollout: dict[str, Any]) -> dict[str, Any]:
-    """parts: the answer cut where an attribute's value begins or ends: {name, share, tokens: (text, shade)}."""
+    """parts: the answer, split where an attribute's value begins or ends: {name, share, tokens: (text, shade)}."""
     owner = {t: (item, name) for item, name, at in rollout["attributes"] for t in at}
     largest = max((rollout["gradient"][t] for t in owner), default=0) or 1.0
     parts: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """Samples of a step for the report: a few contributing pairs, their answers, and attention maps.
 
-`RUN/samples/step-NNNNNN.json` (documented at `describe`) and beside it a JPEG with the pairs' images, a pair a row.
-Nothing here draws a random number or touches a gradient: a run with samples ends in the same bytes as one without.
+`RUN/samples/step-NNNNNN.json` (documented at `describe`) and beside it a JPEG with the pairs' images, one pair per row.
+Nothing here draws a random number or changes a gradient: a run with samples ends in the same bytes as one without.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ PAIRS = 4  # of a step, at most
 
 
 def sampled_steps(steps: int, every: int | None) -> set[int]:
-    """Which of so many steps are sampled: every so many and the last, or the first, the middle and the last."""
+    """The sampled ones of `steps` steps: each `every`-th and the last; by default the first, the middle and the
+    last."""
     return {*(range(0, steps, every) if every else (0, steps // 2)), steps - 1}
 
 
@@ -101,32 +102,32 @@ def _describe_pair(supervisor: Supervisor, features: VisualFeatures, pair: Any) 
 
 
 def _read(completion: Sequence[int], supervisor: Supervisor) -> tuple[list[str], list[tuple[int, str, list[int]]]]:
-    """The text of each token, and where which attribute is described."""
+    """The text of each token, and the attributes with their positions."""
     try:
-        # A character spread over several tokens is written by the last of them.
+        # A character that is split over several tokens appears with the last of them.
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         text = [utf8.decode(piece) for piece in token_bytes(completion, supervisor.tokenizer)]
         items = tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt)
-    except InputError:  # not byte-level, which only attribute tokens need
+    except InputError:  # not byte-level, as only attribute tokens need
         return [supervisor.tokenizer.decode([token]) for token in completion], []
     return text, [(item, name, at) for item, found in enumerate(items) for name, at in found.items() if at]
 
 
 def _rounded(values: Tensor) -> list[Any]:
-    """Nested lists of four significant digits: what a picture shows."""
+    """Nested lists of four significant digits, enough for a picture."""
     if values.dim() > 1:
         return [_rounded(row) for row in values]
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def sheet(pairs: Sequence[Any]) -> Tensor:
-    """uint8 (rows, columns, 3): the images of the pairs that `describe` takes, a pair a row."""
+    """uint8 (rows, columns, 3): the images of the pairs that `describe` takes, one pair per row."""
     pixels = torch.stack([pair.pixels for pair in pairs[:PAIRS]]).cpu()  # (P, 2, 3, S, S)
     return pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
 
 def overlays(content: dict[str, Any], sheet: Tensor) -> Image.Image | None:
-    """Of the first pair with an attention target: a row an image, as it is, lit by the mean ᾱ, by the mean β."""
+    """The first pair with an attention target, one row per image: plain, shaded by the mean ᾱ, shaded by the mean β."""
     for i, pair in enumerate(content["pairs"]):
         if pair["attention"] and pair["beta"]:
             side = sheet.shape[1] // 2

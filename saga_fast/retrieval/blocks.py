@@ -1,7 +1,7 @@
-"""Embeddings attribute by attribute: what two of them share in each block, and a similarity that weighs the blocks.
+"""Embeddings by attribute: the cosine of each block of two embeddings, and a similarity that weights the blocks.
 
 z is M unit blocks over √M (see `encoder.AttributePooler`), so M Σ a_i b_i over block m is the cosine of the two blocks,
-and the cosine of a and b is the mean of those. Weighed, the similarity is Σ w_m cos_m / Σ w_m, which is the inner
+and the cosine of a and b is the mean of those. Weighted, the similarity is Σ w_m cos_m / Σ w_m, which is the inner
 product of b with an a whose block m is multiplied by M w_m / Σ w: a weighted search is a search for another query.
 """
 
@@ -17,7 +17,7 @@ from saga_fast.utils.errors import InputError
 
 
 class Blocks:
-    """The M blocks of an embedding (D_e,), end to end. `names`: their attributes; `sizes`: name -> numbers in it."""
+    """The M blocks of an embedding (D_e,), end to end. `names`: their attributes; `sizes`: name -> length."""
 
     def __init__(self, sizes: Mapping[str, int]):
         self.names = tuple(sizes)
@@ -29,12 +29,12 @@ class Blocks:
         return len(self.names) * np.add.reduceat(a * b, self._starts, axis=-1, dtype=np.float64)
 
     def scaled(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """float32 (..., D_e): z whose inner product with an embedding is the similarity by `weights` (M,)."""
+        """float32 (..., D_e): the query whose inner product with an embedding is the similarity by `weights` (M,)."""
         share = len(weights) * weights / weights.sum()
         return (z * share.repeat(self._sizes)).astype(np.float32)
 
     def named(self, cosines: np.ndarray) -> dict[str, float]:
-        """attribute -> cosine of (M,), largest first; of equals in the order of `names`."""
+        """attribute -> cosine, from cosines (M,), largest first; equal ones in the order of `names`."""
         order = np.argsort(-cosines, kind="stable")
         return {self.names[m]: float(cosines[m]) for m in order}
 
@@ -54,11 +54,11 @@ class Blocks:
                 raise InputError(f"--attribute: the weight of {name!r} is {weight:g}; give a finite number, 0 or more")
             weights[place] = weight
         if not weights.any():
-            raise InputError("--attribute: all weights are 0; leave one attribute some weight")
+            raise InputError("--attribute: all weights are 0; give one attribute a positive weight")
         return weights / weights.max()  # so that their sum is finite too
 
     def place(self, name: str, flag: str = "--attribute") -> int:
-        """Which block is the attribute's. Raises InputError, with the nearest name, where none is."""
+        """The index of the attribute's block. Raises InputError, with the nearest name, for an unknown attribute."""
         if name not in self.names:
             close = difflib.get_close_matches(name, self.names, n=1, cutoff=0)[0]
             raise InputError(
@@ -69,7 +69,7 @@ class Blocks:
 
 
 def weights_of(given: Sequence[str]) -> dict[str, float]:
-    """Of "NAME=WEIGHT" each, attribute -> weight. Raises InputError for what is none."""
+    """attribute -> weight, from strings "NAME=WEIGHT". Raises InputError for others."""
     weights: dict[str, float] = {}
     for text in given:
         name, _, number = (part.strip() for part in text.rpartition("="))
@@ -79,7 +79,7 @@ def weights_of(given: Sequence[str]) -> dict[str, float]:
             weights[name] = float(number)
         except ValueError:
             raise InputError(
-                f"--attribute: {text!r}{' names it again' if name in weights else ''}; give NAME=WEIGHT, "
+                f"--attribute: {text!r}{' names it twice' if name in weights else ''}; give NAME=WEIGHT, "
                 'an attribute once, as in --attribute "crown color=2"'
             ) from None
     return weights

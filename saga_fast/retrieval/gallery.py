@@ -23,7 +23,8 @@ COLUMNS = 16  # thumbnails in a row of the sheet
 
 
 def neighbours(embeddings: Tensor) -> Tensor:
-    """int32 (n, 5): of each row the others of largest inner product, best first; fewer columns where n < 6."""
+    """int32 (n, 5): for each row the other rows with the largest inner products, best first; fewer columns where n <
+    6."""
     found = metrics.neighbours(embeddings, min(NEIGHBOURS, len(embeddings) - 1))
     return torch.cat([near for _, near in found]).int().cpu()
 
@@ -51,20 +52,20 @@ def gallery(
     after: Tensor,
     agreement: Callable[[int, int], dict[str, float]] | None = None,
 ) -> tuple[dict[str, Any], Image.Image]:
-    """(what gallery.json holds, the sheet of thumbnails).
+    """(the content of gallery.json, the sheet of thumbnails).
 
-    agreement: of two images, how well each attribute agrees after training; None where the pooler has no attributes.
+    agreement: two images → the cosine of each attribute after training; None where the pooler has no attributes.
 
     counts: queries of each kind; classes: names; cells: (image, class) of each thumbnail, in reading order; rows: by
-    kind {query, before, after} in cells, and of those fixed, `attributes`: by how much each agrees better with the
-    right neighbour of after than with the wrong one of before; columns: thumbnails in a row of the sheet.
+    kind {query, before, after} in cells, and for fixed ones `attributes`: by how much the cosine with the right
+    neighbour after training exceeds that with the wrong one before; columns: thumbnails in a row of the sheet.
     """
     kinds = compare(images.labels, before, after)
     cells: dict[int, int] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for kind, count in ROWS.items():
         queries = kinds[kind]
-        spread = torch.linspace(0, len(queries) - 1, min(count, len(queries))).round().long()  # over all classes alike
+        spread = torch.linspace(0, len(queries) - 1, min(count, len(queries))).round().long()  # evenly over the classes
         rows[kind] = [
             {
                 "query": cells.setdefault(query, len(cells)),

@@ -1,10 +1,10 @@
-"""A folder of vectors that can be searched, on disk and in faiss.
+"""A searchable folder of vectors, on disk and in faiss.
 
     index.faiss   the faiss index, by inner product; its row i is file i
-    vectors.npy   float32 (n, D_e): the unit vectors themselves, from which an index of any kind is made
+    vectors.npy   float32 (n, D_e): the unit vectors, from which an index of any kind is built
     files.json    `files`: [path, size in bytes, mtime in ns] each, sorted by path
-    index.json    the encoder's folder and SHA-256, the kind of faiss index, the SHA-256 of the other files, and where
-                  the encoder has attributes, how many numbers of a vector are each one's
+    index.json    the encoder's folder and SHA-256, the kind of faiss index, the SHA-256 of the other files, and the
+                  attributes of the encoder, if it has any, with the lengths of their blocks
 
 It is written to a staging folder and renamed, so a kill or a full disk leaves the earlier one intact.
 """
@@ -55,7 +55,7 @@ class IndexInfo(NamedTuple):
     """The content of index.json.
 
     kind: faiss's factory string; asked: the factory string that the user gave, None by default; blocks: attribute ->
-    numbers of a vector, in order, None where the encoder has no attributes or the index is older than they are.
+    length of its block, in order; None where the encoder has no attributes, or an older version wrote the index.
     """
 
     encoder: str
@@ -74,7 +74,7 @@ def read_info(folder: Path) -> IndexInfo | None:
         return None
     path = folder / INFO_FILE
     if not path.is_file():
-        raise InputError(f"--index: {str(folder)!r} is there and holds no {INFO_FILE}, so it is no index; name another")
+        raise InputError(f"--index: {str(folder)!r} exists but has no {INFO_FILE}, so it is no index; name another")
     try:
         content = json.loads(path.read_bytes())
         version = content.pop("format")
@@ -88,7 +88,7 @@ def read_info(folder: Path) -> IndexInfo | None:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{str(path)!r}: damaged, or no index's; delete the folder and embed again") from error
+        raise InputError(f"{str(path)!r}: damaged, or not of an index; delete the folder and embed again") from error
     return info
 
 
@@ -110,7 +110,8 @@ def read_vectors(folder: Path, info: IndexInfo) -> np.ndarray:
 
 
 def exact_vectors(index: faiss.Index) -> np.ndarray | None:
-    """float32 (n, D_e): the vectors of an exact index, in its own memory, as long as it lives; None for any other."""
+    """float32 (n, D_e): the vectors of an exact index, a view of its memory, valid while it lives; None for any
+    other."""
     flat = faiss.downcast_index(index)
     if not isinstance(flat, faiss.IndexFlat):
         return None
@@ -120,10 +121,10 @@ def exact_vectors(index: faiss.Index) -> np.ndarray | None:
 def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(products float32, rows int64), both (Q, k): the rows of largest inner product with queries (Q, D_e) of any kind.
 
-    For queries that are distributed otherwise than the vectors, as weighted ones: an approximate index is tuned for
-    queries like the vectors. An exact index needs nothing more. Any other gives candidates, whose products are computed
-    from `vectors`; a query is repeated with twice the cells (of an inverted file) or steps (of HNSW) and twice the
-    candidates until its nearest 2k do not change (the k alone stay equal too often with one missing), or until an
+    For queries with another distribution than the vectors, such as weighted ones: an approximate index is tuned for
+    queries like the vectors. An exact index needs nothing more. Any other returns candidates, whose products are
+    computed from `vectors`; a query is repeated with twice the cells (of an inverted file) or steps (of HNSW) and twice
+    the candidates until its nearest 2k do not change (the k alone stay equal too often with one missing), or until an
     exhaustive search is cheaper.
     """
     if exact_vectors(index) is not None:
@@ -131,7 +132,7 @@ def nearest(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int
     ivf = faiss.try_extract_index_ivf(index)
     limit = min(len(vectors) / (8 * k), ivf.nlist / ivf.nprobe if ivf is not None else np.inf)
     products, rows = np.full((len(queries), 2 * k), -np.inf, np.float32), np.full((len(queries), 2 * k), -1)
-    # pytorch-metric-learning, where it is imported, puts a search for tensors, without `params`, in place of faiss's.
+    # pytorch-metric-learning replaces faiss's search by one for tensors, which has no `params`.
     search = getattr(index, "search_numpy", index.search)
     unsettled, effort = np.arange(len(queries)), FIRST_EFFORT
     while len(unsettled) and effort < limit:
@@ -163,7 +164,7 @@ def _compare_all(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.n
 
 def _parameters(index: faiss.Index, effort: int, count: int) -> faiss.SearchParameters | None:
     """faiss's parameters of a search with `effort` times the index's own effort; None where faiss has none."""
-    kind, make = faiss.downcast_index(index), cast(Any, faiss)  # its stubs know neither all of these nor their keywords
+    kind, make = faiss.downcast_index(index), cast(Any, faiss)  # its stubs lack some of these, and their keywords
     if isinstance(kind, faiss.IndexPreTransform):
         inner = _parameters(kind.index, effort, count)
         return make.SearchParametersPreTransform(index_params=inner) if inner else None
@@ -198,7 +199,7 @@ def write(
     try:
         shape = (len(files), encoder.embedding_dim)
         vectors = np.lib.format.open_memmap(staging / VECTORS, mode="w+", dtype=np.float32, shape=shape)
-        with open(staging / VECTORS, "r+b") as file:  # a disk that fills up under a memory map kills the process
+        with open(staging / VECTORS, "r+b") as file:  # writing to a memory map on a full disk would kill the process
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         for rows, values in parts:
             vectors[rows] = values
@@ -234,7 +235,7 @@ def build(vectors: np.ndarray, factory: str | None = None) -> tuple[str, str, fa
     ivf = faiss.try_extract_index_ivf(index)
     try:
         if ivf is not None:
-            ivf.cp.max_points_per_centroid = 64  # a quarter of faiss's own: cells need not be that exact
+            ivf.cp.max_points_per_centroid = 64  # a quarter of faiss's default: cells need not be that exact
         if not index.is_trained:
             index.train(np.ascontiguousarray(_sample(vectors, 64 * ivf.nlist if ivf is not None else BLOCK)))
         for block in _blocks(vectors):
@@ -283,7 +284,7 @@ def _cause(error: RuntimeError) -> str:
 def _tune(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, sample: int = 256, k: int = 10) -> float:
     """Sets `nprobe` to the least power of two that reaches `TARGET_RECALL`, or to all cells; the recall then.
 
-    Measured on a sample of the vectors, each searched for without itself.
+    Measured on a sample of the vectors as queries, each without itself among the results.
     """
     queries = np.ascontiguousarray(_sample(vectors, sample))
     rows = _sample(np.arange(len(vectors)), sample)

@@ -1,8 +1,8 @@
 """Retrieval metrics: every image queries all the others, and the nearest should be of its class.
 
 Pure functions of embeddings and labels. Recall@K, R-precision and MAP@R are those of "A Metric Learning Reality Check"
-(Musgrave et al., 2020); NMI is of k-means with a cluster a class, normalised by the arithmetic mean of the entropies.
-Of images that are equally near the one that comes first in the data set ranks first.
+(Musgrave et al., 2020); NMI is of k-means with one cluster per class, normalised by the arithmetic mean of the
+entropies. Of equally near images, the one that comes first in the data set ranks first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Scores(NamedTuple):
 
     queries: Tensor  # int64 (Q,)
     first: Tensor  # int64 (Q,)
-    hits: Tensor  # bool (Q, number of ks): one of its class is among the first K
+    hits: Tensor  # bool (Q, number of ks): whether one of its class is among the first K
     r_precision: Tensor  # float64 (Q,)
     average_precision: Tensor  # float64 (Q,), at R
 
@@ -90,7 +90,7 @@ def neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Iterator[tuple[
     """(rows (c,), found (c, k)), both int64: for each row the k others of largest inner product, best first.
 
     Chunk by chunk, in order. Exact; of equal products the lower index comes first, at the k-th place too. Each product
-    of two rows is computed once and serves both, as long as what was found for all rows so far fits in
+    of two rows is computed once and serves both, as long as the neighbours of all rows fit in
     `NEIGHBOUR_BYTES` bytes.
     """
     n, device = len(embeddings), embeddings.device
@@ -108,9 +108,9 @@ def neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Iterator[tuple[
 
 
 def _merge(best: Tensor, found: Tensor, similarity: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The k largest, and their indices, of what was found so far and of the `similarity` to rows `first`, first + 1, …
+    """The k largest, and their indices, of those found so far and of the `similarity` to rows `first`, first + 1, …
 
-    best, found: (m, k), of rows below `first`, or without rows if nothing was looked for; similarity: (m, c).
+    best, found: (m, k), of rows below `first`, or empty at the start; similarity: (m, c).
     """
     k, known = best.shape[1], len(best) > 0
     values = torch.cat([best, similarity], 1) if known else similarity

@@ -1,11 +1,11 @@
-"""An index over HTTP, for programs on the same machine: a picture in, the files most like it out.
+"""Search over HTTP, for programs on the same machine: a picture in, the most similar files out.
 
     curl --data-binary @picture.jpg 'http://127.0.0.1:8000/?k=5'
     {"hits": [{"path": "…", "similarity": 0.93}, …]}
 
-One POST is one picture, the body its file; what is wrong with it comes back as {"error": "…"}. The fields `explain=1`,
-`attribute=NAME=WEIGHT` (one for each of several) and `only=NAME` are the flags of `search`. A request names no file and
-none is opened for it. Left out, for a proxy before it to add: TLS, and who may ask.
+A POST's body is one picture file; errors are returned as {"error": "…"}. The fields `explain=1`,
+`attribute=NAME=WEIGHT` (repeated for several) and `only=NAME` are the flags of `search`. A request cannot name a file
+to open. Left out, for a proxy to add: TLS and authentication.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from saga_fast.utils.images import read_rgb
 LOOPBACK = "127.0.0.1"
 MAX_BYTES = 32 * 2**20  # of an upload
 MAX_UPLOADS = 8  # uploads in memory
-TIMEOUT = 30  # seconds, of a client that says nothing
+TIMEOUT = 30  # seconds, for a silent client
 USAGE = (
-    "POST a picture's file to /?k=10, k files are wanted: "
+    "POST a picture's file to /?k=10, where k is the number of hits: "
     '{"hits": [{"path": …, "similarity": …}, …]}; more fields: explain=1, attribute=NAME=WEIGHT, only=NAME'
 )
 FIELDS = ("k", "explain", "attribute", "only")
@@ -46,7 +46,8 @@ class Searcher(Protocol):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens on `address`, (host, port), once it is made; port 0 is any that is free. Raises OSError if it cannot."""
+    """Listens on `address`, (host, port), once it is constructed; port 0 means any free port. Raises OSError if it
+    cannot."""
 
     daemon_threads = True
 
@@ -80,11 +81,11 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 content = self._search()
             finally:
-                self.server.upload_slots.release()  # before the answer: who has one can ask again
+                self.server.upload_slots.release()  # before the answer: a client that has it can send another request
         else:
-            content = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{MAX_UPLOADS} pictures at once; ask again"}
+            content = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"{MAX_UPLOADS} pictures at once; try again"}
         while self.unread and (block := self.rfile.read(min(self.unread, 2**16))):
-            self.unread -= len(block)  # of a client that still sends, no answer would be read
+            self.unread -= len(block)  # a client that is still sending would not read an answer
         self._answer(*content)
 
     def _search(self) -> tuple[HTTPStatus, dict[str, Any]]:
@@ -114,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _settings(query: str) -> dict[str, Any]:
-    """What the fields of a request ask of `Searcher.search`. Raises InputError for what is none."""
+    """The arguments of `Searcher.search` from a request's fields. Raises InputError for unknown or malformed ones."""
     asked = parse_qs(query, keep_blank_values=True)
     for name, values in asked.items():
         if name not in FIELDS:
@@ -130,7 +131,7 @@ def _settings(query: str) -> dict[str, Any]:
 
 
 def serve(searcher: Searcher, port: int, host: str = LOOPBACK) -> None:
-    """Answers until Ctrl-C. Raises InputError if it cannot listen there."""
+    """Serves until Ctrl-C. Raises InputError if it cannot listen on the address."""
     try:
         server = Server(searcher, (host, port))
     except OSError as error:

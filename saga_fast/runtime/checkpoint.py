@@ -85,7 +85,7 @@ def latest(folder: str | os.PathLike[str], run: str = "") -> Path | None:
     for path in steps:
         if not (fault := _fault(path, run)):
             return path
-        warnings.warn(f"damaged checkpoint passed over: {fault}", stacklevel=2)
+        warnings.warn(f"damaged checkpoint skipped: {fault}", stacklevel=2)
     if steps:
         raise InputError(f"{os.fspath(folder)!r}: every checkpoint in it is damaged; start again with another --out")
     return None
@@ -157,7 +157,7 @@ def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_rng(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Put the generators where `pack_rng` found them; states of CUDA devices that are not here are passed over."""
+    """Put the generators where `pack_rng` found them; states of CUDA devices that are not here are skipped."""
     torch.set_rng_state(tensors["torch"])
     for device in range(torch.cuda.device_count()):
         if f"cuda.{device}" in tensors:

@@ -1,8 +1,8 @@
 """Attribute credit: a reward per attribute value, beside that of the verdict, which is one bit for some hundred tokens.
 
-Images of one class look alike in every attribute, so what a rollout says of one of them should be what rollouts say of
-the others: of the other image of the pair, where it is of the same class, and of those that earlier steps rolled out.
-So pairs of two classes are rewarded too. No label beyond the class is used.
+Images of one class look alike in every attribute, so a rollout's value for one of them should agree with the values for
+others of its class: for the other image of a same-class pair, and for images of earlier steps. The latter reward
+different-class pairs too. No label beyond the class is used.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DECAY = 0.9  # of the weights of a class's readings, a pair
-FORGOTTEN = 0.05  # weight at which a value is left out
+DECAY = 0.9  # of the weights of a class's readings, per pair
+FORGOTTEN = 0.05  # weight below which a value is dropped
 
 AttributeValues = tuple[dict[str, str], dict[str, str]]  # attribute → value, of item 1 and of item 2
 
 
 def agreement(a: str, b: str) -> float:
-    """How far two values say the same: F1 of their words, in any letter case; 1 if all words are shared, 0 if
-    none; so one without words agrees with nothing."""
+    """F1 of the words of two values, whatever their letter case: 1 if all words are shared, 0 if none. A value
+    without words agrees with nothing."""
     a_words, b_words = Counter(a.casefold().split()), Counter(b.casefold().split())
     shared = sum((a_words & b_words).values())
     return 2 * shared / max(1, a_words.total() + b_words.total())
 
 
 class ClassReadings:
-    """What rollouts have said of each attribute of each class, which is what they are asked to agree with.
+    """The values that earlier rollouts gave each attribute of each class, with which later ones should agree.
 
-    values: class → attribute → value → weight. A rollout adds 1 to the weight of what it says; `DECAY` is what is left
-    of older weights, as the tokens that are read change with training.
+    values: class → attribute → value → weight. A rollout adds 1 to the weight of its value; older weights are
+    multiplied by `DECAY`, as the visual tokens change with training.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,11 @@ class ClassReadings:
 
     def rewards(self, group: Sequence[AttributeValues], classes: tuple[int, int], attributes: Sequence[str]) -> Tensor:
         """Rewards (2, M, G) float32 of the G rollouts of a pair: for item 1 and item 2 and each attribute, the mean
-        agreement of what the rollout says of it with what is known of the item's class: that is the readings so far,
-        and, in a pair of one class, what all G rollouts say of the *other* item.
+        agreement of the rollout's value with the known values of the item's class: the readings so far, and, in a
+        same-class pair, the values of all G rollouts for the *other* item.
 
-        All G and not the same rollout alone: that has less variance, and a rollout cannot earn anything by repeating in
-        item 2 what it has written in item 1. A value that is missing agrees with nothing, and where nothing is known,
-        all earn 0.
+        All G rollouts, not only the same one: that has less variance, and repeating the values of item 1 in item 2
+        earns nothing. A missing value agrees with nothing. Where no values are known, all rewards are 0.
         """
         rewards = torch.zeros(2, len(attributes), len(group))
         for item, label in enumerate(classes):
@@ -64,7 +63,7 @@ class ClassReadings:
         return rewards
 
     def add(self, group: Sequence[AttributeValues], classes: tuple[int, int]) -> None:
-        """Takes in what the rollouts of a pair say."""
+        """Adds the values of a pair's rollouts."""
         for label in set(classes):
             values = self.values.setdefault(label, {})
             for name, weights in values.items():
@@ -81,7 +80,7 @@ class ClassReadings:
         return list(self.values.items())
 
     def load_state_dict(self, state: Any) -> None:
-        """Raises ValueError if it is no such state."""
+        """Raises ValueError for a malformed state."""
         try:
             self.values = {
                 int(label): {
@@ -95,8 +94,8 @@ class ClassReadings:
 
 
 def value_entropy(groups: Sequence[Sequence[AttributeValues]], attributes: Sequence[str]) -> float:
-    """Entropy, in nats, of the values that the rollouts of all pairs give an attribute, in the mean of the attributes.
-    It falls to zero where tokens come to read alike everywhere."""
+    """Entropy, in nats, of the values that the rollouts of all pairs give an attribute, averaged over the attributes.
+    It falls to zero where all images get the same values."""
     total = 0.0
     for name in attributes:
         values = (item[name] for group in groups for rollout in group for item in rollout if name in item)

@@ -1,5 +1,5 @@
-"""What a model's small files say of how it is asked and how it ends, read before any weight is. Nothing of a folder is
-run but its chat template, in transformers' sandbox.
+"""The chat template and the end tokens in a model's small files, read before any weight. No code of a folder is run but
+its chat template, in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from saga_fast.utils.releases import Release
 
 
 def chat_template(release: Release, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The processor's template, which writes images too, before the tokenizer's; of named ones `default`."""
+    """The processor's chat template, which supports images, else the tokenizer's; of named templates `default`."""
     file = PROCESSOR_NAME
     template = (release.read_json(file) or {}).get("chat_template")
     if template is None and (legacy := release.read_json(LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)) is not None:
@@ -37,14 +37,14 @@ def chat_template(release: Release, tokenizer: PreTrainedTokenizerBase) -> str |
 
 
 def end_tokens(release: Release, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All that the model's files name as ending a text: generation_config.json, else config.json, and the tokenizer.
+    """The EOS token ids in the model's files: of generation_config.json, else config.json, and of the tokenizer.
 
     The caller adds the chat template's own end of a turn.
     """
     vocabulary, found = config.text_config.vocab_size, []
     file = GENERATION_CONFIG_NAME
     eos = (release.read_json(file) or {}).get("eos_token_id")
-    if eos is None:  # what config.json itself says, not its class's default, which is another model's
+    if eos is None:  # of the file itself, not the default of its class, which is another model's
         file, raw = "config.json", release.read_json("config.json") or {}
         eos = raw.get("eos_token_id")
         eos = (raw.get("text_config") or {}).get("eos_token_id") if eos is None else eos

@@ -47,7 +47,7 @@ def gradient_at_tokens(coefficients: Tensor, log_probs: Tensor) -> Tensor:
 def gradient_by_attribute(
     supervisor: Supervisor, features: VisualFeatures, completions: Sequence[Sequence[int]], advantages: Tensor
 ) -> dict[str, Credit]:
-    """The gradient of L_GRPO on the pair alone. features: of its two images. Replays once more for each attribute."""
+    """The gradient of L_GRPO on the pair alone. features: of its two images. Replays the pair once per attribute."""
     lengths = [len(completion) for completion in completions]
     coefficients = token_coefficients(advantages, lengths, sum(lengths)).split(lengths)
     positions = [tokens_by_attribute(completion, supervisor.tokenizer, supervisor.prompt) for completion in completions]

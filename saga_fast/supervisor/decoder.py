@@ -26,8 +26,8 @@ from saga_kernels.nf4 import BLOCK
 # Model types of language models whose norms multiply by 1 + weight.
 UNIT_OFFSET_NORMS = ("gemma3_text",)
 
-# Up to so many rows NF4's fused product is faster than a dense one, on an H200 (bench/results/nvidia-h200/nf4.json: at
-# 32 rows and not at 64); a CPU dequantises for each product.
+# Up to this many rows NF4's fused product is faster than a dense one, on an H200 (bench/results/nvidia-h200/nf4.json:
+# at 32 rows and not at 64); a CPU dequantises for each product.
 FUSED_ROWS = {"cuda": 48, "cpu": 0}
 
 
@@ -36,7 +36,7 @@ class Norm(Protocol):
 
 
 class Attention(Protocol):
-    """Of a layer of transformers; `q_norm` and `k_norm` are some models' alone."""
+    """The interface of a transformers attention module; only some models have `q_norm` and `k_norm`."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -53,7 +53,8 @@ class Mlp(Protocol):
 
 
 class Layer(Protocol):
-    """What all decoders of transformers call alike. Norms around the MLP are called otherwise where there are four."""
+    """The common interface of transformers decoder layers. Layers with four norms name those around the MLP
+    differently."""
 
     self_attn: Attention
     mlp: Mlp
@@ -62,7 +63,7 @@ class Layer(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A decoder of transformers, of which this is all that `FrozenDecoder` reads."""
+    """The parts of a transformers decoder that `FrozenDecoder` reads."""
 
     config: PretrainedConfig
     embed_tokens: nn.Embedding
@@ -79,9 +80,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Projection:
     """A frozen linear map, or several of the same input whose outputs are concatenated.
 
-    weights: one (out, in) matrix per map, NF4 or dense; a single matrix where they are concatenated, as dense ones
-    always are and NF4 ones wherever `NF4Weight.concatenate` can. bias: (out,) of all maps, or None. resident: `dense`
-    of all maps, kept for products of many rows, or None.
+    weights: one (out, in) matrix per map, NF4 or dense; a single matrix where they are concatenated: dense ones always,
+    NF4 ones where `NF4Weight.concatenate` supports it. bias: (out,) of all maps, or None. resident: a dense copy of all
+    maps, kept for products of many rows, or None.
     """
 
     weights: tuple[NF4Weight | Tensor, ...]
@@ -106,7 +107,7 @@ class Projection:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of all together."""
+        """(out, in) of the concatenation."""
         return sum(weight.shape[0] for weight in self.weights), self.weights[0].shape[1]
 
     @property
@@ -136,7 +137,7 @@ class Projection:
         return buffer
 
     def reside(self, dtype: torch.dtype) -> Projection:
-        """With `resident` in `dtype`, where it is not dense already."""
+        """A copy with `resident` in `dtype`; unchanged where it is dense already."""
         if self.is_dense:
             return self
         weight = self.weights[0]
@@ -146,8 +147,8 @@ class Projection:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer's frozen weights. None in models without them: `q_norm` and `k_norm` (head_dim,), and `o_norm` and
-    `down_norm` (D,), of what attention and MLP give, before it joins the residual."""
+    """One layer's frozen weights. None in models without them: `q_norm` and `k_norm` (head_dim,); `o_norm` and
+    `down_norm` (D,), of the outputs of attention and MLP before the residual addition."""
 
     input_norm: Tensor
     qkv: Projection
@@ -162,8 +163,8 @@ class DecoderLayer:
 
     @classmethod
     def of(cls, layer: Layer, offset: float = 0.0) -> DecoderLayer:
-        """offset: what is added to the norms' weights. Scores are scaled by head_dim ** -0.5 in all our ops; where a
-        model scales them otherwise, its q_norm takes the rest. Raises ValueError where it has none."""
+        """offset: is added to the norms' weights. All our ops scale scores by head_dim ** -0.5; for a model with
+        another scale, the ratio goes into its q_norm. Raises ValueError for a model without q_norm."""
         attention, mlp = layer.self_attn, layer.mlp
 
         def norm(of: object, name: str) -> Tensor | None:
@@ -198,11 +199,11 @@ class FrozenDecoder:
 
     embedding, head: (V, D), dense or NF4. Hidden states are (tokens, D): sequences lie packed end to end, without
     padding. dtype: of hidden states. mrope: rotary positions have three axes (Qwen-VL); else the first of them counts.
-    window: tokens that a token sees in the layers with the shortest sliding window, itself included; None without
-    sliding windows. Callers keep sequences within it: nothing here masks.
+    window: the shortest sliding window in tokens, itself included; None without sliding windows. Callers keep
+    sequences within it, as nothing here masks.
 
-    quantize_head: embedding and head in NF4 too, one matrix where they are tied. Raises ValueError where a row of them
-    is no whole number of NF4's blocks of 64.
+    quantize_head: embedding and head in NF4 too, one matrix where they are tied. Raises ValueError where their
+    width is not a multiple of NF4's block of 64.
     """
 
     embedding: NF4Weight | Tensor
@@ -217,7 +218,7 @@ class FrozenDecoder:
         config = language_model.config
         embedding = language_model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        # Gemma's norms store their weight less one; in bf16 the sum is rounded here, and stays in float32 there.
+        # Gemma's norms store their weight minus one; here the sum is rounded to bf16, in transformers it stays float32.
         offset = 1.0 if config.model_type in UNIT_OFFSET_NORMS else 0.0
         scale = getattr(language_model.embed_tokens, "scalar_embed_scale", 1.0)
         self.embedding_scale = torch.tensor(scale, dtype=self.dtype, device="cpu").item()
@@ -241,8 +242,8 @@ class FrozenDecoder:
         return len(self.layers)
 
     def reside(self) -> None:
-        """Keeps what layers in NF4 stand for, in `dtype`, beside them: products of many rows, and replays, then need
-        not dequantise. Values are NF4's, so it is the same policy."""
+        """Keeps a dense copy of NF4 layers in `dtype` in memory, so that products of many rows and replays need not
+        dequantise. The values are those of NF4, so the policy is the same."""
         self.layers = [layer.reside(self.dtype) for layer in self.layers]
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class FrozenDecoder:
         return linear(h, self.head) if isinstance(self.head, Tensor) else nf4_matmul(h, self.head)
 
     def dense_head(self) -> Tensor:
-        """(V, D) in `dtype`: the head itself, or a copy of it out of NF4 that is the caller's to drop."""
+        """(V, D) in `dtype`: the head itself, or a dequantised copy of it."""
         return self.head if isinstance(self.head, Tensor) else nf4_dequantize(self.head, dtype=self.dtype)
 
     def forward(
@@ -323,8 +324,8 @@ class FrozenDecoder:
         return layer.o(attend(i, q, k, v).flatten(-2))
 
     def fingerprint(self) -> str:
-        """SHA-256 over every byte of the frozen weights, as hexadecimal digits. A run leaves it unchanged. What is
-        resident is made of them, and does not count."""
+        """SHA-256 over every byte of the frozen weights, as hexadecimal digits. A run leaves it unchanged. Resident
+        copies do not count."""
         digest = hashlib.sha256()
         for tensor in self._tensors():
             digest.update(tensor.flatten().view(torch.uint8).cpu().numpy().data)
@@ -388,7 +389,7 @@ def _concatenated(parameters: Sequence[Params4bit], weights: Sequence[NF4Weight]
 
 
 def _quantized(weight: Tensor) -> NF4Weight:
-    """A (V, D) matrix in NF4 whose absmax is not nested, so that each row's blocks stand by themselves."""
+    """A (V, D) matrix in NF4 whose absmax is not nested, so that rows can be dequantised separately."""
     if hasattr(weight, "quant_state"):
         return NF4Weight.from_bitsandbytes(weight)
     if weight.shape[1] % BLOCK:

@@ -52,7 +52,7 @@ class JudgedPair(NamedTuple):
 class Draw:
     """The judged pairs of a draw, in order: up to the K-th that contributes, or all where fewer do.
 
-    classes: of both images of each. wasted: tokens of pairs that were begun and not needed.
+    classes: of both images of each. wasted: tokens of pairs that were started and not needed.
     """
 
     pairs: list[JudgedPair] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Draw:
         if rollout := [pair.attribute_values for pair in self.pairs if pair.attribute_values is not None]:
             names = list(dict.fromkeys(name for group in rollout for items in group for item in items for name in item))
             log["value_entropy"] = value_entropy(rollout, names)
-            # Rolled out for nothing, if verdicts alone counted.
+            # Pairs that contribute by attribute credit alone.
             log["pairs_by_attribute"] = sum(pair.contributes and not pair.advantages.any() for pair in self.pairs)
         log["pairs_broken"] = sum(pair.broken for pair in self.pairs)
         rewards, same = torch.stack([pair.rewards for pair in self.pairs]), torch.tensor(self.same)
@@ -101,7 +101,7 @@ def draw_pairs(labels: Tensor, count: int, seed: int, first_id: int) -> Tensor:
 
     seed: of the run; first_id: of the first pair, unique in the run. Both are whole numbers from 0 on, of any size.
     """
-    # NumPy reads them whole; of a CPU generator's seed, PyTorch reads 32 bits.
+    # NumPy uses all their bits; PyTorch's CPU generator uses 32 bits of a seed.
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(first_id,)))
     pairs = torch.combinations(torch.arange(len(labels)))
     pairs = pairs[torch.from_numpy(random.permutation(len(pairs)))]
@@ -134,10 +134,10 @@ def draw_contributing(
 ) -> Draw:
     """Rolls out the candidates in order until `wanted` of them contribute.
 
-    readings: what attribute credit compares with; None for the verdict's reward alone. Pair i is rank i mod ranks's. As
-    many are begun as will bring what is missing at `contribution_rate`, half a pair less: that wastes about a tenth. A
-    rank that has none begins one all the same, as it would idle. A rank that is out of memory goes on with half its
-    slots, whose pairs begin again, to the same completions.
+    readings: the values that attribute credit compares with; None for the verdict's reward alone. Pair i belongs to
+    rank i mod world size. As many pairs are started as are expected to yield the missing ones at `contribution_rate`,
+    less half a pair: that wastes about a tenth. A rank without a pair starts one all the same, as it would idle. A rank
+    that is out of memory goes on with half its slots; their pairs start again and give the same completions.
     """
     features, pairs, _, first_id = candidates
     rank, world_size = distributed.rank(), distributed.world_size()

@@ -1,4 +1,4 @@
-"""CUDA graphs of a decode step, one a shape, and no more of them than the memory plan counts."""
+"""CUDA graphs of a decode step, one per shape, and no more of them than the memory plan counts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-MOST = 32  # shapes whose graphs are kept, those replayed last: a batch that shrinks passes through some two dozen
-BYTES = 16 << 20  # what the driver takes for one besides the pool. Assumed, and high; `make gpu-check` measures it
+MOST = 32  # graphs kept, the most recently replayed ones: a shrinking batch passes through about two dozen shapes
+BYTES = 16 << 20  # of the driver per graph, besides the pool: an upper estimate; `make gpu-check` measures it
 
 
 class Graphs:
-    """Runs a work, each time as it was captured at its shape; captures it again where that was too long ago.
+    """Runs a function by the graph captured at its shape; captures it again if that graph has been dropped.
 
-    All share one pool: what a work takes while it runs stays taken, once for all shapes. capture(work, pool) runs
-    `work` into a graph, which has `replay()` and `pool()`; `captured` counts them.
+    All graphs share one memory pool, which stays allocated, once for all shapes. capture(work, pool) records `work`
+    into a graph, which has `replay()` and `pool()`; `captured` counts them.
     """
 
     def __init__(self, most: int = MOST, capture: Callable[[Callable[[], None], Any], Any] | None = None) -> None:
@@ -27,12 +27,12 @@ class Graphs:
         return len(self._kept)
 
     def run(self, shape: Hashable, work: Callable[[], None], times: int) -> None:
-        """`work` so many times. Nothing of the graphs may be under way on the device when a new shape comes."""
+        """Runs `work` this many times. No graph may be running on the device when a new shape comes."""
         if shape not in self._kept:
-            work()  # compiles what is not yet compiled, and is the first of them
+            work()  # compiles kernels where needed, and counts as the first run
             times -= 1
             pool = next(iter(self._kept.values())).pool() if self._kept else None
-            graph = self.capture(work, pool)  # before another goes, so that the pool lives on
+            graph = self.capture(work, pool)  # before another is dropped, so that the pool stays alive
             self.captured += 1
             while len(self._kept) >= self.most:
                 self._kept.popitem(last=False)

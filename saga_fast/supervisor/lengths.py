@@ -1,4 +1,4 @@
-"""How many tokens prompt and answer take, known before anything is sampled."""
+"""The lengths of prompt and answer in tokens, computed before anything is sampled."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ VALUE = "short red"  # a brief description: two words that every vocabulary has,
 
 
 class Lengths(NamedTuple):
-    """Tokens. prefix: the question with both images; of it `images` and `instruction`, the rest is the chat template's.
-    answer: one line of JSON whose values have two words, and its end token; minimum: the same with empty values.
-    thinks: whether the chat template has the model write thoughts first, of any length."""
+    """Tokens. prefix: the prompt with both images; `images` and `instruction` are parts of it, the rest is the
+    template's. answer: one line of JSON whose values have two words, and its end token; minimum: the same with empty
+    values. thinks: whether the chat template makes the model reason first, at any length."""
 
     prefix: int
     images: int
@@ -28,7 +28,7 @@ class Lengths(NamedTuple):
         )
 
     def shortage(self, max_new_tokens: int) -> str | None:
-        """What to warn of where answers do not fit: they are cut off before the verdict, and earn nothing."""
+        """The warning where answers do not fit, so that they are cut off before the verdict and earn no reward."""
         if self.answer <= max_new_tokens:
             return self.thinking_shortage(max_new_tokens) if self.thinks else None
         even = "even of empty values" if self.minimum > max_new_tokens else "of two words a value"

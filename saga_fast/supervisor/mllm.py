@@ -1,10 +1,10 @@
-"""Loading a multimodal model, and taking it apart: the tower to be trained, the language model that stays frozen.
+"""Loads a multimodal model and splits it into the tower, which is trained, and the frozen language model.
 
 A model is a folder or a hub id, of one of `families`. A model that cannot be run is refused by its configuration,
 before any weight is read.
 
 A model's folder may come from anywhere, and loading it runs no code of it: weights are safetensors, never pickles, and
-models with code of their own are refused. No flag changes that: `FrozenDecoder` runs the layers, and would not use it.
+models with code of their own are refused. No flag changes that: `FrozenDecoder` runs the layers, not the model's code.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ FLAG = "supervisor.model"
 LAYERS = ("full_attention", "sliding_attention")
 TIMM = "timm_wrapper"  # the model type of towers that transformers takes from timm
 DEPTH = 512  # more layers than any model has: the configuration's model is built before its weights are checked
-# Kinds whose frequencies do not depend on the sequence's length, the last two up to `_max_positions`.
+# Kinds whose frequencies do not depend on the sequence length, the last two up to `_max_positions` only.
 ROTARY = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 class Mllm(NamedTuple):
     """visual: the vision model with its projector, see `tower_of`. eos_token_ids: all that end a turn, perhaps none.
-    image_token: stands for one visual token in the prompt. image_text, newline, bidirectional_images: see `Family`;
+    image_token: the pad for one visual token in the prompt. image_text, newline, bidirectional_images: see `Family`;
     newline is the vector itself, (D,). max_positions: rotary positions that a run may use, None without a limit."""
 
     visual: PreTrainedModel
@@ -64,7 +64,7 @@ class Mllm(NamedTuple):
 
 
 class Pretrained(NamedTuple):
-    """What can be known of a model before its weights are read. statistics: of pixels, see `pixel_statistics`.
+    """A model before its weights are read. statistics: of pixels, see `pixel_statistics`.
     mllm: its parts on the meta device, where weights have shapes and no values."""
 
     name: str | Path
@@ -74,8 +74,8 @@ class Pretrained(NamedTuple):
 
 
 def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pretrained:
-    """All of a model but its weights, which on the meta device are dense, in `dtype`. Raises InputError for one that is
-    missing, gated, not whole, or of a kind that this engine cannot run, and for a file of it that is malformed."""
+    """Reads all of a model but its weights, which are dense on the meta device, in `dtype`. Raises InputError for a
+    model that is missing, gated, incomplete, or of a kind that this engine cannot run, and for a malformed file."""
     release = Release(name, FLAG)
     release.expect_files()
     config = _configuration(release)
@@ -122,11 +122,11 @@ def load_mllm(
     device: str = "cpu",
     quantize_head: bool = False,
 ) -> Mllm:
-    """Load a model and take it apart. Weights come shard by shard, and each is quantised before the next is read.
+    """Load a model and split it. Weights are read shard by shard, each quantised before the next is read.
 
     quantize: the language model's linear layers in NF4 with nested absmax (bitsandbytes); norms, tower, embedding and
     head stay in `dtype`. quantize_head: embedding and head in NF4 too. A checkpoint in NF4 stays as it is.
-    Raises InputError as `read_pretrained` does, and for weights that are not those the configuration asks for.
+    Raises InputError as `read_pretrained` does, and for weights that do not match the configuration.
     """
     pretrained = model if isinstance(model, Pretrained) else read_pretrained(model)
     name, config, release = pretrained.name, pretrained.config, Release(pretrained.name, FLAG)
@@ -170,7 +170,7 @@ def _configuration(release: Release) -> PretrainedConfig:
         timm.import_timm(f"supervisor.model: {release.name}")
     try:
         config = AutoConfig.from_pretrained(release.name, trust_remote_code=False)
-    except Exception as error:  # of any kind: a configuration's class computes with what it finds
+    except Exception as error:  # of any type: a configuration's class computes with the file's values
         if "trust_remote_code" in str(error):
             reason = OWN_CODE
         elif isinstance(error, ImportError):
@@ -179,7 +179,7 @@ def _configuration(release: Release) -> PretrainedConfig:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             reason = f"is no model ({kind}{first_line(error)}); {accepted}"
         raise release.refused(reason) from error
-    # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
+    # For a type that transformers knows, it would ignore the folder's code and run another model than the author's.
     auto_map = (release.read_json("tokenizer_config.json") or {}).get("auto_map") or {}
     if getattr(config, "auto_map", None) or "AutoTokenizer" in auto_map:
         raise release.refused(OWN_CODE)
@@ -187,7 +187,7 @@ def _configuration(release: Release) -> PretrainedConfig:
 
 
 def _uses_timm(release: Release) -> bool:
-    """Whether transformers will want timm for the tower. Where nothing can be read, transformers is to say so."""
+    """Whether transformers needs timm for the tower. A file that cannot be read is left to transformers to report."""
     try:
         said = release.read_json("config.json") or {}
     except InputError:
@@ -281,14 +281,14 @@ def _normalise_flags(release: Release, config: PretrainedConfig) -> None:
     raw = release.read_json("config.json") or {}
     inner = raw.get("text_config") or {}
     flags = [place["tie_word_embeddings"] for place in (raw, inner) if place.get("tie_word_embeddings") is not None]
-    if flags:  # tied weights that are both in the files, and differ, stay two all the same
+    if flags:  # tied weights that are both in the files, and differ, stay separate
         config.tie_word_embeddings = any(flags)
     if "image_token_index" in raw and "image_token_id" not in raw:
         config.image_token_id = raw["image_token_index"]
 
 
 def _image_token(release: Release, config: PretrainedConfig, tokenizer: Any) -> str:
-    """The token of `image_token_id`, which stands in the prompt and is embedded before an image takes its place."""
+    """The token of `image_token_id`, the pad whose embedding an image replaces."""
     number, vocabulary = config.image_token_id, config.text_config.vocab_size
     token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
     if token is None or tokenizer.convert_tokens_to_ids(token) != number:
@@ -329,7 +329,7 @@ def _split_model(model: PreTrainedModel, statistics: dict[str, list[float]], qua
 
 
 def _visual(model: PreTrainedModel, family: Family, statistics: dict[str, list[float]]) -> PreTrainedModel:
-    """The vision model with its projector, dense, and with a configuration that stands without the language model."""
+    """The vision model with its projector, dense, and with a configuration without the language model."""
     base = model.model
     if family.visual:
         visual = getattr(base, family.visual)

@@ -22,7 +22,7 @@ class PairPrefix:
 
     next_position: where every completion's positions begin, on all three axes.
     static_length: C, number of tokens before the first image; they are the same for every pair, see `PrefixCache`.
-    newline: (D,), the embedding in the row behind each image, in models that have one.
+    newline: (D,), the embedding in the row after each image, in models that have one.
     bidirectional_images: whether the tokens of an image attend to each other in both directions.
     """
 
@@ -44,7 +44,7 @@ class PairPrefix:
         bidirectional_images: bool = False,
     ) -> PairPrefix:
         """`grid`: merged tokens per column and row of an image; their product is the length of each image span. None
-        for a model without M-RoPE, where tokens of images and text are counted alike."""
+        for a model without M-RoPE, where positions count tokens of images and text alike."""
         if grid is None:
             return cls(
                 torch.tensor(prefix.input_ids, device=device),
@@ -60,8 +60,8 @@ class PairPrefix:
             before = span[0] - start
             text.append(torch.arange(before).expand(3, -1) + position)
             position += before
-            # Qwen's M-RoPE: an image stands at one time, its rows and columns count on from it, and the text after it
-            # continues behind the larger of the two.
+            # Qwen's M-RoPE: an image has one time position; its rows and columns count from there, and the text after
+            # it continues behind the larger of the two.
             row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
             text.append(torch.stack([torch.zeros_like(row), row, column]).flatten(1) + position)
             position += max(grid)
@@ -133,8 +133,8 @@ class PrefixCache:
         decoder.forward(decoder.embed_tokens(prefix.input_ids[:count]), prefix.positions[:, :count], attend)
 
     def with_static_prefix(self, layer: int, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim), with the
-        cached ones in front."""
+        """k, v (pairs·(P - C), kv_heads, head_dim) of the rest of each prefix → (pairs·P, kv_heads, head_dim), after
+        the cached ones."""
 
         def whole(first: Tensor, rest: Tensor) -> Tensor:
             return torch.cat([first.expand(pairs, *first.shape), rest.unflatten(0, (pairs, -1))], 1).flatten(0, 1)

@@ -1,9 +1,9 @@
 """Phase C: the policy gradient of buffered groups, from the completions' log-probabilities back into the visual tokens.
 
 Groups (one prefix, then its G completions) are packed end to end in one sequence, so a prefix is computed once, not G
-times. A group longer than the token budget goes in slices: first its prefix, then a few completions at a time against
-the prefix's keys and values, whose gradients are summed, and the prefix's backward pass last. Results are the same.
-The head is applied only to rows that predict a generated token; their gradient comes out of the same pass as the
+times. A group longer than the token budget is split into slices: first its prefix, then a few completions at a time
+against the prefix's keys and values, whose gradients are summed, and the prefix's backward pass last. Results are the
+same. The head is applied only to rows that predict a generated token; their gradient comes out of the same pass as the
 log-probabilities, as every token's coefficient is known. Left out: importance ratio, clip, reference model and KL to
 it, which one on-policy update does not need.
 """
@@ -48,7 +48,7 @@ class Group:
 
 class AnchorAttention(NamedTuple):
     """weights: (attribute tokens, N), head-averaged attention at the anchor layer onto one image's tokens; rows sum to
-    less than 1. group, rollout, image: whose."""
+    less than 1. group, rollout, image: indices of these."""
 
     group: int
     rollout: int
@@ -70,9 +70,9 @@ class ReplayResult(NamedTuple):
 class Plan:
     """How a replay trades memory for time; results do not depend on it.
 
-    token_budget: packed tokens per pass; a longer group goes in slices of its completions. recompute: policy of whole
-    groups and of slices. prefix_recompute: policy of a prefix whose activations are saved while its slices go through.
-    resident: whether the decoder's layers are, see `FrozenDecoder.reside`.
+    token_budget: packed tokens per pass; a longer group is split into slices of completions. recompute: policy of whole
+    groups and of slices. prefix_recompute: policy of a prefix whose activations are kept while its slices are replayed.
+    resident: whether the decoder keeps dense layers, see `FrozenDecoder.reside`.
     """
 
     token_budget: int = 1 << 16
@@ -115,7 +115,7 @@ def replay_groups(
 
 
 def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Numbers of consecutive items of `sizes`, packed up to the budget; a larger item is alone in its pack."""
+    """Indices of consecutive items of `sizes`, packed up to the budget; a larger item is alone in its pack."""
     pack: list[int] = []
     for i, size in enumerate(sizes):
         if pack and sum(sizes[j] for j in pack) + size > token_budget:
@@ -127,7 +127,7 @@ def _packs(sizes: Sequence[int], token_budget: int) -> Iterator[list[int]]:
 
 
 def _largest_first(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """`_packs`, so that what the first leaves to the allocator has room for all that follow."""
+    """`_packs`, largest first, so that the memory which the allocator keeps of the first suffices for the others."""
     return sorted(_packs(sizes, token_budget), key=lambda pack: -sum(sizes[i] for i in pack))
 
 
@@ -164,7 +164,7 @@ class _ReplayPass:
         rest = len(prefix) - prefix.static_length
         layout = GroupLayout(length, lengths, [rest] * count, self.device)
         last = GroupLayout(length, lengths, [1] * count, self.device)
-        # The last layer computes a prefix's last row and the completions behind it.
+        # The last layer computes a prefix's last row and the completions after it.
         ends = [layout.completion_queries(j, len(lengths[j]) - 1).stop for j in range(count)]
         output_rows = torch.cat([torch.arange(layout.prefix_queries(j).stop - 1, end) for j, end in enumerate(ends)])
         ids, positions = [], []
@@ -195,7 +195,7 @@ class _ReplayPass:
     def sliced(self, i: int) -> None:
         """One group: its prefix, then slices of its completions against the prefix's keys and values.
 
-        A completion is never split, so the longest one bounds the memory from below.
+        A completion is never split, so the longest one is a lower bound of the memory.
         """
         prefix, completions = self.prefix, self.groups[i].completions
         rest = len(prefix) - prefix.static_length
@@ -211,7 +211,7 @@ class _ReplayPass:
         hidden = prefix_pass.forward(h, self._levels(images), visual, save_for_backward=self.needs_gradient)
         members = range(len(completions))
         d = self._log_probs_and_gradient(hidden, [0] * len(completions), [((i, g), slice(0, 1)) for g in members])
-        # In float32, whatever the decoder's dtype: as many sums as slices would round in bf16.
+        # In float32, whatever the decoder's dtype: a sum over many slices would lose precision in bf16.
         wide = torch.promote_types(self.decoder.dtype, torch.float32)
         gradient: KeysValues = []
         if self.needs_gradient:

@@ -195,7 +195,7 @@ class RolloutEngine:
             (slot[row.pair.pair_id] * group + row.g, row.pair.pair_id * group + row.g, row.cached) for row in self.rows
         ]
         n, pairs, end = rows, len(self.pairs), max(cached for _, _, cached in state) + SYNC_EVERY
-        if self.graphs is not None:  # they are of few shapes: rows up to n and slots up to pairs run along unread
+        if self.graphs is not None:  # few shapes of graphs: surplus rows and slots are computed and ignored
             n, pairs = _bucket(n, len(self.token)), _bucket(pairs, self.slots)
             end = _bucket(end, self.sampling.capacity)
         state += [(len(self.token), 0, 0)] * (n - rows)  # a query slot that no row reads
@@ -271,7 +271,7 @@ class RolloutEngine:
         return sorted(done, key=lambda pair: pair.pair_id)
 
     def _decode_steps(self, n: int, pairs: int, end: int) -> None:
-        """SYNC_EVERY decode steps; on a GPU of one CUDA graph for each shape."""
+        """SYNC_EVERY decode steps; on a GPU by a CUDA graph per shape."""
         step = partial(self._decode_step, n, pairs, end)
         if self.graphs is not None:
             self.graphs.run((n, pairs, end), step, SYNC_EVERY)

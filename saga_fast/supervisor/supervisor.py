@@ -28,7 +28,7 @@ def flat_positions(by_attribute: AttributePositions) -> tuple[list[int], list[in
     return first, second
 
 
-SLOTS = 16  # as many pairs as 8 contributing ones take, if every other pair contributes
+SLOTS = 16  # pairs for 8 contributing ones, if every other pair contributes
 
 
 def prompt_prefix(
@@ -61,7 +61,7 @@ def prompt_prefix(
     )
     if reason := beyond_window(mllm.decoder.window, len(prefix_on_device), sampling.max_new_tokens):
         raise InputError(reason)
-    # Finished rollouts are noticed every SYNC_EVERY tokens, so positions reach a little beyond max_new_tokens.
+    # Finished rollouts are detected every SYNC_EVERY tokens, so positions reach a little beyond max_new_tokens.
     if mllm.max_positions is not None and prefix_on_device.next_position + sampling.capacity + 1 > mllm.max_positions:
         left = (mllm.max_positions - prefix_on_device.next_position - 1) // SYNC_EVERY * SYNC_EVERY + 1
         mend = f"give {left} or fewer" if left > 0 else "take smaller images, fewer attributes or another model"
@@ -74,7 +74,7 @@ def prompt_prefix(
 
 def anchor_layer_index(requested: int | None, depth: int) -> int:
     """The zero-based layer whose attention the pooler learns from: `requested`, by default the paper's 26 of 36, scaled
-    to `depth`. Raises InputError for a layer that is not there."""
+    to `depth`. Raises InputError for a layer that does not exist."""
     if requested is not None and not 0 <= requested < depth:
         raise InputError(f"supervisor.anchor-layer: {requested}; the model's layers are 0 to {depth - 1}")
     return round(26 / 36 * depth) if requested is None else requested
@@ -140,7 +140,7 @@ class Supervisor:
     def replay(
         self, features: VisualFeatures, groups: Sequence[Group], token_budget: int | None = None
     ) -> ReplayResult:
-        """See `replay_groups`. token_budget: in place of the plan's."""
+        """See `replay_groups`. token_budget: replaces that of the plan."""
         return replay_groups(
             self.prefix_cache,
             features,

@@ -1,10 +1,10 @@
 """Parsing the supervisor's answer: its verdict, the reward, and the value and position of each attribute.
 
-A completion is untrusted text. It counts only if it holds exactly one JSON object, by the letter of RFC 8259, with no
-key twice in any object, and the verdict's key nowhere but at its top. A code fence or prose may stand around that
-object, but no further bracket of any kind, and no word on the verdict (`same_species: no`): a verdict can be neither
-hidden in a larger structure nor given twice. Everything else counts as no answer, and nothing raises. Thoughts before
-an answer, up to the first `</think>`, are skipped, whether the text or the prompt opened them.
+A completion is untrusted text. It counts only if it has exactly one JSON object, strictly by RFC 8259, without
+duplicate keys in any object, and with the verdict's key only at its top level. A code fence or prose may surround that
+object, but no other bracket of any kind, and no second verdict (`same_species: no`): so a verdict can be neither hidden
+in a larger structure nor given twice. Everything else counts as no answer, and nothing raises. Reasoning before an
+answer, up to the first `</think>`, is skipped, whether the text or the prompt opened it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_DEPTH = 8  # an answer needs 2
 _ATOM = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _SPACE = re.compile(r"[ \t\n\r]+")
 _BRACKETS = re.compile(r"[\[\]{}]")
-_SAYS = r"[\s\"'`*]*[:=]"  # after the verdict's key, quoted or bold, in prose: it reads as a verdict
+_SAYS = r"[\s\"'`*]*[:=]"  # after the verdict's key, quoted or bold, in prose: a second verdict
 
 
 class _String(NamedTuple):
@@ -42,7 +42,8 @@ class _String(NamedTuple):
 
 
 class _Scanner:
-    """Reads JSON from `text`, keeping where strings stand. Objects become dicts; all but objects and strings, None.
+    """Reads JSON from `text`, recording the positions of strings. Objects become dicts; other values than strings,
+    None.
 
     Numbers are never converted (a completion may hold a million digits), and depth is bounded. ValueError if malformed,
     or if an object within another has `top_key`.
@@ -111,7 +112,7 @@ def _read(text: str, prompt: Prompt) -> dict[str, Value] | None:
     if text.lstrip().startswith(THINK):
         return _read_answer(text, end + len(THOUGHT), prompt) if end >= 0 else None
     answer = _read_answer(text, 0, prompt)
-    if answer is None and end >= 0:  # the prompt opened what ends here
+    if answer is None and end >= 0:  # the prompt opened the reasoning that ends here
         answer = _read_answer(text, end + len(THOUGHT), prompt)
     return answer
 
@@ -163,7 +164,7 @@ def _well_formed(answer: dict[str, Any], prompt: Prompt) -> bool:
 
 
 def reward(verdict: Verdict | None, same: bool) -> float:
-    """1.0 if what `parse` found is `same`, else 0.0; 0.0 for anything that it does not accept."""
+    """1.0 if the verdict that `parse` found equals the truth, else 0.0; 0.0 where it found none."""
     return float(verdict is not None and verdict.same == same)
 
 
@@ -180,7 +181,7 @@ def attribute_spans(text: str, prompt: Prompt) -> tuple[dict[str, Span], dict[st
 
 
 def _of_items(text: str, prompt: Prompt, what: Callable[[_String], Found]) -> tuple[dict[str, Found], dict[str, Found]]:
-    """For item 1 and item 2, `what` is to be known of the string that describes each attribute."""
+    """For item 1 and item 2: attribute → `what` of the string that describes it."""
     answer = _read(text, prompt) or {}
 
     def found(key: str) -> dict[str, Found]:
@@ -202,7 +203,7 @@ _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - 
 
 
 def token_bytes(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes each token writes. An id the tokenizer does not know (a padded row of the head) writes none."""
+    """The bytes of each token. An id unknown to the tokenizer (a padded row of the head) has none."""
     added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
     try:
         return [
@@ -221,13 +222,13 @@ def tokens_by_attribute(
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """For item 1 and item 2: attribute -> ascending positions in `token_ids` of the tokens that write its value.
 
-    Works on the sampled ids, never on text encoded anew (which may split differently). A character may be spread over
-    several tokens, and a token may hold a quote and the start of a value: it counts. One that only touches the quotes
-    does not. Raises InputError if the tokenizer is not byte-level.
+    Works on the sampled ids, never on re-encoded text, which may split differently. A character may be split over
+    several tokens, and a token may contain a quote and the start of a value: it counts. A token of quotes alone does
+    not. Raises InputError if the tokenizer is not byte-level.
     """
     pieces = token_bytes(token_ids, tokenizer)
     ends = list(accumulate(map(len, pieces)))
-    text = b"".join(pieces).decode("utf-8", "surrogateescape")  # one character for each stray byte: nothing shifts
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")  # one character per stray byte
     byte_at = [0, *accumulate(len(character.encode("utf-8", "surrogateescape")) for character in text)]
 
     def positions(span: Span) -> list[int]:

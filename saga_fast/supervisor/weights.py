@@ -21,10 +21,10 @@ def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) 
     of another shape, or unknown to the model, which transformers would ignore."""
     config = copy.deepcopy(config)
     packed = hasattr(config, "quantization_config")
-    if packed:  # the headers of packed weights do not hold their shapes
+    if packed:  # the headers of packed weights do not give their shapes
         del config.quantization_config
     with release.telling("has weights that do not load ({}); restore its files"), quiet(progress=False):
-        # A pair, as `output_loading_info` asks for it, of which the types do not know.
+        # A pair, because of `output_loading_info`, which the type stubs lack.
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             release.name,
             config=config,
@@ -55,7 +55,8 @@ def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) 
 
 
 def expect_shapes(release: Release, model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    """Of packed weights, whose shapes no header says: while transformers quantises, it takes a weight of any shape."""
+    """For packed weights, whose shapes are in no header: when it quantises, transformers accepts weights of any
+    shape."""
     expected = {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters()}
     for key, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "quant_state", parameter).shape)

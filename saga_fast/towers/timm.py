@@ -102,7 +102,7 @@ class TimmTower(VisionTower):
         x = self.normalize(pixels, self.model.dtype).contiguous(memory_format=torch.channels_last)
         try:
             x = network.forward_head(network.forward_features(x))
-        except AssertionError as error:  # a transformer with positions for one size alone
+        except AssertionError as error:  # a transformer with positions for a single size
             raise InputError(
                 f"encoder.tower: timm's {self.model.config.architecture} does not take {pixels.shape[-2]} pixels a "
                 f"side ({first_line(error)}); pass --data.image-size"
@@ -117,12 +117,12 @@ def checkpoint_blocks(network: Any, architecture: str, on: bool) -> None:
     try:
         network.set_grad_checkpointing(on)
     except (AssertionError, AttributeError) as error:
-        raise InputError(f"encoder.checkpointing: timm's {architecture} runs no blocks again; leave it out") from error
+        fault = f"encoder.checkpointing: timm's {architecture} cannot checkpoint its blocks; leave it out"
+        raise InputError(fault) from error
 
 
 def faults(architecture: object, arguments: object) -> Iterator[str]:
-    """Why what a file asks of timm is not built: it would reach for the hub or for other files, or give
-    no features."""
+    """Why a file's request to timm is refused: it would load from the hub or from other files, or give no features."""
     if not isinstance(architecture, str) or not re.fullmatch(r"[\w.]+", architecture):
         yield f"architecture is {architecture!r}; accepted are timm's own names"
     for name in arguments if isinstance(arguments, dict) else ():
@@ -136,7 +136,7 @@ def create(architecture: str, **arguments: Any) -> Any:
     for sizes in ({"dynamic_img_size": True}, {}):
         try:
             return timm.create_model(architecture, num_classes=0, global_pool="", **sizes, **arguments)
-        except TypeError as error:  # not a transformer with positions, or of a signature of its own
+        except TypeError as error:  # not a transformer with positions, or with another signature
             cause = error
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise InputError(f"encoder.tower: timm has no {architecture!r} ({first_line(error)})") from error
@@ -185,7 +185,7 @@ def load_lite(name: str) -> TimmNetwork:
     model = TimmNetwork(config)
     try:
         stored = torch.load(files[0], map_location="cpu", weights_only=True)
-        # The same network under other names, with the layers in the same order.
+        # The package has other names for the same layers, in the same order.
         values = [value for key, value in stored.items() if not key.startswith("_fc.")]
         names = list(model.network.state_dict())
         if len(names) != len(values):
@@ -200,8 +200,8 @@ def load_lite(name: str) -> TimmNetwork:
 
 @functools.cache
 def import_timm(asks: str = "encoder.tower") -> ModuleType:
-    """timm, which from then on transformers uses too. Raises InputError, naming what `asks`, where it is not
-    installed."""
+    """Imports timm, which transformers uses too from then on. Raises InputError, naming what `asks` for it, where it is
+    not installed."""
     if importlib.util.find_spec("timm") is None:
         raise InputError(f"{asks}: timm is not installed; pip install --no-deps timm, of the extra photo")
     if importlib.util.find_spec("torchvision"):
@@ -210,7 +210,7 @@ def import_timm(asks: str = "encoder.tower") -> ModuleType:
         with _without_torchvision():
             import timm
 
-            # transformers makes no model of timm's unless torchvision is there: it is asked now, and remembers.
+            # transformers builds no timm model without torchvision: its check runs now, with the stub, and is cached.
             import_utils.is_timm_available.cache_clear()
             import_utils.is_torchvision_available.cache_clear()
             import_utils.is_timm_available()

@@ -80,7 +80,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "auto_map", None):
             raise ValueError("trust_remote_code")
-    except Exception as error:  # of any kind: a configuration's class computes with what it finds
+    except Exception as error:  # of any type: a configuration's class computes with the file's values
         if "trust_remote_code" in str(error):
             raise release.refused(OWN_CODE) from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
@@ -110,7 +110,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
         some = f"{len(missing)} of its weights are in no file, the first is {missing[0]}"
         raise release.refused(f"is not whole ({some}); restore it")
     model.config.update(statistics)
-    if not Path(name).exists():  # a folder's name says nothing to others
+    if not Path(name).exists():  # a local folder is no source for others
         model.config.weights = {"source": str(name), "license": "unknown"}
     return model
 

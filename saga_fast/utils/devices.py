@@ -1,4 +1,4 @@
-"""Whether a device computes at all, which is no fault of what is to be computed on it."""
+"""A check that a device can compute at all, so that its own faults are not blamed on a model."""
 
 from __future__ import annotations
 

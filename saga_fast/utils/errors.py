@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-LONGEST = 2000  # characters of a message: names and values in it may come from anywhere
+LONGEST = 2000  # characters of a message: it may quote untrusted names and values
 PATIENCE = timedelta(seconds=10)  # for the first rank to come to the same error on a busy machine
 
 
 class InputError(ValueError):
-    """Bad user input. The message is one line: the file or field, what was found, what is accepted, the mend.
+    """Bad user input. The message is one line: the file or field, what was found, what is accepted, the remedy.
 
     It may quote hostile names and values, so line breaks and other unprintable characters in it are escaped, and a very
     long one loses its middle.
@@ -45,7 +45,7 @@ def exit_on_input_error() -> Iterator[None]:
 
     Of torchrun's processes the first prints at once. Each of the others waits up to `PATIENCE` for the first to print
     the same line, and prints its own if that does not happen, so that an error of all ranks appears once and an error
-    of one rank appears with its number. What is printed meanwhile may hold names of files that are no text.
+    of one rank appears with its number. Output inside may contain file names that are not valid text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

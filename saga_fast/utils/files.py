@@ -14,7 +14,7 @@ from pathlib import Path
 
 from saga_fast.utils.errors import InputError
 
-_locked_paths: set[Path] = set()  # locks of this process, which the system would give it twice
+_locked_paths: set[Path] = set()  # locks of this process, to which the system would grant them twice
 
 
 def sha256(path: Path) -> str:
@@ -87,8 +87,8 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     """Holds an exclusive lock for `folder`, which need not exist, by the file .FOLDER.lock beside it.
 
     It is a lock of the operating system, so it ends with its process, and a leftover file does not block. Raises
-    InputError, naming `flag`, for a folder that another process has locked (and which one that is), or beside which
-    nothing can be written. Where the file system has no locks, nothing is locked.
+    InputError, naming `flag`, for a folder that another process has locked, naming that process, or whose parent is not
+    writable. Where the file system has no locks, nothing is locked.
     """
     path = hidden(folder, "lock")
     made = [outer for outer in path.parents if not outer.exists()]
@@ -115,7 +115,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """The open file, locked. Raises BlockingIOError, whose strerror is what the holder wrote into it."""
+    """The open file, locked. Raises BlockingIOError, whose strerror is the text that the holder wrote into it."""
     if path in _locked_paths:  # closing a second descriptor would release the lock
         raise BlockingIOError(0, "another call in this process")
     while True:
@@ -130,7 +130,7 @@ def _lock(path: Path) -> int:
             return file
         if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
             break
-        os.close(file)  # its last holder has just removed it
+        os.close(file)  # its last holder has just deleted it
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}".encode())
     return file

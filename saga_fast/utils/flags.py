@@ -1,4 +1,4 @@
-"""From a command line or a JSON file to (nested) dataclasses, with ranges of numbers.
+"""Parses a command line or a JSON file into (nested) dataclasses, with ranges of numbers.
 
 A dataclass defines its flags: `Annotated[int, Range(1)]` is type and range, the field's docstring the help.
 """
@@ -55,7 +55,7 @@ SEED, WORKERS = Range(0, 2**63 - 1), Range(0, 1024)
 
 
 class Field(NamedTuple):
-    """A leaf of nested dataclasses. name: dotted, as its flag has it; metadata: what its type is annotated with."""
+    """A leaf of nested dataclasses. name: dotted, as in its flag; metadata: the annotations of its type."""
 
     name: str
     hint: Any
@@ -95,7 +95,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments:
-    """The nested dataclass `kind` of JSON's values; a field that is not there has its default.
+    """The nested dataclass `kind` from JSON values; a missing field has its default.
 
     Raises InputError, naming the field, for one that is unknown or of the wrong type.
     """
@@ -118,7 +118,7 @@ def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
-    """A value of JSON as one of type `hint`. Raises InputError if it is of another."""
+    """A JSON value as type `hint`. Raises InputError if it has another type."""
     accepted = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for one in accepted:
         if typing.get_origin(one) is Literal:
@@ -152,7 +152,7 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
     except SystemExit as stop:
         if not stop.code:
             raise
-        # What frames it is drawn in two ways, by the terminal's encoding.
+        # tyro draws the frame of its message in one of two ways, by the terminal's encoding.
         frame = re.compile(r"[─-╿]|^ *-+ *$", re.MULTILINE)
         words = " ".join(frame.sub(" ", re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())).split())
         words = re.sub(r"^.*?Error parsing (\w*Arguments: )?| Argument helptext:.*| For full helptext.*", "", words)
@@ -167,9 +167,9 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
 
 
 def _expect_values(default: Any, arguments: Sequence[str]) -> None:
-    """Raises InputError for a switch that is given a value, which tyro takes for another word, naming both forms; and
-    for a path or a text that is empty, as a variable of the shell that is not set: it would be the working directory,
-    or the default."""
+    """Raises InputError for a switch with a value, which tyro would take for a separate word, naming both forms of the
+    switch; and for an empty path or text, as from an unset shell variable, which would mean the working directory, or
+    the default."""
     switches: dict[str, tuple[str, str]] = {}
     texts: set[str] = set()
     for field in fields_of(default):

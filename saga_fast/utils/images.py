@@ -26,8 +26,8 @@ from torch import Tensor
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.files import LFS
 
-# By Pillow's names, with the suffixes their files go by. Left out are formats without a mark at their head (TGA, ICO),
-# which would take anything for a picture, and those that are drawn rather than decoded (EPS, PDF, WMF).
+# Pillow's names, with the suffixes of their files. Left out are formats without a signature at the start of the file
+# (TGA, ICO), which would accept anything, and those that are rendered rather than decoded (EPS, PDF, WMF).
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -38,21 +38,21 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
 }
-HEAD = 32  # bytes that tell a format
+HEAD = 32  # bytes that identify a format
 KINDS = 8  # of ignored files that a message lists one by one
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192: 192 MB once decoded
-MAX_JPEG = 2**28  # bytes read to set EXIF aside; no JPEG of `MAX_PIXELS` is larger
+MAX_JPEG = 2**28  # bytes read to separate EXIF; no JPEG of `MAX_PIXELS` is larger
 
 
 class Plugin(NamedTuple):
-    """What adds a format to Pillow."""
+    """A format that a plug-in adds to Pillow."""
 
     package: str
     modules: tuple[str, ...]
-    """Any of them adds it."""
+    """Any one of them adds the format."""
     suffixes: tuple[str, ...]
     brands: tuple[bytes, ...]
-    """What such a file has at byte 4, or from there on after `ftyp`."""
+    """The signature of such a file: at byte 4, or at byte 8 after `ftyp`."""
 
     @property
     def module(self) -> str | None:
@@ -79,7 +79,7 @@ SUFFIXES = (
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a whole image file as `to_rgb` does; of an animation, the first frame.
 
-    Raises InputError, naming the file, if it is no whole image in a format that is read.
+    Raises InputError, naming the file, if it is not a complete image in an accepted format.
     """
     with _named(os.fspath(path), partial(_head, path)):
         if not os.path.isfile(path):
@@ -105,14 +105,15 @@ def _decode(file: BinaryIO) -> Image.Image:
             rest, exif = _without_exif(file.read(MAX_JPEG))
             if exif is None:
                 raise
-            # A JPEG that Pillow opens but for odd tags, of which the orientation alone is read.
+            # A JPEG that Pillow opens except for malformed tags, of which only the orientation is read.
             with Image.open(io.BytesIO(rest), formats=("JPEG",)) as image:
                 upright, turn = to_rgb(image), TURNS.get(_orientation_in(exif[6:]))
             return upright if turn is None else upright.transpose(turn)
 
 
 def _without_exif(content: bytes) -> tuple[bytes, bytes | None]:
-    """A JPEG file without its EXIF segment, and what that held; None where there is none, or the file is no JPEG."""
+    """A JPEG file without its EXIF segment, and the content of that; None without one, or for a file that is no
+    JPEG."""
     kept, at, exif = [content[:2]], 2, None
     while (
         content[:2] == b"\xff\xd8" and content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] not in b"\xda\xd9"
@@ -135,10 +136,10 @@ def _head(path: str | os.PathLike[str]) -> bytes:
 
 @contextmanager
 def _named(name: str, head: Callable[[], bytes]) -> Iterator[None]:
-    """Makes an InputError that names the picture, whose first bytes `head` gives, of whatever is raised in here."""
+    """Turns any exception inside into an InputError that names the picture. head: returns the file's first bytes."""
     try:
         yield
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+    except Exception as error:  # Pillow's decoders raise exceptions of any type for a broken file
         cause = _without_plugin(head()) if isinstance(error, UnidentifiedImageError) else _cause(error)
         raise InputError(f"{name!r}: unreadable image ({cause}); replace or remove it") from error
 
@@ -162,7 +163,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     if not image.width * image.height:
         raise ValueError("it has no pixels")
-    image.load()  # a TIFF turns itself as it is decoded, and other tags may follow the pixels
+    image.load()  # Pillow rotates a TIFF as it decodes, and other tags may follow the pixels
     turn = TURNS.get(_orientation(image))
     if image.mode.startswith(("I", "F")):
         sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
@@ -172,7 +173,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")  # a copy, if it is that already
-    image.info.clear()  # or it would be turned once more
+    image.info.clear()  # or it would be rotated a second time
     return image
 
 
@@ -182,7 +183,7 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as those of the formats that are read."""
+    """Whether a file's name has the suffix of an accepted format."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -191,7 +192,7 @@ def kind_of(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
-def passed_over(counts: Mapping[str, int]) -> str:
+def skipped_kinds(counts: Mapping[str, int]) -> str:
     """Counts by kind, largest first, with the plug-in that would read them: `.heic: 40 (pip install …), .txt: 2`."""
     kinds = sorted((kind for kind in counts if counts[kind]), key=lambda kind: (-counts[kind], kind))
     shown = [f"{kind}: {counts[kind]:,}{_remedy(kind)}" for kind in kinds[:KINDS]]
@@ -205,7 +206,7 @@ def _remedy(suffix: str) -> str:
     return f" (pip install {package}, and they are read)" if package else ""
 
 
-# By the EXIF standard's number, how to set upright what was stored.
+# EXIF's orientation number → the transpositions that make the stored picture upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -218,8 +219,8 @@ TURNS = {
 
 
 def _orientation(image: Image.Image) -> int:
-    """Of the EXIF tags that one alone; 1, upright, where it is none of `TURNS`. Pillow's `exif_transpose` writes the
-    others anew, and falls over odd ones."""
+    """The EXIF orientation; 1, upright, where it is missing or not in `TURNS`. Pillow's `exif_transpose` rewrites all
+    tags, and fails on malformed ones."""
     value = None
     with suppress(Exception):  # tags that cannot be read do not make a picture unreadable
         value = image.getexif().get(0x0112)
@@ -229,8 +230,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _orientation_in(tiff: bytes) -> int:
-    """The same, of EXIF whose other tags Pillow cannot read: the first directory's own entry, by the EXIF standard; 1
-    where it has none."""
+    """The same for EXIF whose other tags Pillow cannot read: parses the entry of the first directory by the EXIF
+    standard; 1 without one."""
     order = ">" if tiff[:2] == b"MM" else "<"
     with suppress(struct.error):
         (at,) = struct.unpack_from(f"{order}I", tiff, 4)
@@ -245,8 +246,8 @@ def _orientation_in(tiff: bytes) -> int:
 def _to_eight_bits(values: np.ndarray, full: int | None) -> np.ndarray:
     """uint8 of grey whose white is `full`; Pillow would clip it at 255, not scale it.
 
-    None: 32-bit integers and floats have no scale of their own, so the largest value says which it is: 1 (floats), 255
-    or 65535. Raises ValueError beyond. What is no number, and below 0, is black.
+    None: 32-bit integers and floats have no fixed scale, so the largest value decides which it is: 1 (floats), 255 or
+    65535. Raises ValueError for larger values. Not-a-number and negative values are black.
     """
     values = np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=0.0).clip(0)
     largest = values.max()
@@ -260,7 +261,7 @@ def _to_eight_bits(values: np.ndarray, full: int | None) -> np.ndarray:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's names of what is read here, plug-ins that are installed among them."""
+    """Pillow's names of the accepted formats, including those of installed plug-ins."""
     found = list(FORMATS)
     for name, plugin in PLUGINS.items():
         with suppress(ImportError, OSError):
@@ -273,8 +274,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _without_plugin(head: bytes) -> str:
-    """Why Pillow cannot identify a file with this header: the plug-in of its format is missing, or the format
-    unknown."""
+    """Why Pillow cannot identify a file with these first bytes: its plug-in is missing, or the format is unknown."""
     if head.startswith(LFS):
         return "a pointer that Git LFS left for it; fetch it with git lfs pull"
     mark = head[8:12] if head[4:8] == b"ftyp" else head[4:8]

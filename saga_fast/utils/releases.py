@@ -1,8 +1,7 @@
-"""Released models, as folders or hub ids: what is looked at before any of their weights are read.
+"""Checks of released models, as folders or hub ids, before any of their weights are read.
 
-A release may come from anywhere, and nothing of it is run: weights are safetensors, never pickles, and code that it
-brings is refused. A file that is missing is not there; one that is malformed is refused by its name, and never taken
-for missing.
+A release may come from anywhere, and no code of it is run: weights are safetensors, never pickles, and a release with
+code of its own is refused. A malformed file is an error that names it, and never counts as missing.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import is_lfs_pointer, read_regular
 
 MAX_BYTES = 2**26
-MOST = 1e6  # pixel statistics beyond it, or below its inverse, are no such
-BYTE = 1 / 255  # what image processors multiply 8-bit channels by, unless they say otherwise
+MOST = 1e6  # pixel statistics above it, or below its inverse, are not plausible
+BYTE = 1 / 255  # the default factor of image processors for 8-bit channels
 SAFE_LOADING: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 
 OWN_CODE = (
@@ -56,7 +55,7 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+
 
 
 class Release(NamedTuple):
-    """A model as it was named: `name`, a folder or a hub id, given as `flag`. What is wrong is raised as InputError."""
+    """A model by its `name`, a folder or hub id, which `flag` gave. Faults raise InputError, which names both."""
 
     name: str | Path
     flag: str
@@ -69,8 +68,8 @@ class Release(NamedTuple):
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
-        """Where another library computes with what the files say: whatever it raises is told as `what`, with its cause.
-        `what` holds {}, where the cause stands. InputError and a device's want of memory pass."""
+        """Around calls of other libraries with the content of files: turns any exception into an InputError with the
+        text `what`, whose {} is replaced by the cause. InputError and out-of-memory errors pass unchanged."""
         try:
             yield
         except (InputError, torch.OutOfMemoryError):
@@ -79,7 +78,7 @@ class Release(NamedTuple):
             raise self.refused(what.format(f"{type(error).__name__}: {first_line(error)}")) from error
 
     def find(self, file: str) -> str | None:
-        """Where `file` lies on this machine; None where the model has none."""
+        """The path of `file` on this machine; None where the model has none."""
         try:
             return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
@@ -139,9 +138,9 @@ class Release(NamedTuple):
                 raise self.refused(f"has of its {path.name} the pointer of Git LFS alone; fetch it with git lfs pull")
 
     def expect_no_adapter(self, weights: Iterable[str] = ()) -> None:
-        """transformers takes an adapter for what it is only where peft is installed, and else runs its base alone.
+        """Raises InputError for an adapter: without peft, transformers ignores it and runs the base model alone.
 
-        weights: names of those for which the model has no place.
+        weights: names of weights that the model has no place for.
         """
         if self.find(ADAPTER_CONFIG_NAME):
             raise self.refused(f"holds {MERGE} ({ADAPTER_CONFIG_NAME} is there)")
@@ -179,9 +178,9 @@ class Release(NamedTuple):
         return sorted(set(files.values()))
 
     def pixel_statistics(self) -> dict[str, list[float]]:
-        """`image_mean` and `image_std` of channels in 0..1, as far as the model's image processor says them.
+        """`image_mean` and `image_std` of channels in 0..1, as far as the model's image processor has them.
 
-        A processor that rescales otherwise than by 1/255, or that does not normalise, is told in the same terms.
+        A processor that does not rescale by 1/255, or does not normalise, is converted to equivalent statistics.
         """
         file = PROCESSOR_NAME
         said = (self.read_json(file) or {}).get("image_processor")
@@ -224,7 +223,7 @@ def _number(value: object) -> bool:
 
 @contextmanager
 def quiet(progress: bool = True) -> Iterator[None]:
-    """Without transformers' tables of what did not load, which is told in one line; and without its progress bar."""
+    """Silences transformers' tables of keys that did not load, which become one line here, and its progress bar."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     if not progress:

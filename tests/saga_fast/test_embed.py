@@ -214,7 +214,7 @@ def test_what_is_no_image_is_told_and_what_systems_leave_behind_is_not(encoder, 
         (folder / name).write_bytes(b"x")
     done = embed(encoder, [folder], tmp_path / "index")
     assert done[:3] == (12, 0, 0) and not done.unreadable
-    assert [str(told.message) for told in recwarn.list] == ["IMAGES: passed over: .txt: 2, .tga: 1"]
+    assert [str(told.message) for told in recwarn.list] == ["IMAGES: skipped: .txt: 2, .tga: 1"]
     assert sorted(expand([f"{folder}/**"], skipped := Counter())) == [str(path) for path in pictures]
     assert skipped == {".txt": 2, ".tga": 1}
     assert list(expand([f"{folder}/@eaDir/*1.png"])) == [f"{folder}/@eaDir/0001.png"], "it was named"
@@ -232,7 +232,7 @@ def test_folders_files_patterns_and_stdin(pictures, tmp_path, monkeypatch):
     listed = io.TextIOWrapper(io.BytesIO(f"{names[0]}\n{folder}/gone.png\n\n".encode() + b"caf\xe9.png\n"))
     monkeypatch.setattr(sys, "stdin", listed)
     assert list(expand(["-"])) == [names[0], f"{folder}/gone.png", os.fsdecode(b"caf\xe9.png")]
-    with pytest.raises(InputError, match="IMAGES: '.*nowhere' is not there"):
+    with pytest.raises(InputError, match="IMAGES: '.*nowhere' does not exist"):
         list(expand([tmp_path / "nowhere"]))
 
 
@@ -249,7 +249,7 @@ def test_the_kind_of_index_follows_the_number_and_can_be_asked_for(encoder, pict
     index = tmp_path / "index"
     assert "HNSW8: as asked" in embed(encoder, pictures, index, faiss="HNSW8").line
     assert isinstance(faiss.read_index(str(index / indices.FAISS)), faiss.IndexHNSW)
-    assert "HNSW8: as it was" in embed(encoder, pictures, index).line
+    assert "HNSW8: unchanged" in embed(encoder, pictures, index).line
     os.utime(pictures[0], ns=(1, 1))
     assert "HNSW8: as asked" in embed(encoder, pictures, index).line, "what was asked for is kept"
     assert "Flat: exact" in embed(encoder, pictures, index, faiss="Flat").line
@@ -258,7 +258,7 @@ def test_the_kind_of_index_follows_the_number_and_can_be_asked_for(encoder, pict
     assert indices.read_info(other).asked is None
     embed(encoder, pictures, other, faiss="Flat")
     assert indices.read_info(other).asked == "Flat", "asked for, though it is that kind already"
-    assert "Flat: as it was" in embed(encoder, pictures, other).line
+    assert "Flat: unchanged" in embed(encoder, pictures, other).line
 
 
 def test_an_inverted_file_searches_as_many_cells_as_it_must():
@@ -338,12 +338,12 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
         (["{pictures}", "--index", "{tmp}/index", "--encoder", ""], "--encoder: empty; give a value"),
         (["{pictures}", "--index", "{tmp}/index", "--encoder", "{tmp}"], "holds no config.json"),
         (["--index", "{tmp}/index"], "IMAGES: none found in nothing"),
-        (["{tmp}/nowhere", "--index", "{tmp}/index"], "nowhere' is not there"),
+        (["{tmp}/nowhere", "--index", "{tmp}/index"], "nowhere' does not exist"),
         (["{tmp}/*.png", "--index", "{tmp}/index"], "IMAGES: none found in"),
         (["{tmp}/*.none", "--index", "{tmp}/index"], "IMAGES: none found in"),
         (["{tmp}/broken.png", "--index", "{tmp}/index"], "none of 1 can be read, the first is"),
-        (["{pictures}", "--index", "{tmp}/other"], "is there and holds no index.json"),
-        (["{pictures}", "--index", "{tmp}/broken.png"], "is there and holds no index.json"),
+        (["{pictures}", "--index", "{tmp}/other"], "exists but has no index.json"),
+        (["{pictures}", "--index", "{tmp}/broken.png"], "exists but has no index.json"),
         (["{pictures}", "--index", "{tmp}/broken.png/index"], "cannot be written to"),
         (["{pictures}", "--index", "{tmp}/index", "--faiss", "Flatt"], "could not parse index string Flatt"),
         (["{pictures}", "--index", "{tmp}/index", "--faiss", "IVF64,Flat"], "cannot be trained on 12 vectors"),

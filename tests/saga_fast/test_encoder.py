@@ -378,7 +378,7 @@ def test_weights_of_another_shape_are_refused(visual, encoder, tmp_path):
 
 def test_neither_folder_nor_hub_id(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="'no/such/folder' is no folder, and on the hub"):
+    with pytest.raises(InputError, match="'no/such/folder' is no folder, and was not found on the hub"):
         Encoder.from_pretrained("no/such/folder")
     with pytest.raises(InputError, match="--encoder: missing"):
         Encoder.from_pretrained("")

@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, named, broke
     spoil(broken_run / f"checkpoint/step-{STEPS:06d}", how)
     with open(broken_run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss_')  # a line more than the checkpoints know of, and cut off
-    with pytest.warns(UserWarning, match=f"damaged checkpoint passed over: .*step-{STEPS:06d}.*{named}"):
+    with pytest.warns(UserWarning, match=f"damaged checkpoint skipped: .*step-{STEPS:06d}.*{named}"):
         train(*parse(["--out", str(broken_run), "--resume"]))
     assert product(broken_run) == unbroken.product
     assert steps(broken_run) == list(range(STEPS))

@@ -77,7 +77,7 @@ def test_a_query_for_each_of_the_prompts_attributes_is_planned_with(tmp_path, ca
     folder = save("qwen3-vl", tmp_path / "m")
     lines = check(folder, capsys, "--encoder.pooler", "attributes", "--supervisor.prompt", "drawn-birds")
     assert "which can be used" in lines[0]
-    with pytest.raises(InputError, match="encoder.embedding-dim: 16 cannot be shared out among 28 attributes"):
+    with pytest.raises(InputError, match="encoder.embedding-dim: 16 cannot be divided among 28 attributes"):
         check(folder, capsys, "--encoder.pooler", "attributes")
 
 
@@ -158,5 +158,5 @@ def test_several_reasons_are_all_named(tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["chek", "x"], ["check"], ["check", "--cards"]])
 def test_the_command_line_says_what_it_wants(arguments):
-    with pytest.raises(InputError, match="say `check` and a model's folder or hub id"):
+    with pytest.raises(InputError, match="give `check`, a model's folder or hub id"):
         models.main(arguments)

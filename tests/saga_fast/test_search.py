@@ -122,7 +122,7 @@ def test_the_page_stands_alone_and_escapes_names(world, tmp_path, capsys):
     images = [attributes for tag, attributes in reader.tags if tag == "img"]
     assert [image["alt"] for image in images] == [str(evil)] * 2
     assert all(set(image) == {"alt", "src"} and image["src"].startswith("data:image/jpeg;base64,") for image in images)
-    assert "not there any more" in reader.text and str(gone) in reader.text and str(evil) in reader.text
+    assert "not found any more" in reader.text and str(gone) in reader.text and str(evil) in reader.text
     assert not re.search(r"https?://|url\(", html)
     assert "caf\\udce9.png" in page(["caf\udce9.png"], [[]])
 
@@ -227,8 +227,8 @@ def test_served_are_the_hits_of_a_search(world, serving):
         (b"{picture}", "/?k=1&k=2", {}, 400, "k: given 2 times; give it once"),
         (b"{picture}", "/?n=5", {}, 400, "'n': unknown field; accepted are k, explain, attribute, only"),
         (b"{picture}", "/?explain=yes", {}, 400, "explain: 'yes'; give 0 or 1"),
-        (b"{picture}", "/?explain=1", {}, 400, "keeps no attributes apart (attention pooling)"),
-        (b"{picture}", "/?only=legs", {}, 400, "keeps no attributes apart (attention pooling)"),
+        (b"{picture}", "/?explain=1", {}, 400, "has no block per attribute (attention pooling)"),
+        (b"{picture}", "/?only=legs", {}, 400, "has no block per attribute (attention pooling)"),
         (b"{picture}", "/?attribute=legs", {}, 400, "attribute: 'legs'; give NAME=WEIGHT"),
         (b"{picture}", "/", {"Host": "evil.example"}, 403, "Host: served are 127.0.0.1 and localhost"),
         (b"", "/", {"Content_Length": str(server.MAX_BYTES + 1)}, 413, "bytes at most"),
@@ -257,7 +257,7 @@ def test_more_uploads_than_there_is_room_for_are_put_off(world, serving):
         assert ask(served, picture)[0] == 200
         assert all([served.upload_slots.acquire(blocking=False) for _ in range(server.MAX_UPLOADS)])
         for body in (picture, bytes(4 * 2**20)):  # the larger is still on its way as it is put off
-            assert ask(served, body) == (503, {"error": "8 pictures at once; ask again"})
+            assert ask(served, body) == (503, {"error": "8 pictures at once; try again"})
         for _ in range(server.MAX_UPLOADS):
             served.upload_slots.release()
 
@@ -322,7 +322,7 @@ def test_numbers_that_are_not_finite_are_refused_everywhere(world, tmp_path, val
     searcher = Searcher(world[2])
     with torch.no_grad():
         searcher.encoder.pooler.project.weight.fill_(value)
-    with pytest.raises(InputError, match="gives vectors that are not finite"):
+    with pytest.raises(InputError, match="its vectors are not finite"):
         searcher.search(world[1][:1])
 
 
@@ -421,7 +421,7 @@ def test_the_explained_page_has_bars_and_lays_attention_over_the_pictures(apart,
     results = search(index, pictures[:2], 4, explain=True)
     cosines = [cosine for hits in results for hit in hits for cosine in hit.attributes.values()]
     np.testing.assert_allclose(widths, [100 * max(0, cosine) for cosine in cosines], atol=0.06)
-    assert reader.text.count("query, clear where bill <b> is looked for") == 2
+    assert reader.text.count("query, clear where the attention of bill <b> is high") == 2
     shades = [a["src"] for tag, a in reader.tags if tag == "img" and a.get("class") == "shade"]
     assert len(shades) == 2 * 5 and shades[0] == shades[1], "the first hit is the query itself"
     with torch.no_grad(), Image.open(io.BytesIO(base64.b64decode(shades[2].partition(",")[2]))) as picture:
@@ -443,7 +443,7 @@ def test_the_most_decisive_attribute_is_the_one_that_sets_the_hits_apart(apart):
     gone = [hits[0], Hit("gone.png", 0.5, hits[1].attributes)]
     look = searcher.overlay(pictures[0], gone, "legs")
     assert look.attribute == "legs" and look.query == look.hits[0] != look.hits[1] is None
-    assert "not there any more" in page(["q"], [gone], [AttentionOverlay("legs", None, [None, None])])
+    assert "not found any more" in page(["q"], [gone], [AttentionOverlay("legs", None, [None, None])])
 
 
 def test_an_index_from_before_there_were_attributes_gets_them_by_embedding_again(apart, tmp_path):
@@ -476,11 +476,11 @@ def test_an_index_from_before_there_were_attributes_gets_them_by_embedding_again
         (["--attribute", "legs"], "--attribute: 'legs'; give NAME=WEIGHT"),
         (["--attribute", "legs=much"], "--attribute: 'legs=much'; give NAME=WEIGHT"),
         (["--attribute", "=2"], "--attribute: '=2'; give NAME=WEIGHT"),
-        (["--attribute", "legs=2", "--attribute", "legs=3"], "'legs=3' names it again"),
+        (["--attribute", "legs=2", "--attribute", "legs=3"], "'legs=3' names it twice"),
         (["--only", "leg"], "--only: 'leg' is no attribute of this encoder; did you mean 'legs'?"),
         (["--only", ""], "--only: empty; give a value"),
         (["--only", "legs", "--attribute", "legs=2"], "--only: given with --attribute; choose one"),
-        (["--show", "legs"], "--show: chooses what lights the page"),
+        (["--show", "legs"], "--show: needs --explain and --html"),
         (["--explain", "--html", "--show", "lags"], "--show: 'lags' is no attribute of this encoder"),
     ],
 )  # fmt: skip
@@ -494,5 +494,5 @@ def test_bad_weights_are_one_line(apart, capsys, flags, message):
 @pytest.mark.parametrize("flags", [["--explain"], ["--attribute", "legs=2"], ["--only", "legs"]])
 def test_an_encoder_without_attributes_is_named(world, flags):
     _, pictures, index = world
-    with pytest.raises(InputError, match=r"keeps no attributes apart \(attention pooling\); train one with"):
+    with pytest.raises(InputError, match=r"has no block per attribute \(attention pooling\); train one with"):
         main(["--index", str(index), str(pictures[0]), *flags])

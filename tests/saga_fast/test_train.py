@@ -308,7 +308,7 @@ def pictures(tmp_path) -> Path:
         (["--encoder.pooler", "mean"], "pass --lambda.kl 0"),
         (
             ["--encoder.pooler", "attributes", "--encoder.embedding-dim", "11"],
-            "11 cannot be shared out among 12 attributes",
+            "11 cannot be divided among 12 attributes",
         ),
         (["--rollout.credit-weight", "nan"], "rollout.credit-weight: nan"),
         (

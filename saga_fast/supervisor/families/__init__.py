@@ -1,4 +1,4 @@
-"""The families of multimodal models that the loader takes apart, a file each; docs/contributing says how to add one."""
+"""The families of multimodal models that can be loaded, one file each; docs/contributing says how to add one."""
 
 from __future__ import annotations
 

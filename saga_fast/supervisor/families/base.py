@@ -1,4 +1,4 @@
-"""What the loader must know of a family of models, whose parts transformers names and joins in ways of its own."""
+"""The interface of a family of models, whose parts transformers names and connects differently."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PLAIN = ImageText()
 class Family:
     """One family; its tower is `towers`' of the same model type.
 
-    name: as people say it. kinds: model types of its configurations. decoders: model types of the language models that
-    it may have. visual: the vision model, where it is one part of `model.model`; else all of that but what the tower
-    calls `not_vision`. language_model: the part of `model.model` that `FrozenDecoder` takes. newline: the parameter
-    (D,) of `model.model` that is one more embedding behind each image's tokens. bidirectional_images: whether the
+    name: for messages. kinds: model types of its configurations. decoders: model types of the language models that
+    it may have. visual: the vision model, where it is one part of `model.model`; None where it is all of that but the
+    tower's `not_vision`. language_model: the part of `model.model` that `FrozenDecoder` takes. newline: the parameter
+    (D,) of `model.model` that is one more embedding after each image's tokens. bidirectional_images: whether the
     tokens of an image attend to each other in both directions. marks: tokens that the model's processor, not the
     template, writes around an image: (attribute of the tokenizer that may name it, its usual text). image_text: made
     from the marks. objections: reasons why a configuration cannot be run as it was trained, beyond those that hold for

@@ -1,4 +1,4 @@
-"""FastVLM: LLaVA whose tower is timm's, and gives a feature map."""
+"""FastVLM: LLaVA with a tower of timm, which returns a feature map."""
 
 from saga_fast.supervisor.families.base import Family
 from saga_fast.supervisor.families.llava import DECODERS

@@ -1,4 +1,5 @@
-"""Gemma 3: an image's tokens see each other, most layers slide, and no score or logit may be capped."""
+"""Gemma 3: an image's tokens attend to each other, most layers have sliding windows; caps of scores or logits are
+not supported."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def image_text(begin: str, end: str) -> ImageText:
-    """The template writes what begins an image alone."""
+    """The template writes only the token that begins an image."""
     return ImageText(begin, f"\n\n{begin}", f"{end}\n\n")
 
 

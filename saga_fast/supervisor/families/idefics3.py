@@ -1,4 +1,5 @@
-"""Idefics3 and SmolVLM. An image is given whole, as the one that stands for all where the processor cuts it up."""
+"""Idefics3 and SmolVLM. An image is not split: it is passed as the global image that the processor adds to its
+tiles."""
 
 from saga_fast.supervisor.families.base import Family, ImageText
 

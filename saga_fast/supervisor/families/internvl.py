@@ -1,4 +1,4 @@
-"""InternVL as transformers ships it."""
+"""InternVL, in the format of transformers."""
 
 from saga_fast.supervisor.families.base import Family, ImageText
 

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision. Two images are taken whole, as its processor takes the images of any prompt that has several."""
+"""LLaVA-OneVision. Images are not split, as its processor does not split those of a prompt with several."""
 
 from saga_fast.supervisor.families.base import Family
 from saga_fast.supervisor.families.llava import DECODERS

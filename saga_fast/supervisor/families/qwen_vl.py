@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a tower of their own, M-RoPE. Their templates write the marks of an image."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: their own tower, M-RoPE. Their templates write the tokens around an image."""
 
 from saga_fast.supervisor.families.base import Family
 

@@ -113,7 +113,7 @@ def test_a_folder_of_ones_own_has_no_published_counts(tmp_path, capsys):
             Image.new("L", (9, 9)).save(tmp_path / name / f"{i}.png")
     assert run(capsys, "folder", tmp_path)[:2] == (0, [])
     (tmp_path / "a" / "x.\x1b\udce9").write_bytes(b"")
-    assert run(capsys, "folder", tmp_path.rename(tmp_path.parent / "r\udce9"))[1] == ["passed over: .\\x1b\\udce9: 1"]
+    assert run(capsys, "folder", tmp_path.rename(tmp_path.parent / "r\udce9"))[1] == ["skipped: .\\x1b\\udce9: 1"]
 
 
 def test_a_broken_list_is_one_line(tmp_path, capsys):

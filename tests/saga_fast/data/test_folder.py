@@ -75,11 +75,11 @@ def test_what_is_passed_over_is_told_once_by_kind(tmp_path, monkeypatch):
     (tmp_path / "class_1" / "deeper").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "loose.png")
     monkeypatch.setattr(images, "SUFFIXES", tuple(s for s in images.SUFFIXES if s != ".heic"))
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="skipped") as caught:
         load_dataset("folder", tmp_path)
     (line,) = [str(warning.message) for warning in caught]
     assert line == (
-        "folder: passed over: .heic: 40 (pip install pillow-heif, and they are read), .txt: 40, "
+        "folder: skipped: .heic: 40 (pip install pillow-heif, and they are read), .txt: 40, "
         "folders deeper down: 1, images in no class folder: 1, without a suffix: 1"
     )
     monkeypatch.setenv("RANK", "1")
@@ -88,9 +88,7 @@ def test_what_is_passed_over_is_told_once_by_kind(tmp_path, monkeypatch):
         load_dataset("folder", tmp_path)
     for path in (tmp_path / "class_0").glob("[1-9].png"):
         path.unlink()
-    with pytest.raises(
-        InputError, match=r"'class_0' has 1 readable.*passed over: .heic: 40 \(pip install pillow-heif,"
-    ):
+    with pytest.raises(InputError, match=r"'class_0' has 1 readable.*skipped: .heic: 40 \(pip install pillow-heif,"):
         load_dataset("folder", tmp_path)
 
 

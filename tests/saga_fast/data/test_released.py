@@ -144,7 +144,7 @@ def test_cars_by_folder(outer, tmp_path):
             released.paint(root / part / f"{'ABCD'[label]} Sedan" / f"{number}.jpg", label, number)
     (root / "test" / "A Sedan" / "notes.txt").parent.mkdir(exist_ok=True)
     (root / "test" / "A Sedan" / "notes.txt").touch()
-    with pytest.warns(UserWarning, match="cars: passed over: .txt: 1"):
+    with pytest.warns(UserWarning, match="cars: skipped: .txt: 1"):
         train, test = load_dataset("cars", tmp_path)
     assert (train.classes, test.classes) == (["A Sedan", "B Sedan"], ["C Sedan", "D Sedan"])
     assert len(train) == len(test) == 6 and train.labels.count(0) == 3
@@ -285,8 +285,8 @@ def test_a_bad_line_of_aircraft_is_named(part, text, message, tmp_path):
         ("class", 5, "annotation 5: class 5, accepted are 1 to 4"),
         ("class", "two", "annotation 5: class 'two', accepted are 1 to 4"),
         ("class", [1.0, 2.0], "annotation 5: class .*, accepted are 1 to 4"),
-        ("relative_im_path", 7, "annotation 5: relative_im_path is 7, accepted is a file's name"),
-        ("relative_im_path", "", "annotation 5: relative_im_path is .*, accepted is a file's name"),
+        ("relative_im_path", 7, "annotation 5: relative_im_path is 7, accepted is a file name"),
+        ("relative_im_path", "", "annotation 5: relative_im_path is .*, accepted is a file name"),
         ("relative_im_path", ".", "annotation 5: '.' is no path within"),
         ("relative_im_path", "/etc/passwd", "annotation 5: '/etc/passwd' is no path within"),
         ("relative_im_path", "car_ims/../../x.jpg", "annotation 5: 'car_ims/../../x.jpg' is no path within"),

@@ -90,7 +90,7 @@ def test_val_tests_where_there_is_no_test_and_else_is_left_out_and_counted(root)
     for number in range(3):
         paint(root / f"{number}.jpg", 1, 1)
     (root / "my.csv").write_text(table([*IMAGES, *((f"{i}.jpg", "x", "val") for i in range(3))]))
-    with pytest.warns(UserWarning, match="folder: passed over: images of split val: 3"):
+    with pytest.warns(UserWarning, match="folder: skipped: images of split val: 3"):
         load_dataset("folder", root / "my.csv")
 
 
@@ -123,8 +123,8 @@ HEAD = "path,label,split\n"
         (HEAD + 'owls/0.jpg,"a"b,train\n', "line 2: not CSV"),
         (HEAD + 'owls/0.jpg,"a,train\n', "line 2: not CSV (unexpected end of data)"),
         (HEAD + f"{'x' * 200_000},a,train\n", "line 2: not CSV (field larger than field limit"),
-        (HEAD + "owls/0.jpg,,train\n", "line 2: label is '', accepted is a text of some length"),
-        (HEAD + " ,a,train\n", "line 2: path is '', accepted is a text of some length"),
+        (HEAD + "owls/0.jpg,,train\n", "line 2: label is '', accepted is a non-empty text"),
+        (HEAD + " ,a,train\n", "line 2: path is '', accepted is a non-empty text"),
         (HEAD + "a\0b,a,train\n", "line 2: "),
         (HEAD + "owls/0.jpg,a,\n", "line 2: split is ''"),
         (HEAD + "owls/0.jpg,a,trian\n", "line 2: split 'trian', accepted are train, test and val"),
@@ -189,7 +189,7 @@ def test_a_root_of_two_halves_is_used_as_one(tmp_path, names):
 
 def test_loose_pictures_do_not_make_the_halves_classes(tmp_path):
     fill(tmp_path, "train", "test", "train/owl", "test/jay", "val/auk", "other/x", "__MACOSX/train")
-    told = r"passed over: images in no class folder: 4, folders beside train and test \(other, val\): 2"
+    told = r"skipped: images in no class folder: 4, folders beside train and test \(other, val\): 2"
     with pytest.warns(UserWarning, match=told):
         train, test = load_dataset("folder", tmp_path)
     assert train.classes == ["owl"] and test.classes == ["jay"]

@@ -156,7 +156,7 @@ def test_it_says_what_the_run_found(page):
     assert "20 steps" in text and "not finished" not in text
     # Three seconds of four are spent rolling out; the half line at the end of metrics.jsonl is not counted.
     assert "roll out 60.0 3.00 75 %" in text and "replay 20.0 1.00 25 %" in text
-    assert "Peak memory of the process 1.00 GiB" in text and "Processor time 40 s, 2.0 s a step" in text
+    assert "Peak memory of the process 1.00 GiB" in text and "Processor time 40 s, 2.0 s per step" in text
     # Each of the first answer's five tokens has a tenth of the pair's gradient.
     assert "all other text 80.0 %" in text and "crown 10.0 %" in text
     assert "no verdict, wrong" in text and "no, right" in text

@@ -21,7 +21,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from saga_fast.data import split_classes
 from saga_fast.towers import tower_of
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.images import MAX_PIXELS, as_rgb, is_image, open_rgb, passed_over, to_pixels
+from saga_fast.utils.images import MAX_PIXELS, as_rgb, is_image, open_rgb, skipped_kinds, to_pixels
 
 
 def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
@@ -404,7 +404,7 @@ def test_the_plugin_that_is_missing_is_named(tmp_path, name):
     with pytest.raises(InputError, match=f"{name}.*HEIF, which needs: pip install pillow-heif"):
         open_rgb(path)
     assert not is_image("a.heic")
-    assert passed_over({".heic": 1200, ".txt": 2, ".png": 0}) == (
+    assert skipped_kinds({".heic": 1200, ".txt": 2, ".png": 0}) == (
         ".heic: 1,200 (pip install pillow-heif, and they are read), .txt: 2"
     )
 
@@ -441,5 +441,5 @@ def test_a_plugin_that_is_there_is_used(tmp_path):
 
 
 def test_many_kinds_are_told_by_the_largest():
-    told = passed_over({f".{i:02}": i for i in range(1, 12)})
+    told = skipped_kinds({f".{i:02}": i for i in range(1, 12)})
     assert told.startswith(".11: 11, .10: 10, ") and told.endswith(", .04: 4, 3 other kinds: 6")
