@@ -100,12 +100,14 @@ def load_dataset(
 
 
 def notes(train: ImageDataset, test: ImageDataset) -> Iterator[str]:
-    """Warnings about the two halves, a line each: skipped files, shared classes."""
+    """Warnings about the two halves, a line each: skipped files, a single test class, shared classes."""
     skipped: Counter[str] = Counter()
     for half in (train, test):
         skipped.update(getattr(half, "skipped", {}))
     if skipped_summary := skipped_kinds(skipped):
         yield f"skipped: {skipped_summary}"
+    if len(test.classes) == 1:
+        yield "the test half has one class, so Recall and MAP are 100 per cent for any encoder; add test classes"
     if shared := set(train.classes) & set(test.classes):
         yield (
             f"{len(shared):,} of {len(test.classes):,} test classes are in the training half too, so the figures are "

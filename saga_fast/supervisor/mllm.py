@@ -32,7 +32,7 @@ from saga_fast.supervisor.families import FAMILIES, KINDS, PLAIN, Family, ImageT
 from saga_fast.supervisor.gates import GATES
 from saga_fast.supervisor.prompt import end_of_turn
 from saga_fast.supervisor.weights import expect_keys, expect_shapes
-from saga_fast.towers import timm, tower_class
+from saga_fast.towers import timm, tower_class, tower_of
 from saga_fast.utils.devices import expect_device
 from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.releases import OWN_CODE, SAFE_LOADING, Release, quiet
@@ -101,6 +101,7 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
         visual, decoder, newline = _split_model(skeleton, statistics)
+        tower_of(visual).grid(0, 0)  # what its configuration says of pixels
     mllm = Mllm(
         visual,
         decoder,
