@@ -635,7 +635,7 @@ def plan_memory(
         if supervisor.plan.resident:
             supervisor.decoder.reside()
     if distributed.rank() == 0:
-        print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
+        print(f"memory of a step, {free / GIB:.1f} GiB are free\n{footprint.table()}")
         if supervisor:
             print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
     return config

@@ -1,4 +1,4 @@
-"""Second half of the recipe: tokenizer and language model, trained to write the answer from the frozen tower's tokens.
+"""Second part of the recipe: tokenizer and language model, trained to write the answer from the frozen tower's tokens.
 
 Teacher forcing on answers about pairs of the same bird, siblings and strangers, in both prompt orders, a fifth of the
 steps with the generic prompt. Some descriptions are wrong on purpose (those tokens are not trained on), with
