@@ -33,7 +33,7 @@ from PIL import Image
 
 from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
-from saga_fast.retrieval.blocks import Blocks, weights_of
+from saga_fast.retrieval.blocks import Blocks, parse_weights
 from saga_fast.retrieval.server import LOOPBACK, serve
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error, printable
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("--json: given with --html; choose one")
     if parsed.show is not None and not (parsed.explain and parsed.html):
         raise InputError("--show: needs --explain and --html; give both, or leave it out")
-    weights, searcher = weights_of(parsed.attribute), Searcher(parsed.index, parsed.encoder)
+    weights, searcher = parse_weights(parsed.attribute), Searcher(parsed.index, parsed.encoder)
     if parsed.show is not None:
         searcher.blocks.place(parsed.show, "--show")
     results = searcher.search(parsed.queries, parsed.k, explain=parsed.explain, weights=weights, only=parsed.only)

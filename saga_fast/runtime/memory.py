@@ -245,7 +245,7 @@ class Predictor:
             if plan.resident:
                 resident[f"{LANGUAGE_MODEL[0]}, dense"] = self.dense
             if self.on_gpu:  # the memory of a captured step stays allocated
-                resident["captured decode steps"] = self.draw(slots) + graphs.MOST * graphs.BYTES
+                resident["captured decode steps"] = self.sampling_bytes(slots) + graphs.MOST * graphs.BYTES
             phases["B. roll out"] = self.rollout_peak(slots)
             images = 2 * step.pairs  # whose features are saved, then concatenated
             phases["C. replay"] = 2 * images * self.image_features + max(
@@ -262,9 +262,9 @@ class Predictor:
         step = self.step
         if self._prefill is None:
             self._prefill = prefill_bytes(step.decoder, step.prefix)
-        return step.batch * self.image_features + max(self._prefill, self.draw(slots))
+        return step.batch * self.image_features + max(self._prefill, self.sampling_bytes(slots))
 
-    def draw(self, slots: int) -> int:
+    def sampling_bytes(self, slots: int) -> int:
         """Bytes of a decode step's logits, and of the temporaries of sampling."""
         rows, vocabulary = slots * self.step.sampling.group_size, self.step.decoder.head.shape[0]
         return rows * vocabulary * (self.step.decoder.dtype.itemsize + 8)
@@ -308,7 +308,7 @@ class Predictor:
         replayed = 2 * depth * sum(parts) * passes / FLOPS + 2 * visits * dequantised / BANDWIDTH
         rows = slots * members
         many = plan.resident and rows > FUSED_ROWS["cuda"]
-        products = _at(FUSED if self.dense and not many else DENSE, rows) * depth * sum(parts) / LAYER
+        products = _interpolate(FUSED if self.dense and not many else DENSE, rows) * depth * sum(parts) / LAYER
         decoded = products + self.resident[LANGUAGE_MODEL[1]] / BANDWIDTH
         return replayed + -(-2 * step.pairs // slots) * length * decoded
 
@@ -377,7 +377,7 @@ class Predictor:
         )
 
 
-def _at(table: dict[int, float], rows: int) -> float:
+def _interpolate(table: dict[int, float], rows: int) -> float:
     """The value of `table` at `rows`, by linear interpolation."""
     sizes = sorted(table)
     above = next((i for i, size in enumerate(sizes) if size >= rows and i), len(sizes) - 1)
