@@ -149,10 +149,10 @@ class Searcher:
         attribute, negative, not finite or all 0, and for all three where the index knows no attributes.
         """
         blocks = self.blocks if explain or weights or only is not None else None
-        weighed = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
+        block_weights = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
         z, k = expect_finite(self.encoder(queries)).cpu().numpy(), min(k, len(self.files))
-        if blocks and weighed is not None:
-            products, rows = indices.nearest(self.faiss, self._vectors, blocks.scaled(z, weighed), k)
+        if blocks and block_weights is not None:
+            products, rows = indices.nearest(self.faiss, self._vectors, blocks.scaled(z, block_weights), k)
         else:
             products, rows = self.faiss.search(z, k)
         results = []

@@ -78,7 +78,7 @@ MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, be
 
 
 class Diverged(RuntimeError):
-    """Losses or gradients stayed non-finite; what was saved before stands."""
+    """Losses or gradients stayed non-finite. Earlier checkpoints are intact."""
 
 
 @dataclass(eq=False)
@@ -188,7 +188,7 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         )
         if log["skipped_now"] == MAX_SKIPPED:
             raise Diverged(
-                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint stands: "
+                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint is intact: "
                 "lower the learning rates"
             )
 
