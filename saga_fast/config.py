@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import read_regular
+from saga_fast.utils.files import expect_replaceable, read_regular
 from saga_fast.utils.flags import COUNT, SEED, WEIGHT, WORKERS, Range, check_ranges, fields_of, from_dict, parse_flags
 
 RESUMABLE = "a resumed run may change this: no result depends on it"
@@ -333,13 +333,13 @@ class _Arguments(Config):
 class CheckArguments(Config):
     """The flags of `saga_fast.models`."""
 
-    cards: tuple[float, ...] = (8, 16, 24, 40, 80)
+    cards: Annotated[tuple[float, ...], Range(0, above=True)] = (8, 16, 24, 40, 80)
     """Memory sizes of GPUs, in GiB, to plan a step for."""
 
 
 def parse_check(arguments: Sequence[str]) -> tuple[str, CheckArguments]:
     """Parses `check ID_OR_FOLDER FLAGS…` into the model's name and the flags. Raises InputError."""
-    known = len(arguments) > 1 and arguments[0] == "check" and not arguments[1].startswith("-")
+    known = len(arguments) > 1 and arguments[0] == "check" and bool(arguments[1]) and not arguments[1].startswith("-")
     if not known and not {"-h", "--help"} & set(arguments):
         raise InputError("models: give `check`, a model's folder or hub id, then flags of saga_fast.train")
     flags = arguments[2:] if known else ["--help"]
@@ -357,7 +357,7 @@ def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     arguments = list(arguments)
     named = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    preset = named or "drawn-birds"
+    preset = "drawn-birds" if named is None else named
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is unknown; use one of {', '.join(PRESETS)}")
     parsed = _parse(arguments, _defaults(preset, arguments))
@@ -370,9 +370,20 @@ def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation
     resume = parsed.resume or (restarted and (out / "config.json").is_file())
     if resume:
         parsed = _resumed(arguments, out, named)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} exists; go on with --resume, or name a new folder")
+    else:
+        expect_new(out)
     return Invocation(_config(parsed), out, resume)
+
+
+def expect_new(out: Path) -> None:
+    """Raises InputError where `out` is anything but a place for a new run: no folder yet, or an empty one."""
+    try:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be used ({error.strerror}); name another folder") from None
+    if not free:
+        raise InputError(f"--out: {out} exists; go on with --resume, or name a new folder")
+    expect_replaceable(out, "--out")
 
 
 def record_of(out: Path) -> dict[str, Any]:
@@ -433,7 +444,13 @@ def _resumed(arguments: list[str], out: Path, preset: str | None) -> _Arguments:
         )
     # The stored configuration provides the defaults, so that only flags on this command line can differ from it.
     parsed = _parse(arguments, original)
-    for field, before in zip(fields_of(_config(parsed)), fields_of(original)):
+    expect_same(_config(parsed), original, out)
+    return parsed
+
+
+def expect_same(config: Config, original: Config, out: Path) -> None:
+    """Raises InputError where `config` differs from that of the run in `out` in a field that is not RESUMABLE."""
+    for field, before in zip(fields_of(config), fields_of(original)):
         if field.value != before.value and RESUMABLE not in field.metadata:
             reason = KEEP_REASONS[
                 max((name for name in KEEP_REASONS if f"{field.name}.".startswith(f"{name}.")), key=len)
@@ -442,7 +459,6 @@ def _resumed(arguments: list[str], out: Path, preset: str | None) -> _Arguments:
                 f"--{field.name}: {field.value}, but {out} was started with {before.value}; a resumed run keeps that, "
                 f"as {reason}: leave it out, or start a new run with another --out"
             )
-    return parsed
 
 
 def _defaults(preset: str, arguments: Sequence[str]) -> Config:

@@ -42,7 +42,7 @@ from saga_fast.retrieval import index as indices
 from saga_fast.retrieval.index import File
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error, first_line, warn_rank_zero
-from saga_fast.utils.files import hidden, is_litter, locked
+from saga_fast.utils.files import expect_replaceable, hidden, is_litter, locked
 from saga_fast.utils.flags import WORKERS, parse_flags
 from saga_fast.utils.images import SUFFIXES, is_image, kind_of, skipped_kinds
 
@@ -65,7 +65,7 @@ class Embedded(NamedTuple):
 
 def embed(
     encoder: str | Path,
-    images: Iterable[str | Path],
+    images: str | Path | Iterable[str | Path],
     index: str | Path,
     faiss: str | None = None,
     workers: int | None = None,
@@ -77,6 +77,7 @@ def embed(
     path, an index of another encoder, a full disk, and if no image can be read: the index is then unchanged.
     """
     index = Path(index).absolute()
+    images = [images] if isinstance(images, str | Path) else list(images)
     with _processes(), contextlib.ExitStack() as stack:
         model = Encoder.from_pretrained(encoder, map_location=distributed.device())
         if faiss:
@@ -85,7 +86,7 @@ def embed(
         chunks = Chunks(hidden(index, "chunks"), model.sha256)
         try:
             _collect(chunks)
-            plan = _on_rank_zero(lambda: Plan.of(list(images), index, chunks, model.sha256))
+            plan = _on_rank_zero(lambda: Plan.of(images, index, chunks, model.sha256))
             faults = distributed.all_gather_object(
                 chunks.embed_files(model, plan.pending[distributed.rank() :: distributed.world_size()], workers)
             )
@@ -187,6 +188,12 @@ class Plan:
     @staticmethod
     def of(images: Sequence[str | Path], index: Path, chunks: Chunks, encoder_sha256: str) -> Plan:
         known = indices.read_info(index)
+        expect_replaceable(index, "--index")
+        if known and (others := indices.others_in(index)):
+            raise InputError(
+                f"--index: {str(index)!r} also holds {', '.join(map(repr, others[:3]))}, which would be lost as the "
+                "index is made anew; move what is not of the index elsewhere"
+            )
         if known is not None and known.encoder_sha256 != encoder_sha256:
             raise InputError(
                 f"--index: {str(index)!r} was made by another encoder ({known.encoder}, SHA-256 "
@@ -241,7 +248,8 @@ class Plan:
         factory = factory or (known.asked if known else None)
         kind = factory or indices.choose(len(files))
         same = known and (kind, factory, encoder.blocks) == (known.kind, known.asked, known.blocks)
-        if known and same and not new and len(files) == len(indexed):
+        whole = known and same and not new and len(files) == len(indexed)
+        if known and whole and all(indices.is_whole(index, name, known) for name in (indices.FAISS, indices.VECTORS)):
             return Embedded(*counts, f"{len(files):,} vectors, faiss {known.kind}: unchanged")
 
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:

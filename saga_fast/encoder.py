@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from saga_fast.towers import VisionTower, VisualFeatures, config_of, tower_from_config
 from saga_fast.utils.errors import InputError, first_line
-from saga_fast.utils.files import sha256
+from saga_fast.utils.files import is_lfs_pointer, sha256
 from saga_fast.utils.images import as_rgb, open_rgb, to_pixels
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         attributes: Sequence[str] = (),
     ):
         super().__init__()
-        self.image_size, self.embedding_dim = image_size, embedding_dim
+        self.vision_config, self.image_size, self.embedding_dim = vision_config, image_size, embedding_dim
         self.attributes: tuple[str, ...] = tuple(attributes) if pooler == "attributes" else ()
         self.card: str | None = None
         self.sha256 = ""
@@ -220,7 +220,9 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """uint8 (B, 3, S, S) of one or several PIL images, paths, or uint8 tensors (3, H, W) of any size."""
-        images = [images] if isinstance(images, Picture) else images
+        images = [images] if isinstance(images, Picture) else list(images)
+        if not images:
+            raise InputError("images: none; give one or more")
         return torch.stack([to_pixels(_open(image), self.image_size) for image in images])
 
     @classmethod
@@ -287,6 +289,9 @@ def _open(image: Picture) -> Image.Image:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise InputError(f"images: got {image.dtype} {tuple(image.shape)}; accepted are uint8 tensors (3, H, W)")
         return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+    if not isinstance(image, Picture):
+        accepted = "PIL images, paths, and uint8 tensors (3, H, W)"
+        raise InputError(f"images: got a {type(image).__name__}; accepted are {accepted}")
     return as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
 
 
@@ -307,9 +312,13 @@ def _check(folder: Path) -> dict[str, str]:
             raise InputError(f"encoder: {str(folder)!r} has no {name}; give a whole encoder/ folder of a run")
     try:
         hashes = {name: str(json.loads((folder / MANIFEST).read_bytes())["sha256"][name]) for name in (CONFIG, WEIGHTS)}
+        found = {name: sha256(folder / name) for name in hashes}
+    except OSError as error:
+        raise InputError(f"encoder: {error.filename!r} cannot be read ({error.strerror}); mend it") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{str(folder / MANIFEST)!r}: not an encoder's manifest; restore the folder") from error
     for name in hashes:
-        if sha256(folder / name) != hashes[name]:
-            raise InputError(f"{str(folder / name)!r}: its SHA-256 is not the one in {MANIFEST}; restore the file")
+        if found[name] != hashes[name]:
+            mend = "fetch it with git lfs pull" if is_lfs_pointer(folder / name) else "restore the file"
+            raise InputError(f"{str(folder / name)!r}: its SHA-256 is not the one in {MANIFEST}; {mend}")
     return hashes

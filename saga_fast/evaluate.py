@@ -150,7 +150,14 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse_flags(EvaluateArguments(), arguments, "python -m saga_fast.evaluate", "Evaluate an encoder.")
     if parsed.json and not parsed.json.absolute().parent.is_dir():
         raise InputError(f"--json: the folder of {str(parsed.json)!r} is not there; make it, or name another file")
+    if parsed.json and parsed.json.is_dir():
+        raise InputError(f"--json: {str(parsed.json)!r} is a folder; name a file")
     encoder = Encoder.from_pretrained(parsed.encoder, map_location=distributed.device())
+    if parsed.data.image_size not in (DataConfig().image_size, encoder.image_size):
+        raise InputError(
+            f"--data.image-size: {parsed.data.image_size}; this encoder reads {encoder.image_size} pixels a side, and "
+            "no other: leave it out"
+        )
     _, test = load_images(parsed.data, encoder.image_size)
     embeddings, labels, names = embed_images(encoder, test), test.labels, test.dataset.classes
     scores = retrieve(embeddings, labels)

@@ -47,6 +47,8 @@ def export(encoder: Encoder, out: Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'saga-fast[onnx]'") from error
+    if out.is_dir():
+        raise InputError(f"--out: {str(out)!r} is a folder; name a file, such as {str(out / 'encoder.onnx')!r}")
     staging = hidden(out, "partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,10 @@ class Searcher:
         info = indices.read_info(self.folder)
         if info is None:
             raise InputError(f"--index: {str(self.folder)!r} holds no index; make one with python -m saga_fast.embed")
+        if encoder is None and os.path.isabs(info.encoder) and not os.path.isdir(info.encoder):
+            raise InputError(
+                f"--encoder: the one that the index was made with is no longer in {info.encoder!r}; say where it is now"
+            )
         self.encoder = Encoder.from_pretrained(encoder or info.encoder)
         if self.encoder.sha256 != info.encoder_sha256:
             raise InputError(
@@ -148,6 +153,8 @@ class Searcher:
         see `indices.nearest`. Raises InputError for a query that cannot be read, for weights that are of no
         attribute, negative, not finite or all 0, and for all three where the index knows no attributes.
         """
+        if k < 1:
+            raise InputError(f"k: {k}; give 1 or more")
         blocks = self.blocks if explain or weights or only is not None else None
         block_weights = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
         z, k = expect_finite(self.encoder(queries)).cpu().numpy(), min(k, len(self.files))

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import sys
 
-from saga_fast.config import TINY, Config, parse
-from saga_fast.utils.errors import exit_on_input_error
+from saga_fast.config import TINY, Config, expect_new, expect_same, parse, record_of, stored
+from saga_fast.utils.errors import InputError, exit_on_input_error, first_line
 
 if __name__ == "__main__":  # --help and errors in flags come before the seconds that importing PyTorch takes
     with exit_on_input_error():
@@ -158,9 +158,22 @@ class Pair(NamedTuple):
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Runs (or resumes) `config` in the folder `out`; returns the content of final.json. Raises InputError,
-    Diverged."""
-    t, run, (validation_images, test_images) = set_up(config, out, resume)
+    """Runs (or resumes) `config` in the folder `out`, which is locked meanwhile; returns the content of final.json.
+    Raises InputError, Diverged."""
+    out = Path(out)
+    with run_lock(out):
+        if resume:
+            expect_same(config, stored(out), out)
+        else:
+            expect_new(out)
+        t, run, images = set_up(config, out, resume)
+        return take_steps(t, run, *images)
+
+
+def take_steps(
+    t: Training, run: Run, validation_images: PixelLoader | None, test_images: PixelLoader
+) -> dict[str, Any]:
+    """Takes the remaining steps of the run; returns the content of final.json. Raises InputError, Diverged."""
     config = t.config
     t.encoder.train()
     progress = tqdm(
@@ -510,25 +523,25 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     sampler = ClassBalancedSampler(train_images.labels.tolist(), *batch, config.seed, contents)
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
-    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone.
+    # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A
+    # resumed run has its encoder from its own folder, so a tower that is gone meanwhile is not missed.
     asked = prompt if config.uses_supervisor else None
-    if config.encoder.tower is None:
+    kept = stored_encoder(config, out, prompt) if resume else None
+    mllm = None
+    if asked or (config.encoder.tower is None and kept is None):
         pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
         if asked:
             check_prompt(config, pretrained.mllm, asked)
         dtype = torch.bfloat16 if bf16 else torch.float32
         mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-        visual: nn.Module = mllm.visual
-    else:
-        mllm, visual = None, load_tower(config.encoder.tower)
-    encoder = make_encoder(config, visual, prompt).to(device)
+    encoder = (make_encoder(config, mllm, prompt) if kept is None else kept).to(device)
     supervisor = make_supervisor(config, mllm, encoder, asked) if mllm and asked else None
     settings = {}
     if config.dml.loss == "potential-field":
         settings = dict(alpha=config.dml.alpha, delta=config.dml.delta, proxies_per_class=config.dml.proxies_per_class)
     classes = len(train_images.dataset.classes)
     dml = metric_loss(config.dml.loss, classes, config.encoder.embedding_dim, **settings).to(device)
-    del mllm, visual
+    del mllm
     config = plan_memory(config, supervisor, encoder, dml, resume)
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
@@ -563,12 +576,30 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     return t, run, (validation_images, test_images)
 
 
-def make_encoder(config: Config, visual: nn.Module, prompt: Prompt | None) -> Encoder:
-    """The encoder to train, around a copy of `visual`: the MLLM's vision model, or a separate one."""
-    attributes = prompt.attributes if prompt else ()
-    return Encoder.from_tower(
-        visual, config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size, attributes
-    )
+def make_encoder(config: Config, mllm: Mllm | None, prompt: Prompt | None) -> Encoder:
+    """The encoder to train, around a copy of the MLLM's own vision model or a separate one."""
+    visual = mllm.visual if mllm else load_tower(str(config.encoder.tower))
+    return Encoder.from_tower(visual, *encoder_shape(config, prompt))
+
+
+def encoder_shape(config: Config, prompt: Prompt | None) -> tuple[str, int, int, tuple[str, ...]]:
+    """The arguments of `Encoder` after its tower."""
+    attributes = prompt.attributes if prompt and config.encoder.pooler == "attributes" else ()
+    return config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size, attributes
+
+
+def stored_encoder(config: Config, out: Path, prompt: Prompt | None) -> Encoder | None:
+    """An encoder of the shape of the run's in `out`, whose weights are in its checkpoint; None where the run's folder
+    does not hold the tower's configuration, as those of earlier versions. Raises InputError for a malformed one."""
+    if (tower := record_of(out).get("tower")) is None:
+        return None
+    try:
+        return Encoder(tower, *encoder_shape(config, prompt))
+    except Exception as error:  # of any kind: the libraries' configurations check their fields
+        cause = f"tower: describes none ({first_line(error)})"
+        raise InputError(
+            f"{str(out / 'config.json')!r}: {cause}; restore the file, or start a new run with another --out"
+        ) from error
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -655,8 +686,7 @@ def main() -> None:
         first_rank = distributed.rank() == 0
         resume_command = shlex.join([*distributed.launcher(), "--out", str(out), "--resume"])
         try:
-            with run_lock(out):
-                final = train(config, out, resume)
+            final = train(config, out, resume)
         except Stopped as stopped:
             if first_rank:
                 print(f"\n{stopped}; go on with\n{resume_command}")

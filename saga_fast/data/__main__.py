@@ -8,12 +8,14 @@ counts that differ. Exit code 2 if there are any.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from saga_fast.data.dataset import ImageFiles, Subset, check_classes
 from saga_fast.data.loader import prefetch
 from saga_fast.utils.errors import InputError, exit_on_input_error, printable
 from saga_fast.utils.files import is_litter
+from saga_fast.utils.flags import WORKERS, parse_flags
 from saga_fast.utils.images import is_image, open_rgb
 
 
@@ -88,18 +91,28 @@ def check(name: str, root: Path, skip_unreadable: bool, workers: int) -> bool:
     return not wrong
 
 
+@dataclass(frozen=True)
+class CheckArguments:
+    name: tyro.conf.Positional[str] = ""
+    """The data set: cub, cars, aircraft, inat-aves, folder."""
+    root: Path | None = None
+    """Folder of its files; of `folder` also a list of one's own."""
+    skip_unreadable: bool = False
+    """As --data.skip-unreadable will: list broken images, go on."""
+    workers: Annotated[int | None, WORKERS] = None
+    """Processes that open images, 0 for none; default one a core."""
+
+
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m saga_fast.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="count and open all")
-    command.add_argument("name", choices=list(IN_FILES), help="the data set")
-    command.add_argument("--root", type=Path, required=True, help="the folder of its files, or your own list")
-    command.add_argument("--skip-unreadable", action="store_true", help="list broken images without failing")
-    command.add_argument("--workers", type=int, default=cores(), help="worker processes; default one per core")
-    options = parser.parse_args(arguments)
     with exit_on_input_error():
-        if not check(options.name, options.root, options.skip_unreadable, max(0, options.workers)):
+        flags = list(arguments[arguments[:1] == ["check"] :])
+        parsed = parse_flags(CheckArguments(), flags, "python -m saga_fast.data check", "Count it and open it all.")
+        if len(flags) == len(arguments) or parsed.name not in IN_FILES:
+            raise InputError(f"data: say `check`, then one of {', '.join(IN_FILES)}, and where it is with --root")
+        if parsed.root is None:
+            raise InputError("--root: missing; name the folder of the data set's files, or a list of one's own")
+        workers = cores() if parsed.workers is None else parsed.workers
+        if not check(parsed.name, parsed.root, parsed.skip_unreadable, workers):
             sys.exit(2)
 
 

@@ -102,9 +102,10 @@ def _load_split(root: Path, names: list[str], halves: dict[str, list[str]]) -> t
 
 
 def _unpacked(root: Path) -> Path:
-    """`root`, or its only entry where that is a folder of folders, as archives unpack; repeated up to four times."""
+    """`root`, or the folder of folders in it that is alone but for a README and the like, as archives unpack; repeated
+    up to four times."""
     for _ in range(4):
-        inside = _visible(root)
+        inside = [path for path in _visible(root) if path.is_dir() or is_image(path.name)]
         if len(inside) != 1 or not inside[0].is_dir() or not _folders(inside[0]):
             break
         if any(is_image(path.name) and not path.is_dir() for path in _visible(inside[0])):
@@ -123,5 +124,6 @@ def _visible(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if not is_litter(path.name)]
     except OSError as error:
         raise InputError(
-            f"{os.fspath(folder)!r}: cannot be listed ({error.strerror}); accepted is a folder; check --data.root"
+            f"{os.fspath(folder)!r}: cannot be listed ({error.strerror}); accepted is a folder, or a list; check "
+            "--data.root"
         ) from error

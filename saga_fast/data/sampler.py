@@ -33,8 +33,9 @@ class ClassBalancedSampler:
         for index, label in enumerate(labels):
             images.setdefault(label, []).append(index)
         if len(images) < classes_per_batch:
+            mend = f"pass --data.classes-per-batch {len(images)}" if len(images) > 1 else "add classes"
             raise InputError(
-                f"classes_per_batch: {classes_per_batch}, the training set has {len(images)}; take no more"
+                f"data.classes-per-batch: {classes_per_batch}, where {len(images)} classes are left to train on; {mend}"
             )
         if lone := [label for label, members in images.items() if len(members) < 2]:
             raise InputError(f"training set: class number {lone[0]} has 1 image; add another, for a pair, or remove it")

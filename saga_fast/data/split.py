@@ -7,8 +7,9 @@ By folders, ROOT/train/CLASS/IMAGE and ROOT/test/CLASS/IMAGE. By a list, in plac
     /disk/9.png,7,test
 
 A list is UTF-8 text named .csv or .tsv (with a header; commas, semicolons or tabs) or .jsonl, .ndjson or .json (one
-object per line). A path is absolute, or relative to the list's folder; other columns are ignored. The halves are
-`train` and `test`. `val` is the test half where there is no `test`; else its images are skipped, and counted.
+object per line). A path is absolute, or relative to the list's folder; where there is no such file, one with slashes
+in place of backslashes is tried. Other columns are ignored. The halves are `train` and `test`. `val` is the test half
+where there is no `test`; else its images are skipped, and counted.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def load_list(path: Path) -> tuple[ImageFiles, ImageFiles]:
     for place, values in _table(path, text) if suffix in TABLES else _objects(path, text):
         name, label, half = _row(place, values)
         image = path.parent / name
+        if "\\" in name and not image.exists() and (posix := path.parent / name.replace("\\", "/")).exists():
+            image = posix
         if (real := os.path.realpath(image)) in place_of_file:
             raise InputError(f"{place}: {name!r} again, first in {place_of_file[real]}; take one of the two out")
         place_of_file[real] = place

@@ -2,12 +2,13 @@
 
 Two rules. The policy gradient in the tower may be a fraction of the metric loss's or twenty times as large, so it is
 scaled to a fixed multiple of that norm. And a supervisor whose verdicts do not depend on the truth teaches noise, so
-the weights of both its terms follow the informedness of its verdicts down to zero. They start at zero: AdamW's second
-moment would remember noise of a run's first steps for the rest of it.
+the weights of both its terms follow the informedness of its verdicts down to zero, one standard error below what was
+observed. They start at zero: AdamW's second moment would remember noise of a run's first steps for the rest of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,11 +53,19 @@ class Balance:
         return sum(reward / count for reward, count in zip(self.rewards, self.pairs)) - 1
 
     @property
+    def standard_error(self) -> float:
+        """Of `informedness`. Each pair counts as one draw, as the rewards of its rollouts are anything but
+        independent."""
+        rates = [reward / count for reward, count in zip(self.rewards, self.pairs)]
+        return math.sqrt(sum(rate * (1 - rate) / count for rate, count in zip(rates, self.pairs)))
+
+    @property
     def supervisor_weight(self) -> float:
-        """The factor of λ_lm and λ_kl, in 0..1; 0 until informedness is known."""
+        """The factor of λ_lm and λ_kl, in 0..1, by the informedness less its standard error; 0 until it is known."""
         if self.informedness is None:
             return 0.0
-        return min(1.0, max(0.0, (self.informedness - ZERO_UP_TO) / (FULL_FROM - ZERO_UP_TO)))
+        low = self.informedness - self.standard_error
+        return min(1.0, max(0.0, (low - ZERO_UP_TO) / (FULL_FROM - ZERO_UP_TO)))
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "pairs": list(self.pairs), "rewards": list(self.rewards)}

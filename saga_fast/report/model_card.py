@@ -68,10 +68,14 @@ def model_card(
     weights: dict[str, str] | None = None,
 ) -> str:
     """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: of training;
-    weights: `source` and `license` of a tower that is no MLLM's."""
+    weights: `source` and `license` of a separate tower; None for a tower from a local folder, which is no source for
+    others."""
     own, tower = config.data, config.encoder.tower
-    model = config.supervisor.model if tower is None else (weights or {}).get("source", tower)
-    published = model != TINY and not Path(model).exists()  # a local folder is no source for others
+    if tower is None:
+        model = config.supervisor.model
+        published = model != TINY and not Path(model).exists()
+    else:
+        model, published = (weights or {}).get("source", ""), bool(weights)
     metadata = ModelCardData(
         license=config.encoder.license,
         library_name="saga_fast",
@@ -89,7 +93,7 @@ def model_card(
     # Paths on the training machine stay private.
     settings["data"]["root"] = None
     settings["supervisor"]["model"] = model if tower is None and (published or model == TINY) else None
-    settings["encoder"]["tower"] = tower if tower is None or not Path(tower).exists() else None
+    settings["encoder"]["tower"] = tower if published else None
     return CARD.format(
         metadata=metadata.to_yaml(),
         embedding_dim=config.encoder.embedding_dim,

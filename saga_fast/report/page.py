@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,8 +142,14 @@ def write_report(run: Path) -> Path:
     with _reading(run / "config.json"):  # its fields are read by the template
         page = folder.get_template("page.html").render(values)
     staging = run / ".report.html.partial"
-    staging.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(staging, run / "report.html")
+    try:
+        staging.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(staging, run / "report.html")
+    except OSError as error:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        cause = f"cannot be written ({error.strerror})"
+        raise InputError(f"{run / 'report.html'}: {cause}; mend it, or copy the run elsewhere") from error
     return run / "report.html"
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import hidden, recover, replace, sha256
+from saga_fast.utils.files import hidden, is_litter, recover, replace, sha256
 
 FORMAT = 1
 INFO_FILE, FAISS, VECTORS, FILES = "index.json", "index.faiss", "vectors.npy", "files.json"
@@ -90,6 +90,12 @@ def read_info(folder: Path) -> IndexInfo | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{str(path)!r}: damaged, or not of an index; delete the folder and embed again") from error
     return info
+
+
+def others_in(folder: Path) -> list[str]:
+    """Names in an index's folder that are not its own, sorted."""
+    own = {INFO_FILE, FAISS, VECTORS, FILES}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own and not is_litter(path.name))
 
 
 def read_files(folder: Path, info: IndexInfo) -> list[File]:
@@ -251,12 +257,23 @@ def build(vectors: np.ndarray, factory: str | None = None) -> tuple[str, str, fa
 def make(kind: str, dimension: int) -> faiss.Index:
     """The empty index that the factory string `kind` describes. Raises InputError if it describes none."""
     try:
-        return faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+        if isinstance(index, faiss.IndexPreTransform):
+            chain: Any = index.chain  # a std::vector, which faiss declares as a list
+            steps = [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
+            inner = faiss.downcast_index(index.index)
+        else:
+            steps, inner = [], index
+        if any(isinstance(step, faiss.PCAMatrix | faiss.ITQTransform | faiss.CenteringTransform) for step in steps):
+            raise RuntimeError("it takes the mean away, after which inner products rank otherwise; OPQ keeps them")
+        if isinstance(inner, faiss.IndexIDMap):
+            raise RuntimeError("its vectors have numbers of their own, where a row is a file's")
     except RuntimeError as error:
         raise InputError(
             f"--faiss: {kind!r} describes no index of vectors of {dimension} numbers ({_cause(error)}); "
             "give a factory string of faiss, such as Flat, HNSW32 or IVF4096,SQ8, or leave it out"
         ) from error
+    return index
 
 
 def _cause(error: RuntimeError) -> str:
@@ -293,10 +310,15 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(vectors[start : start + BLOCK])
 
 
+def is_whole(folder: Path, name: str, info: IndexInfo) -> bool:
+    """Whether the file `name` of an index is there and as it was written."""
+    return (folder / name).is_file() and sha256(folder / name) == info.sha256[name]
+
+
 def _verified(folder: Path, name: str, info: IndexInfo) -> Path:
     path = folder / name
     if not path.is_file():
         raise InputError(f"{str(path)!r}: missing; delete the index and embed again")
-    if sha256(path) != info.sha256[name]:
+    if not is_whole(folder, name, info):
         raise InputError(f"{str(path)!r}: its SHA-256 is not the one in {INFO_FILE}; delete the index and embed again")
     return path

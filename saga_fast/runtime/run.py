@@ -116,6 +116,7 @@ class Run:
             "run": self.id,
             "config": self.config.to_dict(),
             "prompt": prompt and dataclasses.asdict(prompt),
+            "tower": self.state.encoder.vision_config,
             "supervisor_sha256": supervisor,
             "versions": versions,
             "commit": git_commit(),
@@ -130,7 +131,7 @@ class Run:
             (staging / "gallery").mkdir()
             np.save(staging / "gallery" / "before.npy", neighbours.numpy(), allow_pickle=False)
             self._checkpoint(staging)
-            staging.rename(self.out)
+            os.rename(staging, os.path.realpath(self.out))
             self.tracker = Tracker(self.out, external)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)

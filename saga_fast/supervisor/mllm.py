@@ -77,6 +77,7 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
     """Reads all of a model but its weights, which are dense on the meta device, in `dtype`. Raises InputError for a
     model that is missing, gated, incomplete, or of a kind that this engine cannot run, and for a malformed file."""
     release = Release(name, FLAG)
+    release.expect_files()
     config = _configuration(release)
     release.expect_no_adapter()
     built = "has a config.json of which no model can be built ({})"
@@ -163,22 +164,20 @@ def expect_head_in_blocks(known: Pretrained) -> None:
 
 
 def _configuration(release: Release) -> PretrainedConfig:
+    accepted = "give a folder or hub id"
+    release.expect_configuration(accepted)
     if _uses_timm(release):
         timm.import_timm(f"supervisor.model: {release.name}")
     try:
         config = AutoConfig.from_pretrained(release.name, trust_remote_code=False)
     except Exception as error:  # of any type: a configuration's class computes with the file's values
-        if "config.json" in str(error):  # perhaps there is none
-            release.expect_no_adapter()
-        if "gated" in str(error):
-            reason = "is gated; accept its terms on its page, then log in with `hf auth login`"
-        elif "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error):
             reason = OWN_CODE
         elif isinstance(error, ImportError):
             reason = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-            reason = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
+            reason = f"is no model ({kind}{first_line(error)}); {accepted}"
         raise release.error(reason) from error
     # For a type that transformers knows, it would ignore the folder's code and run another model than the author's.
     auto_map = (release.read_json("tokenizer_config.json") or {}).get("auto_map") or {}

@@ -56,7 +56,7 @@ def load_prompt(name: str) -> Prompt:
 def stored_prompt(config_file: Path) -> Prompt:
     """The prompt in a run's config.json. Raises InputError if that holds none."""
     try:
-        values = json.loads(config_file.read_text())["prompt"]
+        values = json.loads(config_file.read_bytes())["prompt"]
         return Prompt(**{**values, "attributes": tuple(values["attributes"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cause = str(error) if isinstance(error, InputError) else "missing or malformed"

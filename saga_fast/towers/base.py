@@ -120,11 +120,17 @@ class VisionTower(nn.Module, ABC):
         """Height and width in pixels of the image area behind one token."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens per column and row of an image of (height, width) pixels. Raises InputError if they do not divide."""
+        """Tokens per column and row of an image of (height, width) pixels. Raises InputError if they do not divide, and
+        for a configuration by which a token has no pixels."""
         rows, columns = self.cell
+        if min(rows, columns) < 1:
+            raise InputError(f"tower: a token of {rows}x{columns} pixels, by its configuration; restore config.json")
         if height % rows or width % columns:
             cell = f"{rows}" if rows == columns else f"{rows}x{columns}"
-            raise InputError(f"pixels: got {height}x{width}; both sides must be multiples of patch x merge = {cell}")
+            raise InputError(
+                f"pixels: got {height}x{width}; both sides must be multiples of patch x merge = {cell} "
+                "(--data.image-size, in training)"
+            )
         return height // rows, width // columns
 
     @abstractmethod

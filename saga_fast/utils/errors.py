@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
 
 LONGEST = 2000  # characters of a message: it may quote untrusted names and values
-PATIENCE = 2.0  # seconds; torchrun polls its processes ten times a second
+PATIENCE = timedelta(seconds=10)  # for the first rank to come to the same error on a busy machine
 
 
 class InputError(ValueError):
@@ -42,9 +43,9 @@ def warn_rank_zero(message: str) -> None:
 def exit_on_input_error() -> Iterator[None]:
     """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace.
 
-    Of torchrun's processes the first prints at once. The others wait `PATIENCE` seconds: if the first has the same
-    error and ends, torchrun ends them meanwhile, so that the line appears once; those left have an error of their own.
-    Output inside may contain file names that are not valid text.
+    Of torchrun's processes the first prints at once. Each of the others waits up to `PATIENCE` for the first to print
+    the same line, and prints its own if that does not happen, so that an error of all ranks appears once and an error
+    of one rank appears with its number. Output inside may contain file names that are not valid text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -52,10 +53,38 @@ def exit_on_input_error() -> Iterator[None]:
         yield
     except InputError as error:
         rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(PATIENCE)
-        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            _publish(str(error))
+        elif not _printed_by_first_rank(str(error)):
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _store() -> Any:
+    """torchrun's key-value store, of this start of the processes; None where there is none, or no longer."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    import torch.distributed as dist  # late: most commands end without it
+
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except (RuntimeError, ValueError):
+        return None
+    return dist.PrefixStore(f"input error {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def _publish(message: str) -> None:
+    with suppress(RuntimeError):
+        if store := _store():
+            store.set("message", message)
+
+
+def _printed_by_first_rank(message: str) -> bool:
+    try:
+        return bool((store := _store()) and store.get("message").decode() == message)
+    except RuntimeError:  # it did not come in time
+        return False
 
 
 def first_line(error: BaseException) -> str:

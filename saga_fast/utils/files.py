@@ -41,6 +41,14 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
+LFS = b"version https://git-lfs."  # how a pointer begins that Git LFS leaves where it has not fetched a file
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(LFS)) == LFS
+
+
 LITTER = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # Windows
     *("__macosx", "icon\r"),  # macOS, which hides the rest
@@ -54,8 +62,8 @@ def is_litter(name: str) -> bool:
 
 
 def hidden(folder: Path, what: str) -> Path:
-    """The sibling of `folder` named .FOLDER.what."""
-    folder = folder.absolute()
+    """The sibling of `folder`, or of the folder that it is a link to, named .FOLDER.what."""
+    folder = Path(os.path.realpath(folder))
     return folder.with_name(f".{folder.name}.{what}")
 
 
@@ -63,7 +71,15 @@ def recover(folder: Path) -> None:
     """Restore the folder that a killed `replace` moved away."""
     old = hidden(folder, "old")
     if old.exists() and not folder.exists():
-        os.rename(old, folder)
+        os.rename(old, os.path.realpath(folder))
+
+
+def expect_replaceable(folder: Path, flag: str) -> None:
+    """Raises InputError, naming `flag`, for a folder in whose place no other can be renamed, before there is one."""
+    if os.path.ismount(folder):
+        raise InputError(f"{flag}: {str(folder)!r} is a mount point, which stays as it is; name a folder in it")
+    if folder.exists() and os.path.samefile(folder, os.curdir):
+        raise InputError(f"{flag}: {str(folder)!r} is the working directory, which stays as it is; name a folder in it")
 
 
 @contextmanager
@@ -130,12 +146,13 @@ def flush(path: Path) -> None:
 
 
 def replace(staging: Path, folder: Path) -> None:
-    """Flush the files of `staging` to disk, then rename it to `folder`, which may be there already.
+    """Flush the files of `staging` to disk, then rename it to `folder`, which may be there already, or be a link.
 
     Killed between its two renames it leaves the earlier folder beside its place, for `recover`.
     """
     for path in (*staging.iterdir(), staging):
         flush(path)
+    folder = Path(os.path.realpath(folder))
     old = hidden(folder, "old")
     recover(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -84,11 +84,14 @@ def _unwrap_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raises InputError, naming the field, for the first number of nested dataclasses that is not in its Range."""
+    """Raises InputError, naming the field, for the first number of nested dataclasses that is not in its Range; of a
+    tuple, each of its numbers counts."""
     for field in fields_of(config):
+        values = field.value if isinstance(field.value, tuple) else (field.value,)
         for accepted in field.metadata:
-            if isinstance(accepted, Range) and field.value is not None and (fault := accepted.fault(field.value)):
-                raise InputError(f"{prefix}{field.name}: {fault}")
+            for value in values if isinstance(accepted, Range) else ():
+                if value is not None and (fault := accepted.fault(value)):
+                    raise InputError(f"{prefix}{field.name}: {fault}")
 
 
 def from_dict(kind: type[Arguments], values: Any, prefix: str = "") -> Arguments:
@@ -165,16 +168,17 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
 
 def _expect_values(default: Any, arguments: Sequence[str]) -> None:
     """Raises InputError for a switch with a value, which tyro would take for a separate word, naming both forms of the
-    switch; and for an empty path, as from an unset shell variable, which would mean the working directory."""
+    switch; and for an empty path or text, as from an unset shell variable, which would mean the working directory or
+    the default."""
     switches: dict[str, tuple[str, str]] = {}
-    paths: set[str] = set()
+    texts: set[str] = set()
     for field in fields_of(default):
         if field.hint is bool:
             section, dot, name = field.name.rpartition(".")
             forms = f"--{field.name}", f"--{section}{dot}no-{name}"
             switches |= dict.fromkeys(forms, forms)
-        elif field.hint is Path or Path in typing.get_args(field.hint):
-            paths.add(f"--{field.name}")
+        elif {Path, str} & {field.hint, *typing.get_args(field.hint)}:
+            texts.add(f"--{field.name}")
     for word, after in zip(arguments, [*arguments[1:], None]):
         flag, equals, given = word.partition("=")
         value = given if equals else after
@@ -182,5 +186,5 @@ def _expect_values(default: Any, arguments: Sequence[str]) -> None:
         if name in switches and (equals or str(value).lower() in ("true", "false")):
             yes, no = switches[name]
             raise InputError(f"{flag} {value}: a switch takes no value; pass {yes} for yes, {no} for no")
-        if name in paths and value == "":
-            raise InputError(f"{flag}: empty; name a file or folder, or leave the flag out")
+        if name in texts and value == "":
+            raise InputError(f"{flag}: empty; give a value, or leave the flag out")

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from saga_fast.utils.errors import InputError
+from saga_fast.utils.files import LFS
 
 # Pillow's names, with the suffixes of their files. Left out are formats without a signature at the start of the file
 # (TGA, ICO), which would accept anything, and those that are rendered rather than decoded (EPS, PDF, WMF).
@@ -274,6 +275,8 @@ def _formats() -> tuple[str, ...]:
 
 def _without_plugin(head: bytes) -> str:
     """Why Pillow cannot identify a file with these first bytes: its plug-in is missing, or the format is unknown."""
+    if head.startswith(LFS):
+        return "a pointer that Git LFS left for it; fetch it with git lfs pull"
     mark = head[8:12] if head[4:8] == b"ftyp" else head[4:8]
     if head.startswith(b"\xff\x0a"):  # JPEG XL without a box around it
         mark = b"JXL "

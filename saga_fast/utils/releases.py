@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -27,7 +31,7 @@ from transformers.utils import (
 from transformers.utils import logging as transformers_logging
 
 from saga_fast.utils.errors import InputError, first_line
-from saga_fast.utils.files import read_regular
+from saga_fast.utils.files import is_lfs_pointer, read_regular
 
 MAX_BYTES = 2**26
 MOST = 1e6  # pixel statistics above it, or below its inverse, are not plausible
@@ -46,6 +50,7 @@ MERGE = (
     "an adapter that is not merged, without which the model would be its base: merge it first "
     "(peft's merge_and_unload, then save_pretrained of model and tokenizer), and name that folder"
 )
+FILES = (".json", ".jinja", ".safetensors", ".model", ".txt")  # suffixes of what is read of a release
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+|vera_lambda_\w+|hada_w\w+)(\.|$)")
 
 
@@ -79,6 +84,29 @@ class Release(NamedTuple):
         except (OSError, ValueError) as error:
             raise self.error(f"gives no {file} ({first_line(error)})") from error
 
+    def expect_configuration(self, accepted: str) -> None:
+        """Raises InputError, which ends in `accepted`, for neither a folder nor a hub id of a model's configuration."""
+        if os.path.isfile(self.name):
+            raise self.error(f"is a file, no model; {accepted}")
+        if os.path.isdir(self.name):
+            if not os.path.isfile(os.path.join(self.name, CONFIG_NAME)):
+                self.expect_no_adapter()
+                raise self.error(f"has no {CONFIG_NAME}, so it is no model; {accepted}")
+            return
+        try:
+            validate_repo_id(str(self.name))
+            cached_file(self.name, CONFIG_NAME)
+        except HFValidationError as error:
+            raise self.error(f"is no model (neither a folder here nor a hub id, OWNER/NAME); {accepted}") from error
+        except (OSError, ValueError) as error:
+            if "gated" in str(error):
+                what = "is gated; accept its terms on its page, then log in with `hf auth login`"
+                raise self.error(what) from error
+            if CONFIG_NAME in str(error):
+                self.expect_no_adapter()
+            what = f"is no model (no folder here; of the hub: {first_line(error)}); {accepted}"
+            raise self.error(what) from error
+
     def read_json(self, file: str) -> dict[str, Any] | None:
         """The JSON object in `file`, None where the model has none."""
         if (path := self.find(file)) is None:
@@ -92,6 +120,22 @@ class Release(NamedTuple):
         if not isinstance(values, dict):
             raise self.malformed(file, f"it holds a {type(values).__name__}, not an object")
         return values
+
+    def expect_files(self) -> None:
+        """Raises InputError for a folder with links that lead nowhere, as a hub's cache copied without what it links
+        to, or with Git LFS's pointers in place of files: what is not there would be taken for missing."""
+        for path in sorted(Path(self.name).iterdir()) if os.path.isdir(self.name) else ():
+            if path.suffix not in FILES:
+                continue
+            if not path.is_file():
+                mend = "copy the folder with what its links lead to (cp -rL)" if path.is_symlink() else "restore it"
+                raise self.error(f"has a {path.name} that is no file; {mend}")
+            try:
+                pointer = is_lfs_pointer(path)
+            except OSError as error:
+                raise self.error(f"has a {path.name} that cannot be read ({error.strerror}); mend it") from error
+            if pointer:
+                raise self.error(f"has of its {path.name} the pointer of Git LFS alone; fetch it with git lfs pull")
 
     def expect_no_adapter(self, weights: Iterable[str] = ()) -> None:
         """Raises InputError for an adapter: without peft, transformers ignores it and runs the base model alone.

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from bench import step
 from bench.record import supervisor
 from saga_fast.utils.errors import InputError
 
+from ..saga_fast.supervisor.tiny_models import tower_gives
 from .tiny import SHAPE
 
 
@@ -26,16 +26,14 @@ def dumped(folder, advantages):
     for row, length in enumerate(lengths):
         pair = row // SHAPE.group
         ids = torch.cat([prompt, completions[row, :length]])[None]
-        images = BaseModelOutputWithDeepstackFeatures(
-            pooler_output=tuple(features.tokens[2 * pair : 2 * pair + 2]),
-            deepstack_features=[tuple(level[2 * pair : 2 * pair + 2]) for level in features.deepstack],
-        )
-        logits = rival(
-            input_ids=ids,
-            mm_token_type_ids=(ids == rival.config.image_token_id).int(),
-            image_grid_thw=torch.tensor([[1, 4, 4]] * 2),
-            mm_encoder_outputs={"image": images},
-        ).logits[0, len(prompt) - 1 : -1]
+        images = features.select(torch.tensor([2 * pair, 2 * pair + 1]))
+        with tower_gives(images, rival):
+            logits = rival(
+                input_ids=ids,
+                mm_token_type_ids=(ids == rival.config.image_token_id).int(),
+                image_grid_thw=torch.tensor([[1, 4, 4]] * 2),
+                pixel_values=torch.empty(0),
+            ).logits[0, len(prompt) - 1 : -1]
         log_prob = (logits / 0.7).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
         log_probs[row, :length] = log_prob.detach()
         loss = loss - advantages[row] * log_prob.sum() / sum(lengths)

@@ -16,8 +16,19 @@ from typing import Any
 import pytest
 import torch
 
-from saga_fast.config import KEEP_REASONS, PRESETS, RESUMABLE, Config, parse, record_of, stored
+from saga_fast.config import (
+    KEEP_REASONS,
+    PRESETS,
+    RESUMABLE,
+    CheckArguments,
+    Config,
+    parse,
+    parse_check,
+    record_of,
+    stored,
+)
 from saga_fast.data import ClassBalancedSampler
+from saga_fast.data.__main__ import CheckArguments as DataCheckArguments
 from saga_fast.embed import EmbedArguments
 from saga_fast.evaluate import EvaluateArguments
 from saga_fast.export import ExportArguments
@@ -29,7 +40,10 @@ from saga_fast.utils.flags import Range, fields_of, from_dict, parse_flags
 from ..sweep import sweep
 
 DEFAULT = PRESETS["drawn-birds"]
-COMMANDS = (DEFAULT, SearchArguments(), EmbedArguments(), EvaluateArguments(), ExportArguments())
+COMMANDS = (
+    *(DEFAULT, SearchArguments(), EmbedArguments(), EvaluateArguments(), ExportArguments()),
+    *(CheckArguments(), DataCheckArguments()),
+)
 
 
 def ranges(config: Any) -> Iterator[tuple[str, Range, Any]]:
@@ -76,8 +90,8 @@ def test_what_is_out_of_its_range_is_refused_by_name(name, accepted, hint):
         (["--supervisor.quantize=false"], "pass --supervisor.quantize for yes, --supervisor.no-quantize for no"),
         (["--supervisor.no-quantize", "False"], "--supervisor.no-quantize False: a switch takes no value"),
         (["--supervisor.quantize_head", "true"], "pass --supervisor.quantize-head for yes"),
-        (["--data.root", ""], "--data.root: empty; name a file or folder, or leave the flag out"),
-        (["--data.root="], "--data.root: empty; name a file"),
+        (["--data.root", ""], "--data.root: empty; give a value, or leave the flag out"),
+        (["--data.root="], "--data.root: empty; give a value"),
         (["drawn-birds", "cub"], "cub: belongs to no flag"),
         (
             ["--data.images-per-class", "1"],
@@ -100,6 +114,47 @@ def test_a_command_line_that_cannot_be_meant(arguments, message, tmp_path):
     with pytest.raises(InputError) as error:
         parse([*arguments, "--out", str(tmp_path / "run")])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("config", COMMANDS, ids=lambda config: f"{type(config).__module__}.{type(config).__name__}")
+def test_an_empty_text_is_refused_whatever_flag_has_it(config):
+    """As a variable of the shell that is not set gives it: a path would be the working directory, --host every address,
+    --encoder the index's own."""
+    texts = [field.name for field in fields_of(config) if re.search(r"\bstr\b|\bPath\b", str(field.hint))]
+    texts = [name for name in texts if name not in ("images", "queries", "name")]  # words without a flag
+    assert texts
+    for name in texts:
+        for words in ([f"--{name}", ""], [f"--{name}="]):
+            with pytest.raises(InputError, match=f"^--{re.escape(name)}: empty; give a value, or leave the flag out"):
+                parse_flags(config, words, "program", "")
+
+
+def test_an_empty_word_is_no_preset_and_no_model(tmp_path):
+    with pytest.raises(InputError, match="^preset: '' is unknown; use one of drawn-birds"):
+        parse(["", "--out", str(tmp_path / "run")])
+    with pytest.raises(InputError, match="^models: say `check` and a model's folder"):
+        parse_check(["check", ""])
+
+
+def test_a_new_run_may_be_put_into_an_empty_folder_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("none", "empty", "link"):
+        assert parse(["--out", str(tmp_path / name)]).out == tmp_path / name
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    for name in ("file", "full"):
+        with pytest.raises(InputError, match=f"^--out: .*{name} exists; go on with --resume, or name a new folder"):
+            parse(["--out", str(tmp_path / name)])
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(InputError, match="^--out: '.' is the working directory"):
+        parse(["--out", "."])
+
+
+def test_each_number_of_several_has_the_range(tmp_path):
+    with pytest.raises(InputError, match="cards: -1.0; give more than 0"):
+        parse_check(["check", "tiny", "--cards", "24", "-1"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "latin-1", "ascii"])

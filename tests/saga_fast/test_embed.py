@@ -90,10 +90,30 @@ def test_the_index_holds_every_picture(encoder, pictures, tmp_path, capsys):
 
 
 def test_workers_decode_to_the_same_index(encoder, pictures, tmp_path):
-    embed(encoder, [tmp_path / "pictures"], tmp_path / "a", workers=0)
+    embed(encoder, str(tmp_path / "pictures"), tmp_path / "a", workers=0)
     embed(encoder, [tmp_path / "pictures"], tmp_path / "b", workers=2)
     for name in (indices.VECTORS, indices.FILES, indices.FAISS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_index_is_made_anew_where_nothing_else_is_lost(encoder, pictures, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (link := tmp_path / "index").symlink_to(tmp_path / "disk" / "birds")
+    for count in (9, 12):
+        embed(encoder, pictures[:count], link)
+        assert link.is_symlink() and len(content(link)) == count
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["birds"]
+    (link / ".DS_Store").touch()
+    embed(encoder, pictures[:9], link)
+    (link / "notes.txt").write_text("mine")
+    with pytest.raises(
+        InputError, match="^--index: .* also holds 'notes.txt', which would be lost as the index is mad"
+    ):
+        embed(encoder, [tmp_path / "pictures"], link)
+    assert (link / "notes.txt").read_text() == "mine" and {path.name for path in tmp_path.rglob(".*")} == {".DS_Store"}
+    monkeypatch.chdir(link)
+    with pytest.raises(InputError, match="is the working directory, which stays as it is; name a folder in it"):
+        embed(encoder, [tmp_path / "pictures"], ".")
 
 
 def test_only_what_is_new_or_changed_is_embedded(encoder, pictures, tmp_path, counted):
@@ -303,13 +323,19 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
         for read in (indices.read_faiss, indices.read_vectors, indices.read_files):
             read(index, known)
     assert str(index) in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    if name == indices.FAISS:  # which the vectors make again
+        assert "exact" in embed(encoder, pictures[:3], index).line
+        assert_holds(index, encoder, pictures[:3])
+    else:
+        with pytest.raises(InputError, match=name):
+            embed(encoder, pictures[:3], index)
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (["{pictures}"], "--index: missing"),
-        (["{pictures}", "--index", "{tmp}/index", "--encoder", ""], "--encoder: missing"),
+        (["{pictures}", "--index", "{tmp}/index", "--encoder", ""], "--encoder: empty; give a value"),
         (["{pictures}", "--index", "{tmp}/index", "--encoder", "{tmp}"], "has no config.json"),
         (["--index", "{tmp}/index"], "IMAGES: none found in nothing"),
         (["{tmp}/nowhere", "--index", "{tmp}/index"], "nowhere' does not exist"),
@@ -321,6 +347,8 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
         (["{pictures}", "--index", "{tmp}/broken.png/index"], "cannot be written to"),
         (["{pictures}", "--index", "{tmp}/index", "--faiss", "Flatt"], "could not parse index string Flatt"),
         (["{pictures}", "--index", "{tmp}/index", "--faiss", "IVF64,Flat"], "cannot be trained on 12 vectors"),
+        (["{pictures}", "--index", "{tmp}/index", "--faiss", "PCA8,Flat"], "it takes the mean away, after which inner"),
+        (["{pictures}", "--index", "{tmp}/index", "--faiss", "L2norm,IDMap,Flat"], "have numbers of their own"),
         (["{pictures}", "--index", "{tmp}/index", "--workers", "-1"], "--workers: -1"),
         (["{pictures}", "--indx", "{tmp}/index"], "--indx: unknown flag; did you mean --index?"),
     ],

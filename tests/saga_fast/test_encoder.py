@@ -268,6 +268,11 @@ def test_images_paths_and_tensors_agree(encoder, tmp_path):
     for wrong in (tensor.float(), tensor[None].float(), tensor[None, :1], [tensor[0]]):
         with pytest.raises(InputError, match=r"images: got torch\.\w+ \(.*accepted are uint8"):
             encoder(wrong)
+    for wrong, kind in ((np.asarray(image), "ndarray"), ([b"a.png"], "bytes"), ([None], "NoneType")):
+        with pytest.raises(InputError, match=f"images: got a {kind}; accepted are PIL images, paths, and uint8"):
+            encoder(wrong)
+    with pytest.raises(InputError, match="images: none; give one or more"):
+        encoder([])
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])

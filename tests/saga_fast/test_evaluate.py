@@ -90,7 +90,7 @@ def test_names_that_are_no_text_are_printed_as_escapes(root, capsys):
     printed = capsys.readouterr().out
     assert printed.replace("\n", "").isprintable() and r"owl\x1b[2J\udce9 " in printed
     assert odd in {row["class"] for row in json.loads((root / "metrics.json").read_text())["classes"]}
-    with pytest.raises(InputError, match="--json: '.*root' cannot be written .Is a directory.; name another"):
+    with pytest.raises(InputError, match="--json: '.*root' is a folder; name a file"):
         main([*flags, "--data.workers", "0", "--json", str(root / "root")])
 
 
@@ -101,6 +101,7 @@ def test_names_that_are_no_text_are_printed_as_escapes(root, capsys):
         (["--encoder", "{root}"], "has no config.json"),
         (["--encoder", "{root}/encoder", "--data.name", "folder"], "--data.root: missing"),
         (["--encoder", "{root}/encoder", "--json", "{root}/no/such/folder.json"], "--json: the folder of"),
+        (["--encoder", "{root}/encoder", "--data.image-size", "64"], "64; this encoder reads 32 pixels a side, and no"),
         (["--encoder", "{root}/encoder", "--data.nam", "folder"], "--data.nam: unknown flag; did you mean"),
     ],
 )

@@ -58,6 +58,12 @@ def test_bad_input_is_one_line(encoder, tmp_path, monkeypatch):
         main(["--out", str(tmp_path / "a.onnx")])
     with pytest.raises(InputError, match="--out: .* cannot be written"):
         main(["--encoder", str(encoder), "--out", str(tmp_path / "no" / "a.onnx")])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        InputError, match="^--out: '.*folder' is a folder; name a file, such as '.*folder/encoder.onnx'"
+    ):
+        main(["--encoder", str(encoder), "--out", str(tmp_path / "folder")])
+    (tmp_path / "folder").rmdir()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match="onnxruntime is not installed; pip install 'saga-fast"):
         main(["--encoder", str(encoder), "--out", str(tmp_path / "a.onnx")])

@@ -63,6 +63,8 @@ def test_finds_what_brute_force_finds(world, tmp_path):
         np.testing.assert_allclose([hit.similarity for hit in found], [s for _, s in wanted], atol=1e-5)
     assert again[0].path == str(pictures[7]) and again[0].similarity == pytest.approx(1, abs=1e-5)
     assert len(search(index, [query], k=99)[0]) == 15
+    with pytest.raises(InputError, match="^k: 0; give 1 or more"):
+        search(index, query, k=0)
 
 
 def test_a_searcher_reads_the_index_once(world, tmp_path):
@@ -134,7 +136,7 @@ def test_another_encoder_is_refused_and_a_moved_one_found(world, tmp_path):
     shutil.copytree(encoder, tmp_path / "moved")
     about = json.loads((tmp_path / "index/index.json").read_text())
     (tmp_path / "index/index.json").write_text(json.dumps({**about, "encoder": str(tmp_path / "was/here")}))
-    with pytest.raises(InputError, match="was/here"):
+    with pytest.raises(InputError, match="^--encoder: the one that .* no longer in '.*was/here'; say where it is now"):
         search(tmp_path / "index", [pictures[0]])
     assert Searcher(tmp_path / "index", tmp_path / "moved").search(pictures[0])[0][0].path == str(pictures[0])
 
@@ -476,7 +478,7 @@ def test_an_index_from_before_there_were_attributes_gets_them_by_embedding_again
         (["--attribute", "=2"], "--attribute: '=2'; give NAME=WEIGHT"),
         (["--attribute", "legs=2", "--attribute", "legs=3"], "'legs=3' names it twice"),
         (["--only", "leg"], "--only: 'leg' is no attribute of this encoder; did you mean 'legs'?"),
-        (["--only", ""], "--only: '' is no attribute"),
+        (["--only", ""], "--only: empty; give a value"),
         (["--only", "legs", "--attribute", "legs=2"], "--only: given with --attribute; choose one"),
         (["--show", "legs"], "--show: needs --explain and --html"),
         (["--explain", "--html", "--show", "lags"], "--show: 'lags' is no attribute of this encoder"),

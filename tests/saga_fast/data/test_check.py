@@ -123,6 +123,25 @@ def test_a_broken_list_is_one_line(tmp_path, capsys):
     assert code == 2 and err.startswith("error: ") and "images.txt' line 1: found '1'" in err
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["check", "cub"], "--root: missing; name the folder"),
+        (["check", "cub", "--root", ""], "--root: empty; give a value"),
+        (["check", "cub", "--rot", "x"], "--rot: unknown flag; did you mean --root?"),
+        (["check", "cub", "--root", "x", "--workers", "-1"], "workers: -1; give 0 or more"),
+        (["check", "birds", "--root", "x"], "data: say `check`, then one of cub, cars, aircraft, inat-aves, folder"),
+        (["cub", "--root", "x"], "data: say `check`"),
+        ([], "data: say `check`"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
 def test_as_it_is_typed(tmp_path):
     """With the counts really published, four classes are too few."""
     command = [sys.executable, "-m", "saga_fast.data", "check", "cub", "--root", str(released.cub(tmp_path))]

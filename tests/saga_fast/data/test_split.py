@@ -68,6 +68,14 @@ def test_json_lines(root, name):
     is_read(root / name)
 
 
+def test_backslashes_stand_for_slashes_where_no_file_has_them(root):
+    (root / "my.csv").write_text(table([(path.replace("/", "\\"), *rest) for path, *rest in IMAGES]))
+    is_read(root / "my.csv")
+    paint(root / "owls\\0.jpg", 9, 9)
+    train, _ = load_dataset("folder", root / "my.csv")
+    assert train.paths[0] == root / "owls\\0.jpg" and train.paths[1] == root / "owls/1.jpg"
+
+
 def test_a_list_elsewhere_names_its_images_from_its_own_folder(root):
     (root / "lists").mkdir()
     (root / "lists/my.csv").write_text(table([(f"../{path}", *rest) for path, *rest in IMAGES]))
@@ -202,7 +210,8 @@ def test_a_train_among_cars_and_ships_is_a_class(tmp_path):
 
 def test_both_halves_are_unpacked_where_an_archive_has_a_folder_of_its_own(tmp_path):
     fill(tmp_path, "birds/birds/train/owl", "birds/birds/test/jay", "__MACOSX/birds")
-    (tmp_path / ".DS_Store").touch()
+    for beside in (".DS_Store", "README.md", "birds/LICENSE"):
+        (tmp_path / beside).touch()
     assert load_dataset("folder", tmp_path)[1].classes == ["jay"]
     shutil.rmtree(tmp_path / "birds/birds/test")
     fill(tmp_path, "birds/birds/train/jay")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from saga_fast.losses.balance import MIN_PAIRS, RATIO, Balance
+from saga_fast.losses.balance import MIN_PAIRS, RATIO, ZERO_UP_TO, Balance
 
 
 def test_the_policy_gradient_gets_the_metric_losss_norm():
@@ -30,7 +31,20 @@ def test_a_supervisor_whose_verdicts_say_nothing_falls_silent(same, different, v
     assert balance.supervisor_weight == 0 and balance.informedness is None
     balance.update([True, False] * 20, [same, different] * 20)
     assert balance.informedness == pytest.approx(same + different - 1)
-    assert balance.supervisor_weight == pytest.approx(voice, abs=1e-6)
+    balance.pairs, balance.rewards = [1e9, 1e9], [1e9 * same, 1e9 * different]  # nothing is left to chance
+    assert balance.supervisor_weight == pytest.approx(voice, abs=1e-3)
+
+
+def test_few_verdicts_that_are_right_by_chance_weigh_nothing():
+    """The standard error against the spread of what 20 + 20 pairs of a supervisor without skill say."""
+    rng, observed, weights = np.random.default_rng(0), [], []
+    for _ in range(2000):
+        balance = Balance()
+        balance.update([True] * 20 + [False] * 20, [float(r) for r in rng.random(40) < [0.3] * 20 + [0.7] * 20])
+        observed.append(balance.informedness)
+        weights.append(balance.supervisor_weight)
+    assert balance.standard_error == pytest.approx(np.std(observed), rel=0.15)
+    assert np.mean(np.array(weights) > 0) < 0.06 < np.mean(np.array(observed) > ZERO_UP_TO)
 
 
 def test_what_it_hears_now_counts_more_than_what_it_heard_long_ago():

@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 
 from saga_fast.report import write_report
+from saga_fast.report.__main__ import main
 from saga_fast.report.chart import chart
 from saga_fast.report.page import _shade
 from saga_fast.report.samples import sampled_steps
 from saga_fast.retrieval.gallery import compare, gallery, neighbours
+from saga_fast.utils.errors import InputError
 
 from .runs import EVIL, GRID, Pictures, make_run
 
@@ -243,6 +245,21 @@ def test_a_broken_file_is_named_and_no_report_is_left(run, name, content, messag
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not list(run.glob("*report.html*"))
+
+
+def test_a_page_that_cannot_be_written_is_named(run, capsys):
+    (run / "report.html").mkdir()
+    with pytest.raises(
+        InputError, match="report.html: cannot be written .Is a directory.; mend it, or copy the run els"
+    ):
+        main([str(run)])
+    assert not list(run.glob(".*"))
+    (run / "report.html").rmdir()
+    main([str(run)])
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    for words, message in (([], "RUN: missing"), ([""], "RUN: missing"), ([str(run), "x"], "x: belongs to no flag")):
+        with pytest.raises(InputError, match=message):
+            main(words)
 
 
 def test_charts_keep_to_their_frame_and_average_long_runs():

@@ -32,6 +32,7 @@ def make(out: Path, config: Config = CONFIG, seed: int = 0) -> Run:
     torch.manual_seed(seed)
     encoder, dml = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
     encoder.tower, encoder.attributes = SimpleNamespace(model=SimpleNamespace(config=None)), ()
+    encoder.vision_config = {"model_type": "matrix"}
     optimizer = torch.optim.AdamW([*encoder.parameters(), *dml.parameters()])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     sampler = ClassBalancedSampler([0, 0, 1, 1, 2, 2], 2, 2, config.seed)
@@ -60,6 +61,7 @@ def test_it_goes_on_from_the_checkpoint(begun):
     again = make(begun.out, seed=1)
     again.restore("abc")
     assert (again.step, again.batches, again.before, again.id) == (1, 1, BEFORE, begun.id)
+    assert json.loads((begun.out / "config.json").read_text())["tower"] == {"model_type": "matrix"}
     assert len((begun.out / "metrics.jsonl").read_text().splitlines()) == 1
     assert again.state.schedule.last_epoch == 1 and stored(begun.out) == CONFIG
 

@@ -19,7 +19,7 @@ from saga_fast.tiny import SUPERVISOR
 from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
 
-from .tiny_models import GRID, IMAGE, nf4, pair_prefix, qwen, random_model
+from .tiny_models import GRID, IMAGE, nf4, pair_prefix, random_model, tower_gives
 
 
 def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
@@ -35,18 +35,13 @@ def test_quantised_replay_equals_transformers_with_the_same_nf4_weights():
     completion = torch.randint(10, 400, (20,)).tolist()
     ids = torch.cat([prefix.input_ids, torch.tensor(completion)])[None]
     image = mllm.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    logits = model(
-        input_ids=ids,
-        mm_token_type_ids=(ids == image).int(),
-        image_grid_thw=torch.tensor([[1, 14, 14]] * 2),
-        mm_encoder_outputs={
-            "image": qwen.BaseModelOutputWithDeepstackFeatures(
-                pooler_output=tuple(levels[0]), deepstack_features=[tuple(level) for level in levels[1:]]
-            )
-        },
-    ).logits[0, len(prefix) - 1 : -1]
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
     features = VisualFeatures(levels[0], tuple(levels[1:]))
+    grid = torch.tensor([[1, 14, 14]] * 2)
+    kinds, pixels = (ids == image).int(), torch.empty(0)
+    with tower_gives(features, model):
+        out = model(input_ids=ids, mm_token_type_ids=kinds, image_grid_thw=grid, pixel_values=pixels)
+    logits = out.logits[0, len(prefix) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
     groups = [Group([completion], [torch.ones(20)], {})]
     (ours,) = replay_groups(PrefixCache(mllm.decoder, prefix), features, groups, 1.0, 3).log_probs[0]
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
@@ -122,7 +117,7 @@ def test_fingerprint_sees_a_single_bit():
 
 
 def test_clear_errors(tmp_path):
-    with pytest.raises(InputError, match="supervisor.model: .* is no model"):
+    with pytest.raises(InputError, match="supervisor.model: .* has no config.json, so it is no model; give"):
         load_mllm(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(InputError, match="is a 'qwen3', which reads no images"):

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from saga_fast.encoder import Encoder, VisualFeatures
+from saga_fast.encoder import Encoder
 from saga_fast.supervisor.mllm import Mllm, load_mllm
 from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.replay import Group, Plan
@@ -27,7 +25,7 @@ from ...sweep import sweep
 from ..small import random_pixels
 from ..test_encoder import qwen_patches
 from .families import FAMILIES, save
-from .tiny_models import as_leaves, nf4
+from .tiny_models import as_leaves, nf4, tower_gives
 
 SIZE, TEMPERATURE, ANCHOR = 32, 0.7, 2
 PROMPT = Prompt("expert", "bird", "same", ("bill",))
@@ -95,8 +93,7 @@ class Case(NamedTuple):
         if self.family.startswith("llava-onevision"):
             sizes = torch.tensor([[SIZE, SIZE]] * len(x))
             return {"pixel_values": x, "image_sizes": sizes, "batch_num_images": torch.tensor([len(x)])}
-        extra = {"interpolate_pos_encoding": True} if self.family.startswith("llava") else {}
-        return {"pixel_values": x, **extra}
+        return {"pixel_values": x}
 
     def asked(self, completion: list[int]) -> dict:
         ids = torch.cat([self.supervisor.prefix.input_ids, torch.tensor(completion, dtype=torch.int64)])[None]
@@ -114,13 +111,17 @@ class Case(NamedTuple):
 
 
 def load_oracle(folder: Path, quantize: bool) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_pretrained(
+    oracle = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
         device_map="cpu",
         quantization_config=nf4(*(f"model.{part}" for part in VISION), "lm_head") if quantize else None,
     ).eval()
+    if oracle.config.model_type == "llava":  # which does not hand this on to its tower
+        look = functools.partial(oracle.model.get_image_features, interpolate_pos_encoding=True)
+        oracle.model.get_image_features = look
+    return oracle
 
 
 @pytest.fixture(
@@ -162,7 +163,8 @@ def test_tower_equals_transformers(case):
     torch.testing.assert_close(ours.tokens.flatten(0, 1), tokens, rtol=1e-4, atol=1e-4)
     assert len(ours.deepstack) == (3 if case.family.startswith("qwen3-vl") else 0)
     for mine, other in zip(ours.deepstack, getattr(theirs, "deepstack_features", ())):
-        torch.testing.assert_close(mine.flatten(0, 1), torch.cat(list(other)), rtol=1e-4, atol=1e-4)
+        images = torch.cat([x.reshape(-1, x.shape[-1]) for x in other])
+        torch.testing.assert_close(mine.flatten(0, 1), images, rtol=1e-4, atol=1e-4)
 
 
 def test_prompt_holds_one_pad_a_token_between_the_familys_marks(case):
@@ -174,18 +176,6 @@ def test_prompt_holds_one_pad_a_token_between_the_familys_marks(case):
     assert text.count(case.mllm.image_token) == (image * 2).count(case.mllm.image_token)
     assert image * 2 + PROMPT.instruction() in text
     assert (ids[case.supervisor.prefix.images] == case.image_id).all()
-
-
-def encoded(case: Case, features: VisualFeatures):
-    """`features` of one pair as transformers' models take an encoder's output."""
-    if features.deepstack:
-        return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=tuple(features.tokens), deepstack_features=[tuple(level) for level in features.deepstack]
-        )
-    tokens = features.tokens if case.family.startswith(("internvl", "gemma3", "fastvlm")) else list(features.tokens)
-    if case.mllm.newline is not None:
-        tokens = [torch.cat([image, case.mllm.newline[None]]) for image in tokens]
-    return BaseModelOutputWithPooling(pooler_output=tokens)
 
 
 def test_replay_equals_transformers(case):
@@ -208,11 +198,8 @@ def test_replay_equals_transformers(case):
     for i, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             pair = theirs.select(torch.tensor([2 * i, 2 * i + 1]))
-            extra = {"image_grid_thw": case.inputs(case.pixels[:2])["image_grid_thw"]} if case.mrope else {}
-            out = case.oracle(
-                **case.asked(completion), **extra, mm_encoder_outputs={"image": encoded(case, pair)},
-                output_attentions=True,
-            )  # fmt: skip
+            with tower_gives(pair, case.oracle):
+                out = case.oracle(**case.asked(completion), **case.inputs(case.pixels[:2]), output_attentions=True)
             predicted = (out.logits[0, len(prefix) - 1 : -1] / TEMPERATURE).log_softmax(-1)
             log_probs = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
             torch.testing.assert_close(result.log_probs[i][g], log_probs.detach(), rtol=1e-3, atol=1e-3)
@@ -241,17 +228,14 @@ def test_a_replay_in_slices_that_computes_all_again_gives_the_same(case):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item())
 
 
-def test_greedy_rollouts_equal_generate_from_pixels(case, monkeypatch):
+def test_greedy_rollouts_equal_generate_from_pixels(case):
     """Everything at once: pixels, tower, prompt, prefill, decode."""
-    if "interpolate_pos_encoding" in case.inputs(case.pixels):  # `generate` refuses to hand this on to the tower
-        look = functools.partial(case.oracle.model.get_image_features, interpolate_pos_encoding=True)
-        monkeypatch.setattr(case.oracle.model, "get_image_features", look)
     supervisor = copy.copy(case.supervisor)
     supervisor.sampling = Sampling(group_size=1, temperature=0.0, top_p=1.0, max_new_tokens=12)
     with torch.no_grad():
         rollouts = supervisor.rollout(case.encoder.tower(case.pixels), torch.arange(2))
     for pair, (ours,) in zip(case.pixels.split(2), rollouts):
-        inputs = {name: value for name, value in case.inputs(pair).items() if name != "interpolate_pos_encoding"}
+        inputs = case.inputs(pair)
         if isinstance(case.mllm.decoder.layers[0].down.weights[0], Tensor):
             out = case.oracle.generate(**case.asked([]), **inputs, max_new_tokens=12, do_sample=False)
             assert ours == out[0, len(supervisor.prefix) :].tolist()
@@ -315,7 +299,8 @@ def test_runs_within_a_sliding_window_are_right_and_longer_ones_refused(family, 
         completion = [50, 60, 70, 80, 90, 100]
         with torch.no_grad():
             pair = encoder.tower(pixels)
-            out = case.oracle(**case.asked(completion), mm_encoder_outputs={"image": encoded(case, pair)})
+            with tower_gives(pair, case.oracle):
+                out = case.oracle(**case.asked(completion), **case.inputs(pixels))
         found.append(out.logits[0, len(supervisor.prefix) - 1 : -1].log_softmax(-1)[range(6), completion])
     (ours,) = supervisor.replay(pair, [Group([completion], [torch.ones(6)], {})]).log_probs[0]
     torch.testing.assert_close(ours, found[0], rtol=1e-3, atol=1e-3)

@@ -339,6 +339,21 @@ def test_a_malformed_file_is_named(file, copy):
     read_pretrained(folder)
 
 
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "chat_template.jinja", "tokenizer.json", "config.json"])
+def test_what_a_copy_left_behind_is_not_taken_for_missing(file, copy, tmp_path):
+    """A hub's cache is links to blobs elsewhere; a clone without Git LFS has pointers. Without the file
+    preprocessor_config.json a model would see other pixels."""
+    folder = copy("qwen3-vl")
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(folder, f"has of its {file} the pointer of Git LFS alone; fetch it with git lfs pull")
+    (folder / file).unlink()
+    (folder / file).symlink_to(tmp_path / "blob")
+    refused(folder, f"has a {file} that is no file; copy the folder with what its links lead to")
+    (tmp_path / "blob").write_bytes(content)
+    read_pretrained(folder)
+
+
 def test_pixels_are_scaled_and_normalised_as_the_processor_says(copy):
     folder = copy("internvl")
 
@@ -470,6 +485,15 @@ def test_a_configuration_of_which_no_model_can_be_built_is_refused(copy):
         refused(folder, "reads vision_feature_layer .* of a tower that has 3 layers")
     edit(folder / "config.json", lambda config: config.update(vision_feature_layer=-4))
     read_pretrained(folder)
+
+
+@pytest.mark.parametrize("ratio", [-10.5, -0.5, 100.0])
+def test_a_token_of_no_pixels_is_refused(ratio, copy):
+    """Found by the hunt: a division by zero."""
+    folder = copy("internvl")
+    edit(folder / "config.json", lambda config: config.update(downsample_ratio=ratio))
+    with pytest.raises(InputError, match=r"token of -?\d+x-?\d+ pixels, by its configuration; restore config.json"):
+        tower_of(read_pretrained(folder).mllm.visual).grid(32, 32)
 
 
 # ── The trainer ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -57,7 +57,8 @@ def oracle(model, prefix, features, groups, anchor):
             pair = VisualFeatures(
                 features.tokens[2 * i : 2 * i + 2], tuple(d[2 * i : 2 * i + 2] for d in features.deepstack)
             )
-            out = model(**oracle_inputs(prefix, pair, completion), output_attentions=True)
+            with oracle_inputs(model, prefix, pair, completion) as inputs:
+                out = model(**inputs, output_attentions=True)
             predicted = (out.logits[0, len(prefix) - 1 : -1] / TEMPERATURE).log_softmax(-1)
             log_prob = predicted.gather(1, torch.tensor(completion)[:, None])[:, 0]
             loss = loss + (group.coefficients[g] * log_prob).sum()

@@ -26,7 +26,8 @@ def model():
 def generate(model, features: VisualFeatures, **settings) -> list[int]:
     prefix = pair_prefix()
     model.generation_config.pad_token_id = 0
-    out = model.generate(**oracle_inputs(prefix, features, []), eos_token_id=EOS, **settings)
+    with oracle_inputs(model, prefix, features, []) as inputs:
+        out = model.generate(**inputs, eos_token_id=EOS, **settings)
     return out[0, len(prefix) :].tolist()
 
 
@@ -112,7 +113,8 @@ def test_sampled_tokens_have_the_models_distribution(model):
     drawn = rollout_pairs(PrefixCache(decoder, prefix), features, torch.tensor([0]), sampling, (-1,))[0]
 
     def nucleus(completion: list[int]) -> torch.Tensor:
-        logits = model(**oracle_inputs(prefix, features, completion)).logits[0, -1].double()
+        with oracle_inputs(model, prefix, features, completion) as inputs:
+            logits = model(**inputs).logits[0, -1].double()
         p = (logits / sampling.temperature).softmax(-1)
         order = p.argsort(descending=True)
         keep = order[: int((p[order].cumsum(0) < sampling.top_p).sum()) + 1]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
 
 from saga_fast.encoder import VisualFeatures
@@ -87,15 +91,34 @@ def nf4(*skipped: str) -> BitsAndBytesConfig:
     )
 
 
-def oracle_inputs(prefix: PairPrefix, features: VisualFeatures, completion: list[int]) -> dict:
-    """What transformers wants for one pair (features of its two images) and one completion."""
+@contextmanager
+def tower_gives(features: VisualFeatures, model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `features`, with their gradients, are what transformers' model makes of any pixels.
+
+    Its tower's last part is replaced. What comes after that differs between versions of transformers, and 5.17 has no
+    `mm_encoder_outputs`.
+    """
+    tokens, *deepstack = (level.flatten(0, 1) for level in features.levels)
+    parts = {
+        "visual": qwen.BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack),
+        "multi_modal_projector": features.tokens,
+        "connector": features.tokens,
+    }
+    (name,) = parts.keys() & dict(model.model.named_children()).keys()
+    with patch.object(getattr(model.model, name), "forward", lambda *_, **__: parts[name]):
+        yield
+
+
+@contextmanager
+def oracle_inputs(
+    model: PreTrainedModel, prefix: PairPrefix, features: VisualFeatures, completion: list[int]
+) -> Iterator[dict]:
+    """What transformers wants, inside, for one pair (features of its two images) and one completion."""
     ids = torch.cat([prefix.input_ids, torch.tensor(completion, dtype=torch.int64)])[None]
-    outputs = qwen.BaseModelOutputWithDeepstackFeatures(
-        pooler_output=tuple(features.tokens), deepstack_features=[tuple(level) for level in features.deepstack]
-    )
-    return dict(
-        input_ids=ids,
-        mm_token_type_ids=(ids == IMAGE).int(),
-        image_grid_thw=torch.tensor([[1, 2 * GRID[0], 2 * GRID[1]]] * 2),
-        mm_encoder_outputs={"image": outputs},
-    )
+    with tower_gives(features, model):
+        yield dict(
+            input_ids=ids,
+            mm_token_type_ids=(ids == IMAGE).int(),
+            image_grid_thw=torch.tensor([[1, 2 * GRID[0], 2 * GRID[1]]] * 2),
+            pixel_values=torch.empty(0),
+        )

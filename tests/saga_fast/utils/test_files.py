@@ -1,4 +1,4 @@
-"""A folder's lock: one process at a time, and free after its process dies."""
+"""A folder's lock: one process at a time, and free after its process dies. Folders that are replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from saga_fast.utils.errors import InputError
-from saga_fast.utils.files import locked
+from saga_fast.utils.files import expect_replaceable, hidden, locked, recover, replace
 
 HOLDER = """
 import sys
@@ -95,3 +95,36 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot be written to"), locked(tmp_path / "run", "--out"):
         pass
     assert (tmp_path / "file").read_text() == "keep"
+
+
+def test_a_link_is_replaced_where_it_leads_to(tmp_path):
+    """As to another disk, to which nothing can be renamed from beside the link."""
+    (tmp_path / "disk").mkdir()
+    (link := tmp_path / "run").symlink_to(tmp_path / "disk" / "one")
+    for content in ("first", "second"):
+        (staging := hidden(link, "partial")).mkdir()
+        (staging / "file").write_text(content)
+        assert staging == tmp_path / "disk/.one.partial"
+        replace(staging, link)
+        assert link.is_symlink() and (tmp_path / "disk/one/file").read_text() == content
+    (tmp_path / "disk/one").rename(tmp_path / "disk/.one.old")
+    recover(link)
+    assert (link / "file").read_text() == "second" and len(list((tmp_path / "disk").iterdir())) == 1
+    process = holder(link)
+    with pytest.raises(InputError, match="in use by process"), locked(tmp_path / "disk/one", "--out"):
+        pass
+    process.kill()
+    process.wait()
+
+
+def test_what_cannot_be_renamed_over_is_named(tmp_path, monkeypatch):
+    expect_replaceable(tmp_path / "none", "--out")
+    expect_replaceable(tmp_path, "--out")
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("."), tmp_path):
+        with pytest.raises(
+            InputError, match="^--out: .* is the working directory, which stays as it is; name a folder"
+        ):
+            expect_replaceable(folder, "--out")
+    with pytest.raises(InputError, match="^--index: '/proc' is a mount point, which stays as it is; name a folder in"):
+        expect_replaceable(Path("/proc"), "--index")

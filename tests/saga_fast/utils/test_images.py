@@ -161,6 +161,7 @@ def bomb(width: int, height: int) -> bytes:
     [
         (b"", "none of JPEG"),
         (b"<html>not found</html>", "none of JPEG"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer that Git LFS left for it; fetch it"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG"),
         (bomb(8193, 8192), f"8193x8192 is more than {MAX_PIXELS} pixels"),
         (bomb(10000, 10000), f"more than {MAX_PIXELS} pixels"),  # Pillow would warn,
