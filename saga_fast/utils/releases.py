@@ -85,7 +85,7 @@ class Release(NamedTuple):
             raise self.error(f"gives no {file} ({first_line(error)})") from error
 
     def expect_configuration(self, accepted: str) -> None:
-        """Raises InputError, which ends in `accepted`, for neither a folder nor a hub id of a model's configuration."""
+        """Raises InputError, which ends in `accepted`, unless the name is a folder or hub id with a configuration."""
         if os.path.isfile(self.name):
             raise self.error(f"is a file, no model; {accepted}")
         if os.path.isdir(self.name):
@@ -122,8 +122,8 @@ class Release(NamedTuple):
         return values
 
     def expect_files(self) -> None:
-        """Raises InputError for a folder with links that lead nowhere, as a hub's cache copied without what it links
-        to, or with Git LFS's pointers in place of files: what is not there would be taken for missing."""
+        """Raises InputError for a folder with broken links, as of a hub's cache copied without their targets, or with
+        Git LFS pointers in place of files, which would count as missing."""
         for path in sorted(Path(self.name).iterdir()) if os.path.isdir(self.name) else ():
             if path.suffix not in FILES:
                 continue
