@@ -524,7 +524,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A
-    # resumed run has its encoder from its own folder, so a tower that is gone meanwhile is not missed.
+    # resumed run reads its encoder from its own folder, so the tower's folder need not exist any more.
     asked = prompt if config.uses_supervisor else None
     kept = stored_encoder(config, out, prompt) if resume else None
     mllm = None

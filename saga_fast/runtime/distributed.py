@@ -177,5 +177,5 @@ def assert_in_sync(*modules: nn.Module) -> None:
             name = next(name for name, ours, its in zip(names, checksums[0], theirs) if ours != its)
             raise OutOfSync(
                 f"rank {other}: its {name} is no longer rank 0's, so the ranks train different encoders; the last "
-                "checkpoint stands: resume from it, and have that rank's device checked"
+                "checkpoint is intact: resume from it, and check that rank's device"
             )

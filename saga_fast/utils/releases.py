@@ -133,7 +133,7 @@ class Release(NamedTuple):
             try:
                 pointer = is_lfs_pointer(path)
             except OSError as error:
-                raise self.error(f"has a {path.name} that cannot be read ({error.strerror}); mend it") from error
+                raise self.error(f"has a {path.name} that cannot be read ({error.strerror}); restore it") from error
             if pointer:
                 raise self.error(f"has of its {path.name} the pointer of Git LFS alone; fetch it with git lfs pull")
 
