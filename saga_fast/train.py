@@ -247,6 +247,7 @@ def optimizer_step(
             break
     # L_DML is the mean over the step's micro-batches, whose number is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
+    # Verdicts and values of this draw count from the replay on.
     t.balance.update(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
     for pair, classes in zip(draw.pairs, draw.classes):
         t.readings.add(pair.attribute_values or [], classes)
