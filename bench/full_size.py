@@ -12,8 +12,8 @@ of about 700 tokens, every other one of which contributes. By default all parts 
 cache`, for which transformers compiles the model, and that takes minutes.
 
 With --card-gib the process may take no more than such a card leaves it, and two steps run by the memory plan's own
-choice: seconds, most bytes allocated and reserved, and the allocator's retries, phase by phase, beside what was
-foretold. A phase that takes longer than --seconds is broken off, and what was found is told.
+choice: seconds, most bytes allocated and reserved, and the allocator's retries, phase by phase, beside the
+prediction. A phase that takes longer than --seconds is stopped, and its results so far are reported.
 
 FILE is written anew after every part, and after every phase of a step.
 """
@@ -423,7 +423,7 @@ def expandable() -> bool | None:
 def steps(
     rig: Rig, room: int, checkpointing: bool, count: int, limit: float | None, note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Steps as the memory plan has them in `room` bytes. limit: seconds of a phase. note: is told after each."""
+    """Steps as the memory plan has them in `room` bytes. limit: seconds of a phase. note: called after each."""
     supervisor, t = rig.supervisor, training(rig)
     settings = Step(
         rig.encoder, SupervisorParts.of(supervisor), IMAGES, rig.shape.pairs, t.dml, 8, checkpointing,

@@ -1,8 +1,8 @@
-"""What is said of GPUs, as a table out of the committed figures: `python -m bench.gpu_table [--write]`.
+"""The table of GPU figures in the docs, from the committed results: `python -m bench.gpu_table [--write]`.
 
-Of each card's folder in bench/results the newest figure of each kind, with what it was measured on. docs/kernels.md
-holds this table between two marks, a test sees that it does, and --write puts it there: a figure without a file cannot
-stand.
+It has the newest figure of each kind from each card's folder in bench/results, with the conditions of its measurement.
+docs/kernels.md has this table between two marks; --write puts it there, and a test compares them, so that every figure
+has its file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MARKS = "<!-- bench.gpu_table -->\n", "<!-- end -->\n"
 ROWS = (1, 8, 16, 32, 64, 128)
 
 Figures = dict[str, Any]
-# Of a case of `bench.full_size`: what is told of it.
+# The columns about a case of `bench.full_size`.
 SAYS: dict[str, tuple[str, Callable[[Figures], str]]] = {
     **{
         f"decode, {rows}": (

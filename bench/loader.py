@@ -27,7 +27,7 @@ BATCH = DataConfig.classes_per_batch * DataConfig.images_per_class
 
 
 def rate(data: ImageDataset, size: int, workers: int, seconds: float) -> float:
-    """Images a second, over `seconds` or a little more, after every worker has delivered a micro-batch."""
+    """Images per second, over `seconds` or a little more, after every worker has delivered a micro-batch."""
     sampler = ClassBalancedSampler(data.labels, DataConfig.classes_per_batch, DataConfig.images_per_class)
     stream = prefetch(Decoder(data, size), sampler, workers)
     for _ in islice(stream, max(1, workers)):

@@ -148,7 +148,7 @@ def measured(shape: str, folder: str, phase: str, settings: dict[str, Any]) -> C
                 encoder.tower(pixels[: settings["images"]]).tokens.sum().backward()
             return {"predicted": predicted}
 
-        for parameter in encoder.parameters():  # gradients stand all the time
+        for parameter in encoder.parameters():  # gradients are resident
             parameter.grad = torch.ones_like(parameter)
         return work
     with torch.no_grad():
@@ -218,7 +218,7 @@ def main() -> None:
         return
     with exit_on_input_error():
         predictor = Predictor(step_of(arguments))
-        print(f"{arguments.model}: what stands all the time")
+        print(f"{arguments.model}: resident memory")
         for name, size in predictor.resident.items():
             print(f"  {name:34}{size / GIB:8.2f} GiB")
         figures = {"resident": predictor.resident, "plans": plan_table(predictor)}

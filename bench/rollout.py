@@ -149,7 +149,7 @@ def greedy(folder: str, shape_name: str, tokens: int) -> Callable[[], dict[str, 
 
 
 def ops(rows: int, width: int, repeats: int) -> Callable[[], dict[str, float]]:
-    """Seconds, in the median, of sampling and of log π at the real vocabulary, and of what they stand for."""
+    """Median seconds of sampling and of log π at the real vocabulary, and of the code that they replace."""
     generator = torch.Generator().manual_seed(0)
     # A few likely tokens and a long tail, as a language model's.
     rank = torch.stack([torch.randperm(VOCABULARY, generator=generator) for _ in range(rows)])

@@ -314,7 +314,7 @@ def _check(folder: Path) -> dict[str, str]:
         hashes = {name: str(json.loads((folder / MANIFEST).read_bytes())["sha256"][name]) for name in (CONFIG, WEIGHTS)}
         found = {name: sha256(folder / name) for name in hashes}
     except OSError as error:
-        raise InputError(f"encoder: {error.filename!r} cannot be read ({error.strerror}); mend it") from error
+        raise InputError(f"encoder: {error.filename!r} cannot be read ({error.strerror}); restore it") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{str(folder / MANIFEST)!r}: not an encoder's manifest; restore the folder") from error
     for name in hashes:

@@ -34,7 +34,7 @@ from PIL import Image
 
 from saga_fast.encoder import Encoder, Picture, expect_finite
 from saga_fast.retrieval import index as indices
-from saga_fast.retrieval.blocks import Blocks, weights_of
+from saga_fast.retrieval.blocks import Blocks, parse_weights
 from saga_fast.retrieval.server import LOOPBACK, serve
 from saga_fast.runtime import distributed
 from saga_fast.utils.errors import InputError, exit_on_input_error, printable
@@ -156,10 +156,10 @@ class Searcher:
         if k < 1:
             raise InputError(f"k: {k}; give 1 or more")
         blocks = self.blocks if explain or weights or only is not None else None
-        weighed = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
+        block_weights = blocks.weights(weights, only) if blocks and (weights or only is not None) else None
         z, k = expect_finite(self.encoder(queries)).cpu().numpy(), min(k, len(self.files))
-        if blocks and weighed is not None:
-            products, rows = indices.nearest(self.faiss, self._vectors, blocks.scaled(z, weighed), k)
+        if blocks and block_weights is not None:
+            products, rows = indices.nearest(self.faiss, self._vectors, blocks.scaled(z, block_weights), k)
         else:
             products, rows = self.faiss.search(z, k)
         results = []
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("--json: given with --html; choose one")
     if parsed.show is not None and not (parsed.explain and parsed.html):
         raise InputError("--show: needs --explain and --html; give both, or leave it out")
-    weights, searcher = weights_of(parsed.attribute), Searcher(parsed.index, parsed.encoder)
+    weights, searcher = parse_weights(parsed.attribute), Searcher(parsed.index, parsed.encoder)
     if parsed.show is not None:
         searcher.blocks.place(parsed.show, "--show")
     results = searcher.search(parsed.queries, parsed.k, explain=parsed.explain, weights=weights, only=parsed.only)

@@ -78,7 +78,7 @@ MAX_SKIPPED = 5  # steps in a row with a loss or gradient that is not finite, be
 
 
 class Diverged(RuntimeError):
-    """Losses or gradients stayed non-finite; what was saved before stands."""
+    """Losses or gradients stayed non-finite. Earlier checkpoints are intact."""
 
 
 @dataclass(eq=False)
@@ -201,7 +201,7 @@ def take_steps(
         )
         if log["skipped_now"] == MAX_SKIPPED:
             raise Diverged(
-                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint stands: "
+                f"{MAX_SKIPPED} steps in a row were not finite (step {step}); the last checkpoint is intact: "
                 "lower the learning rates"
             )
 
@@ -247,6 +247,7 @@ def optimizer_step(
             break
     # L_DML is the mean over the step's micro-batches, whose number is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
+    # Verdicts and values of this draw count from the replay on.
     t.balance.update(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
     for pair, classes in zip(draw.pairs, draw.classes):
         t.readings.add(pair.attribute_values or [], classes)
@@ -524,7 +525,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     steps = config.optim.steps or config.optim.epochs * sampler.batches_per_epoch
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A
-    # resumed run has its encoder from its own folder, so a tower that is gone meanwhile is not missed.
+    # resumed run reads its encoder from its own folder, so the tower's folder need not exist any more.
     asked = prompt if config.uses_supervisor else None
     kept = stored_encoder(config, out, prompt) if resume else None
     mllm = None
@@ -666,7 +667,7 @@ def plan_memory(
         if supervisor.plan.resident:
             supervisor.decoder.reside()
     if distributed.rank() == 0:
-        print(f"memory of a step, {free / GIB:.1f} GiB are there\n{footprint.table()}")
+        print(f"memory of a step, {free / GIB:.1f} GiB are free\n{footprint.table()}")
         if supervisor:
             print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
     return config

@@ -96,21 +96,26 @@ class CheckArguments:
     name: tyro.conf.Positional[str] = ""
     """The data set: cub, cars, aircraft, inat-aves, folder."""
     root: Path | None = None
-    """Folder of its files; of `folder` also a list of one's own."""
+    """Folder of its files; for `folder` also your own list."""
     skip_unreadable: bool = False
-    """As --data.skip-unreadable will: list broken images, go on."""
+    """List broken images without failing, as with --data.skip-unreadable."""
     workers: Annotated[int | None, WORKERS] = None
-    """Processes that open images, 0 for none; default one a core."""
+    """Worker processes that open images, 0 for none; default one per core."""
 
 
 def main(arguments: Sequence[str]) -> None:
     with exit_on_input_error():
         flags = list(arguments[arguments[:1] == ["check"] :])
-        parsed = parse_flags(CheckArguments(), flags, "python -m saga_fast.data check", "Count it and open it all.")
+        parsed = parse_flags(
+            CheckArguments(),
+            flags,
+            "python -m saga_fast.data check",
+            "Compare the counts with the published ones, and open every image.",
+        )
         if len(flags) == len(arguments) or parsed.name not in IN_FILES:
             raise InputError(f"data: say `check`, then one of {', '.join(IN_FILES)}, and where it is with --root")
         if parsed.root is None:
-            raise InputError("--root: missing; name the folder of the data set's files, or a list of one's own")
+            raise InputError("--root: missing; name the folder of the data set's files, or your own list")
         workers = cores() if parsed.workers is None else parsed.workers
         if not check(parsed.name, parsed.root, parsed.skip_unreadable, workers):
             sys.exit(2)

@@ -7,8 +7,8 @@ By folders, ROOT/train/CLASS/IMAGE and ROOT/test/CLASS/IMAGE. By a list, in plac
     /disk/9.png,7,test
 
 A list is UTF-8 text named .csv or .tsv (with a header; commas, semicolons or tabs) or .jsonl, .ndjson or .json (one
-object per line). A path is absolute, or relative to the list's folder; one that does not exist is also tried with
-slashes in place of backslashes. Other columns are ignored. The halves are `train` and `test`. `val` is the test half
+object per line). A path is absolute, or relative to the list's folder; where there is no such file, one with slashes
+in place of backslashes is tried. Other columns are ignored. The halves are `train` and `test`. `val` is the test half
 where there is no `test`; else its images are skipped, and counted.
 """
 

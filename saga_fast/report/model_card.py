@@ -68,7 +68,7 @@ def model_card(
     weights: dict[str, str] | None = None,
 ) -> str:
     """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: of training;
-    weights: `source` and `license` of a separate tower's; None for one from a folder, which is no source for
+    weights: `source` and `license` of a separate tower; None for a tower from a local folder, which is no source for
     others."""
     own, tower = config.data, config.encoder.tower
     if tower is None:

@@ -149,7 +149,7 @@ def write_report(run: Path) -> Path:
         with suppress(OSError):
             staging.unlink(missing_ok=True)
         cause = f"cannot be written ({error.strerror})"
-        raise InputError(f"{run / 'report.html'}: {cause}; mend it, or copy the run elsewhere") from error
+        raise InputError(f"{run / 'report.html'}: {cause}; repair it, or copy the run elsewhere") from error
     return run / "report.html"
 
 

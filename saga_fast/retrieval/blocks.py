@@ -68,7 +68,7 @@ class Blocks:
         return self.names.index(name)
 
 
-def weights_of(given: Sequence[str]) -> dict[str, float]:
+def parse_weights(given: Sequence[str]) -> dict[str, float]:
     """attribute -> weight, from strings "NAME=WEIGHT". Raises InputError for others."""
     weights: dict[str, float] = {}
     for text in given:

@@ -311,7 +311,7 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def is_whole(folder: Path, name: str, info: IndexInfo) -> bool:
-    """Whether the file `name` of an index is there and as it was written."""
+    """Whether the file `name` of an index exists and has its recorded SHA-256."""
     return (folder / name).is_file() and sha256(folder / name) == info.sha256[name]
 
 

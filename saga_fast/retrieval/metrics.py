@@ -81,7 +81,7 @@ def summary(scores: Scores, ks: Sequence[int] = KS) -> dict[str, float]:
 
 def nmi(embeddings: Tensor, labels: Tensor, seed: int = 0) -> float:
     """Normalised mutual information of `labels` and as many clusters by seeded k-means."""
-    from sklearn.metrics import normalized_mutual_info_score  # a second to import, for this alone
+    from sklearn.metrics import normalized_mutual_info_score  # a second to import, and needed only here
 
     return float(normalized_mutual_info_score(labels.cpu(), kmeans(embeddings, len(labels.unique()), seed)))
 

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
-from saga_fast.retrieval.blocks import weights_of
+from saga_fast.retrieval.blocks import parse_weights
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.flags import COUNT
 from saga_fast.utils.images import read_rgb
@@ -127,7 +127,7 @@ def _settings(query: str) -> dict[str, Any]:
         raise InputError(f"k: {k[:20]!r}; give 1 or more")
     if explain not in ("0", "1"):
         raise InputError(f"explain: {explain[:20]!r}; give 0 or 1")
-    return {"k": int(k), "explain": explain == "1", "weights": weights_of(asked.get("attribute", [])), "only": only}
+    return {"k": int(k), "explain": explain == "1", "weights": parse_weights(asked.get("attribute", [])), "only": only}
 
 
 def serve(searcher: Searcher, port: int, host: str = LOOPBACK) -> None:

@@ -40,8 +40,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` into `folder`, then drop all but the newest `keep`; return its path.
 
-    parts: {part: {name: tensor}}, one file a part, on any device; state: JSON-able (int keys come back as strings).
-    run: whose checkpoint it is, which `latest` asks for.
+    parts: {part: {name: tensor}}, one file per part, on any device; state: JSON-able (int keys come back as strings).
+    run: the id of the run, which `latest` compares.
     Checkpoints of later steps, which a resume skips as damaged, are dropped too.
     Raises OSError if the disk is full or read-only; the earlier checkpoints are then intact.
     """
@@ -60,7 +60,7 @@ def save(
         (staging / "manifest.json").write_text(json.dumps({"format": FORMAT, "run": run, "sha256": hashes}, indent=1))
         for path in (*staging.iterdir(), staging):
             flush(path)
-        if final.exists():  # a damaged one that was stepped over, or this very step saved again
+        if final.exists():  # a damaged one that was skipped, or the same step saved again
             os.rename(final, old)
         os.rename(staging, final)
         flush(folder)
@@ -99,7 +99,12 @@ def load(path: str | os.PathLike[str], run: str = "") -> tuple[Parts, dict[str, 
     try:
         parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # its hashes are right, and it is not ours
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        SafetensorError,
+    ) as error:  # hashed right, but not ours
         raise InputError(f"{os.fspath(path)!r}: not a checkpoint ({error}); resume from another") from error
     if not isinstance(state, dict):
         raise InputError(f"{os.fspath(path / 'state.json')!r}: not a checkpoint's state; resume from another")
@@ -128,7 +133,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Load into `optimizer` what `pack_optimizer` gave, also by way of JSON. Raises ValueError if the groups differ."""
+    """Load the result of `pack_optimizer` into `optimizer`, also after a round trip through JSON. Raises ValueError if
+    the groups differ."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | rest["scalars"]).items():
         number, *path, name = key.split(".")
@@ -157,7 +163,7 @@ def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_rng(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Put the generators where `pack_rng` found them; states of CUDA devices that are not here are skipped."""
+    """Restore the generators' states from `pack_rng`; those of missing CUDA devices are skipped."""
     torch.set_rng_state(tensors["torch"])
     for device in range(torch.cuda.device_count()):
         if f"cuda.{device}" in tensors:
@@ -179,7 +185,7 @@ def _step(path: Path) -> int:
 
 
 def _fault(path: Path, run: str) -> str | None:
-    """What is wrong with the checkpoint at `path`, naming the file; None if it is intact, and of `run`."""
+    """The fault of the checkpoint at `path`, naming the file; None if it is intact, and of `run`."""
     manifest = path / "manifest.json"
     try:
         recorded = json.loads(read_regular(manifest, 2**20))
@@ -206,7 +212,7 @@ def _fault(path: Path, run: str) -> str | None:
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(_without_shared_storage(tensors), path)
-    except SafetensorError as error:  # what its own writer makes of a full disk
+    except SafetensorError as error:  # its error on a full disk
         raise OSError(f"{path}: {error}") from error
 
 

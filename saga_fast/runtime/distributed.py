@@ -1,11 +1,11 @@
-"""More than one process, as `torchrun` starts them: data parallelism with PyTorch's own collectives.
+"""Data parallelism over the processes of `torchrun`, with PyTorch's collectives.
 
     torchrun --nproc-per-node 8 -m saga_fast.train …
 
 Each rank holds all weights. All ranks draw the same batches and pairs, each computes its share, and results are
-gathered on all of them, so that all take the same decisions. The loss of a step is the *sum* of what the ranks call
-backward on; gradients are summed over the ranks before the update. With one process nothing communicates, and there is
-no process group.
+gathered on all of them, so that all take the same decisions. The loss of a step is the *sum* of the ranks'
+losses; gradients are summed over the ranks before the update. With one process there is no communication and no
+process group.
 
 Left out: sharded weights and optimizer states, and an all-reduce that overlaps with the backward pass: a step takes
 seconds, the all-reduce milliseconds (`python -m bench.scale --ranks 1..512`).
@@ -35,12 +35,12 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class OutOfSync(RuntimeError):
-    """Ranks that should hold the same weights do not."""
+    """Ranks have different weights, which should be equal."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The group of the processes that torchrun started, NCCL's on GPUs and Gloo's without; none if it started none."""
+    """The process group of torchrun's processes, by NCCL on GPUs, else by Gloo; no group without torchrun."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -48,14 +48,14 @@ def process_group() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(device())
     store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # Restarted processes may be given the store of those that died, and must not read the addresses these left in it.
+    # Restarted processes may get the store of the failed ones, and must not read the addresses left in it.
     store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=TIMEOUT)
     try:
         yield
     except Exception as error:
-        get_error_handler().record_exception(error)  # so that torchrun can say what ended which rank
-        raise  # and leave the group as it is: to take it down could mean to wait for a rank that is gone
+        get_error_handler().record_exception(error)  # so that torchrun can report the error of each rank
+        raise  # without destroying the group, which could wait for a rank that has ended
     dist.destroy_process_group()
 
 
@@ -130,7 +130,7 @@ class _AllGather(torch.autograd.Function):
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor (all of one dtype) by its sum over the ranks, bitwise equal on all of them. One collective
-    on a flat copy: it costs the memory of all gradients, at a time when no activations are left, and one latency."""
+    on a flat copy: it takes the memory of all gradients, when activations are freed already, and one latency."""
     if world_size() > 1 and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -177,5 +177,5 @@ def assert_in_sync(*modules: nn.Module) -> None:
             name = next(name for name, ours, its in zip(names, checksums[0], theirs) if ours != its)
             raise OutOfSync(
                 f"rank {other}: its {name} is no longer rank 0's, so the ranks train different encoders; the last "
-                "checkpoint stands: resume from it, and have that rank's device checked"
+                "checkpoint is intact: resume from it, and check that rank's device"
             )

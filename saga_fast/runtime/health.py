@@ -9,13 +9,13 @@ from torch import Tensor
 
 # Nats, mean |Δ log π| between sampling and replay: a ratio of 1.2 where GRPO assumes 1.
 DRIFT_LIMIT = 0.2
-COLLAPSE_LIMIT = 0.99  # mean cosine between a batch's embeddings: above it all images are alike to the encoder
+COLLAPSE_LIMIT = 0.99  # mean cosine between a batch's embeddings: above it the encoder no longer distinguishes images
 
 
 def embedding_spread(embeddings: Tensor) -> dict[str, float]:
     """Of a batch's unit vectors (B, D_e): mean standard deviation of a coordinate, mean cosine of a pair."""
     count = len(embeddings)
-    together = embeddings.sum(0).square().sum().item()  # Σ over all ordered pairs, each with itself included
+    together = embeddings.sum(0).square().sum().item()  # Σ over all ordered pairs, including each vector with itself
     return {
         "embedding_std": embeddings.std(0).mean().item(),
         "pairwise_cosine": (together - count) / (count * (count - 1)),
@@ -31,7 +31,7 @@ class Health:
         self.steps_without_contribution: list[dict[str, float]] = []  # logs of the steps since a pair contributed
 
     def check(self, step: int, log: dict[str, float]) -> None:
-        """Warns of what is wrong in a step's `log`, which is its line of metrics.jsonl."""
+        """Warns of faults in a step's `log`, which is its line of metrics.jsonl."""
         if log.get("skipped_now"):
             broken = [f"{name} {value}" for name, value in log.items() if not math.isfinite(value)]
             self._warn_once("skipped", step, f"not applied: {', '.join(broken)}; {log['skipped_now']:.0f} in a row")
@@ -55,7 +55,7 @@ class Health:
                 "drifted",
                 step,
                 f"log π of replayed tokens is {log['log_prob_drift']:.2f} nats from what it was when they were "
-                "sampled, in the mean; GRPO takes the policy for the same: try --optim.precision fp32, or "
+                "sampled, on average; GRPO assumes the same policy: try --optim.precision fp32, or "
                 "--supervisor.no-quantize",
             )
         if log.get("voice", 1) < 1:
@@ -85,16 +85,14 @@ class Health:
         if min(same, different) > 0.5:
             why = "it is right every time: raise --rollout.temperature, or leave it out"
         elif max(same, different) < 0.5:
-            why = f"{well_formed:.0%} of its answers have the form asked for: look at --supervisor.model and -.prompt"
+            why = f"{well_formed:.0%} of its answers have the requested form: look at --supervisor.model and -.prompt"
         else:
-            why = (
-                "it gives one verdict whatever it sees: raise --rollout.temperature, or take another --supervisor.model"
-            )
+            why = "it always gives the same verdict: raise --rollout.temperature, or take another --supervisor.model"
         self._warn_once(
             "no_contribution",
             step,
             f"none of the {pairs:.0f} pairs drawn in a pass over the training images contributed; mean reward "
-            f"{same:.2f} on same-class pairs, {different:.2f} on others. The metric loss goes on alone. "
+            f"{same:.2f} on same-class pairs, {different:.2f} on others. The metric loss continues alone. "
             f"The supervisor: {why} (--lambda.lm 0 --lambda.kl 0)",
         )
 

@@ -44,10 +44,10 @@ from saga_kernels.nf4 import BLOCK, NESTED_BLOCK
 
 GIB = 2**30
 MARGIN = 0.1  # share of free memory left alone: fragments of the allocator, the CUDA context
-BANDWIDTH, FLOPS = 3.35e12, 800e12  # of an H100, a second: the data sheet's, and what a large matmul reaches in bf16
+BANDWIDTH, FLOPS = 3.35e12, 800e12  # of an H100, per second: by its data sheet, and of a large bf16 matmul
 LANGUAGE_MODEL = ("language model's layers", "embedding and head")
-# Seconds of the products of one of the 8B's layers, which has so many weights, by rows, on an H200: NF4's own, and
-# dense ones in bf16 (bench/results/nvidia-h200/nf4.json). They rank ways to decode.
+# Seconds, by number of rows, of the products of one layer of the 8B, which has `LAYER` weights, on an H200: fused NF4,
+# and dense bf16 (bench/results/nvidia-h200/nf4.json). They rank ways to decode.
 LAYER = 192_937_984
 FUSED = {1: 82.1e-6, 4: 84.5e-6, 8: 86.1e-6, 16: 102.0e-6, 32: 124.1e-6, 64: 171.0e-6, 128: 275.2e-6}
 DENSE = {1: 138.5e-6, 4: 139.4e-6, 8: 142.1e-6, 16: 138.3e-6, 32: 140.1e-6, 64: 140.1e-6, 128: 144.2e-6}
@@ -106,7 +106,7 @@ def size_of(value: Any) -> int:
 
 
 class SupervisorParts(NamedTuple):
-    """What of a supervisor takes memory."""
+    """The parts of a supervisor that take memory."""
 
     decoder: FrozenDecoder
     prefix: PairPrefix
@@ -119,8 +119,8 @@ class SupervisorParts(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is made of, as `train` has it. supervisor: None where neither of its terms has a weight; then nothing
-    may be asked about rollouts and replay. trained: modules beside the encoder that learn (proxies).
+    """The parts of a step. supervisor: None where neither of its terms has a weight; rollouts and replay then raise
+    ValueError. trained: trainable modules beside the encoder (proxies of the metric loss).
 
     states_bits: of each of AdamW's two moments. checkpointing: of the tower. pairs: K. batch: images of a micro-batch.
     embeds: whether the metric loss keeps the tower's graph; without it only a micro-batch's features stay in memory.
@@ -208,12 +208,12 @@ class Predictor:
             head = step.decoder.head
             self.resident[LANGUAGE_MODEL[0]] = size_of([step.decoder.layers, step.decoder.norm])
             self.resident[LANGUAGE_MODEL[1]] = size_of([step.decoder.embedding, head])
-            self.on_gpu = step.decoder.device.type != "cpu"  # on the meta device it is a GPU's in name
+            self.on_gpu = step.decoder.device.type != "cpu"  # a decoder on the meta device counts as a GPU's
             layer = step.decoder.layers[0]
             self.parts = [
                 out * width for out, width in (layer.qkv.shape, layer.o.shape, layer.gate_up.shape, layer.down.shape)
             ]
-            # Bytes of what is in NF4, dense.
+            # Bytes of the dense copy of the NF4 layers.
             packed = not layer.down.is_dense
             self.dense = packed * step.decoder.depth * sum(self.parts) * step.decoder.dtype.itemsize
         self.block = 0
@@ -244,8 +244,8 @@ class Predictor:
             resident["keys and values of rollouts"] = cache
             if plan.resident:
                 resident[f"{LANGUAGE_MODEL[0]}, dense"] = self.dense
-            if self.on_gpu:  # what a captured step takes is not given back
-                resident["captured decode steps"] = self.draw(slots) + graphs.MOST * graphs.BYTES
+            if self.on_gpu:  # the memory of a captured step stays allocated
+                resident["captured decode steps"] = self.sampling_bytes(slots) + graphs.MOST * graphs.BYTES
             phases["B. roll out"] = self.rollout_peak(slots)
             images = 2 * step.pairs  # whose features are saved, then concatenated
             phases["C. replay"] = 2 * images * self.image_features + max(
@@ -262,10 +262,10 @@ class Predictor:
         step = self.step
         if self._prefill is None:
             self._prefill = prefill_bytes(step.decoder, step.prefix)
-        return step.batch * self.image_features + max(self._prefill, self.draw(slots))
+        return step.batch * self.image_features + max(self._prefill, self.sampling_bytes(slots))
 
-    def draw(self, slots: int) -> int:
-        """Of a decode step's logits, and of what sampling makes of them."""
+    def sampling_bytes(self, slots: int) -> int:
+        """Bytes of a decode step's logits, and of the temporaries of sampling."""
         rows, vocabulary = slots * self.step.sampling.group_size, self.step.decoder.head.shape[0]
         return rows * vocabulary * (self.step.decoder.dtype.itemsize + 8)
 
@@ -284,11 +284,11 @@ class Predictor:
         return self._replays[plan]
 
     def seconds(self, plan: Plan, slots: int) -> float:
-        """Of a step's rollouts and replay, on an H100 or H200; other cards rank plans alike.
+        """Estimated time of a step's rollouts and replay on an H100 or H200, to rank plans; other GPUs rank them alike.
 
-        2 K pairs are begun, and a decode step's products take what `FUSED` and `DENSE` say, its head what reading it
-        takes. A replay's tokens pass through the layers' matmuls forward, back, and where it computes again, at the
-        floor; each visit dequantises the weights, if they are not resident.
+        2 K pairs are started; a decode step's products take the times in `FUSED` and `DENSE`, its head the time to read
+        it. A replay's tokens pass through the layers' matmuls forward, backward, and once more where they are
+        recomputed, at the peak rate; each visit dequantises the weights, unless they are resident.
         """
         step, depth, parts = self.step, self.step.decoder.depth, self.parts
         recomputed_share = {"none": 0.0, "mlp": parts[2] / sum(parts), "full": 1 - parts[3] / sum(parts)}
@@ -304,11 +304,11 @@ class Predictor:
                 2 + recomputed_share[plan.recompute]
             )
             passes *= step.pairs
-        dequantised = 0 if plan.resident else self.dense  # bytes that are written, a visit
+        dequantised = 0 if plan.resident else self.dense  # bytes written per visit
         replayed = 2 * depth * sum(parts) * passes / FLOPS + 2 * visits * dequantised / BANDWIDTH
         rows = slots * members
         many = plan.resident and rows > FUSED_ROWS["cuda"]
-        products = _at(FUSED if self.dense and not many else DENSE, rows) * depth * sum(parts) / LAYER
+        products = _interpolate(FUSED if self.dense and not many else DENSE, rows) * depth * sum(parts) / LAYER
         decoded = products + self.resident[LANGUAGE_MODEL[1]] / BANDWIDTH
         return replayed + -(-2 * step.pairs // slots) * length * decoded
 
@@ -372,13 +372,13 @@ class Predictor:
         remedies += ["fewer --rollout.max-new-tokens"] if step.supervisor else []
         remedies += [f"{'or ' if remedies else ''}fewer images with --data.classes-per-batch"]
         return InputError(
-            f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are there, of "
+            f"memory: a step takes {least.peak / GIB:.2f} GiB at least ({parts}); {free / GIB:.2f} GiB are free, of "
             f"which {MARGIN:.0%} is left alone: pass {', '.join(remedies)}"
         )
 
 
-def _at(table: dict[int, float], rows: int) -> float:
-    """What `table` says for `rows`, on the line between the nearest two."""
+def _interpolate(table: dict[int, float], rows: int) -> float:
+    """The value of `table` at `rows`, by linear interpolation."""
     sizes = sorted(table)
     above = next((i for i, size in enumerate(sizes) if size >= rows and i), len(sizes) - 1)
     low, high = sizes[above - 1], sizes[above]
@@ -407,7 +407,7 @@ def cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mounted: Path = P
         # In a container the path may be the host's, of which only the root is visible.
         inner = root / path.lstrip("/")
         for group in (inner, *(outer for outer in inner.parents if outer.is_relative_to(root))):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # not there; "max", which is no limit
+            with contextlib.suppress(OSError, ValueError, KeyError):  # missing, or "max", which is no limit
                 limit, used = (int((group / name).read_text()) for name in names)
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 free = min(free, max(0, limit - used + int(stat["active_file"]) + int(stat["inactive_file"])))
@@ -485,7 +485,7 @@ def on_meta(value: Any, quantize: bool = False) -> Any:
 
 
 def quantize_head(decoder: FrozenDecoder) -> None:
-    """Embedding and head of a decoder on the meta device in NF4, in name, as `FrozenDecoder` would have them."""
+    """Replaces embedding and head of a decoder on the meta device by NF4 ones, as `FrozenDecoder` has them."""
     tied = decoder.head is decoder.embedding
     decoder.embedding = as_nf4(decoder.embedding, nested=False)
     decoder.head = decoder.embedding if tied else as_nf4(decoder.head, nested=False)

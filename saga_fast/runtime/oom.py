@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class OomBackoff:
-    """limits: for each phase that ran out of memory, the number of items that go through at once from then on."""
+    """limits: for each phase that ran out of memory, the number of items at once from then on."""
 
     def __init__(self) -> None:
         self.limits: dict[str, int] = {}
@@ -40,7 +40,7 @@ class OomBackoff:
             torch.cuda.empty_cache()
             self.limits[phase] = limit // 2
             warnings.warn(
-                f"{phase}: out of memory with {limit} at once, {limit // 2} from now on; results stay those of all",
+                f"{phase}: out of memory with {limit} at once, {limit // 2} from now on; the results stay the same",
                 stacklevel=2,
             )
 
@@ -65,8 +65,8 @@ class GradientCachedForward:
     """A forward of `model` on all rows of `inputs` whose backward may run in chunks.
 
     outputs: the model's outputs as leaves, where the backward pass of a loss ends; `backward` carries on from them.
-    model: rows → tensors with as many rows. parameters: those that get gradients. The graph is kept only where all rows
-    went through at once; else, or where its backward runs out of memory, rows are encoded again. Under `torch.no_grad`
+    model: rows → tensors with as many rows. parameters: those that get gradients. The graph is kept only if all rows
+    were computed at once; else, or if its backward runs out of memory, rows are encoded again. Under `torch.no_grad`
     the outputs need no gradient.
     """
 
@@ -108,8 +108,8 @@ class GradientCachedForward:
 
 @contextmanager
 def gradients_all_or_none(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients that accumulate inside are added to `.grad` at the end, and discarded if an exception leaves. Where
-    there is a gradient already, both are in memory until then."""
+    """Gradients that accumulate inside are added to `.grad` at the end, or discarded on an exception. Where there is
+    a gradient already, both are in memory until then."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

@@ -47,8 +47,8 @@ from saga_fast.utils.errors import InputError, first_line
 from saga_fast.utils.files import flush, hidden, locked, replace
 
 LOG_FILES = "metrics.jsonl", "telemetry.jsonl"
-COUNTS = "step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"  # what a run counts
-SELECTION_METRIC = "validation_recall_at_1"  # the logged figure that best/ is chosen by
+COUNTS = "step", "batches", "skipped", "skipped_in_a_row", "drawn", "contributing", "stale"  # running counts
+SELECTION_METRIC = "validation_recall_at_1"  # the logged metric that selects best/
 
 
 def run_lock(out: Path) -> AbstractContextManager[None]:
@@ -58,7 +58,7 @@ def run_lock(out: Path) -> AbstractContextManager[None]:
 
 @dataclass(eq=False)
 class State:
-    """What training changes: a checkpoint holds it, and what is random."""
+    """The state that training changes; a checkpoint has it, and the random generators."""
 
     encoder: Encoder
     dml: nn.Module
@@ -71,11 +71,11 @@ class State:
 
 class Run:
     """A run's folder and state. On a CPU, with as many ranks and the same memory plan, a resumed run ends in the same
-    bytes as an unbroken one. On a GPU, where some gradients are summed in no fixed order (`index_add_`, the backward of
-    attention), and with another plan, it is the same up to rounding.
+    bytes as an uninterrupted one. On a GPU, where some gradients are summed in varying order (`index_add_`, the
+    backward of attention), and with another plan, it is the same up to rounding.
 
-    Only the first rank writes, and all read: every host must see the folder. Nothing saved belongs to a rank, so any
-    number of ranks can resume.
+    Only the first rank writes, and all read: every host must see the folder. Nothing in it is specific to a rank, so
+    any number of ranks can resume.
     """
 
     def __init__(self, out: Path, config: Config, state: State, total: int) -> None:
@@ -148,7 +148,7 @@ class Run:
         if supervisor and record.get("supervisor_sha256", supervisor) != supervisor:
             raise InputError(
                 f"supervisor.model: {self.config.supervisor.model!r} is another model, or another version of it, than "
-                f"{self.out} began with; give that one's folder"
+                f"{self.out} was started with; give the folder of that model"
             )
         folder = checkpoint.latest(self.out / "checkpoint", self.id)
         if folder is None:
@@ -178,7 +178,7 @@ class Run:
                 os.replace(staging, self.out / "config.json")
             self.tracker = Tracker(self.out, OptionalTracker(self.config.tracker, self.out.name, record), self.step)
         except OSError as error:
-            raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or mend it") from error
+            raise InputError(f"--out: {self.out} cannot be written ({error}); free space, or repair it") from error
 
     def _load(self, parts: checkpoint.Parts, state: dict[str, Any]) -> None:
         self.state.encoder.load_state_dict(parts["encoder"])
@@ -190,7 +190,7 @@ class Run:
             if type(state[name]) is not int or state[name] < 0:
                 raise ValueError(f"{name} is {state[name]!r}, not a count")
             setattr(self, name, state[name])
-        # Batches are dealt again, which a count out of all measure would have go on for years.
+        # Batches are dealt again on resuming, which an absurd count would make endless.
         if self.step > self.total or self.batches > self.step * self.config.rollout.max_batches:
             raise ValueError(f"{self.batches} batches in {self.step} of {self.total} steps")
         if state["sampler"]["dealt"] != self.batches:
@@ -253,7 +253,7 @@ class Run:
     def _warn_on_error(
         self, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError
     ) -> Iterator[None]:
-        """Turns errors of these kinds inside into a warning, one until `what` can be written again."""
+        """Turns errors of these types inside into a warning, only one until `what` can be written again."""
         try:
             yield
             self._failing.discard(what)
@@ -323,7 +323,7 @@ class Run:
         if self.config.log.patience is None or self.recall < 0:
             return
         if not (folder := self.out / "best").is_dir():
-            raise InputError(f"{folder}: could not be written, so the best encoder is gone; run it again, with space")
+            raise InputError(f"{folder}: could not be written, so the best encoder is lost; free space and run again")
         self.state.encoder.load_state_dict(Encoder.from_pretrained(folder).state_dict())
 
     def finish(

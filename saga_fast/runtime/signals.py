@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C let the step under way finish; a second Ctrl-C does not wait for it."""
+"""SIGTERM and Ctrl-C let the current step finish; a second Ctrl-C does not wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its place; the message says where."""
+    """The run was asked to stop, and has saved a checkpoint; the message says at which step."""
 
 
 class StopSignals:
@@ -41,5 +41,5 @@ class StopSignals:
             self._interrupted = True
         if not self.requested:
             # Not print(): the handler may run in the middle of another write to the same stream.
-            os.write(2, b"\nThe step under way is finished and saved, then the run stops; Ctrl-C again stops now.\n")
+            os.write(2, b"\nThe current step is finished and saved, then the run stops; Ctrl-C again stops now.\n")
         self.requested = True

@@ -1,6 +1,6 @@
 """Experiment tracking: TensorBoard always, and trackio or wandb with `--tracker`.
 
-trackio and wandb are no dependencies; of both only `init`, `log`, `Image` and `finish` are used, which they share.
+trackio and wandb are not dependencies; of both only `init`, `log`, `Image` and `finish` are used, which they share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from saga_fast.utils.errors import first_line
 
 
 class OptionalTracker:
-    """An external tracker, or none. What it raises becomes a warning and disables it, so that it never ends a run.
+    """An external tracker, or none. Its exceptions become a warning and disable it, so that it never ends a run.
 
     name: of the tracker's module, None for no tracker. run: the run's name in the tracker, where a resumed run is a new
     one.

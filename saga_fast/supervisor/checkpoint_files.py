@@ -26,7 +26,7 @@ def chat_template(release: Release, tokenizer: PreTrainedTokenizerBase) -> str |
         template = {str(one["name"]): one["template"] for one in template}
     if isinstance(template, dict):
         if "default" not in template:
-            raise release.refused(
+            raise release.error(
                 f"has chat templates named {', '.join(sorted(map(str, template)))} and none named default: "
                 "rename the one for images, or put it into chat_template.jinja"
             )

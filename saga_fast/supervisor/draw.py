@@ -190,13 +190,15 @@ def _judge(
 ) -> dict[int, JudgedPair]:
     if not done:
         return {}
-    completions, two = [pair.completions for pair in done.values()], [classes[i] for i in done]
-    rewards, well_formed = supervisor.judge(completions, [a == b for a, b in two])
+    completions, pair_classes = [pair.completions for pair in done.values()], [classes[i] for i in done]
+    rewards, well_formed = supervisor.judge(completions, [a == b for a, b in pair_classes])
     attribute_values = [supervisor.attribute_values(group) for group in completions] if readings else []
     all_rewards = rewards[:, None]
     if readings:
         names = supervisor.prompt.attributes
-        agreement = torch.stack([readings.rewards(group, of, names) for group, of in zip(attribute_values, two)])
+        agreement = torch.stack(
+            [readings.rewards(group, pair, names) for group, pair in zip(attribute_values, pair_classes)]
+        )
         all_rewards = torch.cat([all_rewards, agreement.flatten(1, 2)], 1)
     all_rewards[[pair.broken for pair in done.values()]] = 0
     advantages, differs, _ = group_advantage(all_rewards)

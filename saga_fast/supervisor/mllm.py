@@ -81,15 +81,15 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
     config = _configuration(release)
     release.expect_no_adapter()
     built = "has a config.json of which no model can be built ({})"
-    with release.telling(built):
+    with release.errors_as(built):
         if reasons := list(_objections(config)):
-            raise release.refused("; it ".join(reasons))
+            raise release.error("; it ".join(reasons))
         max_positions = _max_positions(config.text_config)
         _normalise_flags(release, config)
     release.expect_safetensors()
     family = KINDS[config.model_type]
     statistics = release.pixel_statistics()
-    with release.telling("has a tokenizer that cannot be read ({}); restore its files"):
+    with release.errors_as("has a tokenizer that cannot be read ({}); restore its files"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.chat_template = files.chat_template(release, tokenizer)
     image_token = _image_token(release, config, tokenizer)
@@ -97,7 +97,7 @@ def read_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> Pre
     end_token_ids = files.end_tokens(release, config, tokenizer)
     if (end := end_of_turn(tokenizer)) is not None and end < config.text_config.vocab_size:
         end_token_ids = tuple(dict.fromkeys((*end_token_ids, end)))
-    with release.telling(built):
+    with release.errors_as(built):
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
         visual, decoder, newline = _split_model(skeleton, statistics)
@@ -147,7 +147,7 @@ def load_mllm(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=[*(f"model.{part}" for part in parts if part != language_model), "lm_head"],
         )
-    with release.telling(f"could not be loaded on {device} ({{}})"), quiet():
+    with release.errors_as(f"could not be loaded on {device} ({{}})"), quiet():
         whole = AutoModelForImageTextToText.from_pretrained(name, config=config, **settings)
     expect_shapes(release, whole, skeleton)
     if pretrained.mllm.max_positions is not None:
@@ -179,11 +179,11 @@ def _configuration(release: Release) -> PretrainedConfig:
         else:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             reason = f"is no model ({kind}{first_line(error)}); {accepted}"
-        raise release.refused(reason) from error
+        raise release.error(reason) from error
     # For a type that transformers knows, it would ignore the folder's code and run another model than the author's.
     auto_map = (release.read_json("tokenizer_config.json") or {}).get("auto_map") or {}
     if getattr(config, "auto_map", None) or "AutoTokenizer" in auto_map:
-        raise release.refused(OWN_CODE)
+        raise release.error(OWN_CODE)
     return config
 
 
@@ -293,7 +293,7 @@ def _image_token(release: Release, config: PretrainedConfig, tokenizer: Any) -> 
     number, vocabulary = config.image_token_id, config.text_config.vocab_size
     token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < vocabulary else None
     if token is None or tokenizer.convert_tokens_to_ids(token) != number:
-        raise release.refused(
+        raise release.error(
             f"has image_token_id {number} in its config.json, which its embedding ({vocabulary} tokens) or its "
             "tokenizer does not know; restore config.json and the tokenizer's files"
         )
@@ -307,7 +307,7 @@ def _marks(release: Release, kind: str, tokenizer: PreTrainedTokenizerBase, imag
     for (attribute, _), mark in zip(family.marks, marks):
         if mark not in known or mark == image_token:
             fault = "is its image token" if mark == image_token else "is not in its tokenizer's vocabulary"
-            raise release.refused(
+            raise release.error(
                 f"puts {mark!r} beside an image, as a {kind!r} does, which {fault}; "
                 f"restore the tokenizer's files, or name the token as {attribute} in tokenizer_config.json"
             )

@@ -23,7 +23,7 @@ def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) 
     packed = hasattr(config, "quantization_config")
     if packed:  # the headers of packed weights do not give their shapes
         del config.quantization_config
-    with release.telling("has weights that do not load ({}); restore its files"), quiet(progress=False):
+    with release.errors_as("has weights that do not load ({}); restore its files"), quiet(progress=False):
         # A pair, because of `output_loading_info`, which the type stubs lack.
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             release.name,
@@ -41,16 +41,16 @@ def expect_keys(release: Release, config: PretrainedConfig, dtype: torch.dtype) 
     release.expect_no_adapter(unknown)
     if missing:
         some = f"{len(missing)} of its weights are in no file, the first is {missing[0]}"
-        raise release.refused(f"is not whole ({some}); restore it")
+        raise release.error(f"is not whole ({some}); restore it")
     if unknown:
         some = ", ".join(unknown[:3])
-        raise release.refused(
+        raise release.error(
             f"holds {len(unknown)} weights that a {config.model_type!r} has no place for, such as {some}; "
             "it is another model than its config.json says: restore it, or take those weights out"
         )
     if mismatched and not packed:
         key, actual, expected = mismatched[0]
-        raise release.refused(f"is not whole ({key} is {actual}, its configuration says {expected}); restore the file")
+        raise release.error(f"is not whole ({key} is {actual}, its configuration says {expected}); restore the file")
     return model
 
 
@@ -61,4 +61,4 @@ def expect_shapes(release: Release, model: PreTrainedModel, skeleton: PreTrained
     for key, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "quant_state", parameter).shape)
         if shape != expected[key]:
-            raise release.refused(f"is not whole ({key} is {shape}, its configuration says {expected[key]})")
+            raise release.error(f"is not whole ({key} is {shape}, its configuration says {expected[key]})")

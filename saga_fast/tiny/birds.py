@@ -3,8 +3,8 @@
 A bird is twelve attributes and a species is one combination of them. Species come in families of siblings that differ
 from one another in one or two attributes, as the hard pairs of real bird sets do. Pose, size, light, clutter,
 occlusion, blur and noise are nuisance, set by a `Nuisance`: the tiny supervisor's tower learned from EASY pictures, its
-language model from MODERATE ones; BENCHMARK is clearly shifted, HARD hides a part of what is asked for. Every picture
-is a function of (seed, species, index) alone.
+language model from MODERATE ones; BENCHMARK is clearly shifted, HARD hides some of the attributes. Every picture is a
+function of (seed, species, index) alone.
 
     python -m saga_fast.tiny.birds OUT      # export as an image folder: OUT/{train,test}/CLASS/NNN.png
 """
@@ -157,7 +157,7 @@ def _clip(polygon: np.ndarray, point: Point, normal: Point) -> np.ndarray:
 class _Canvas:
     """Draws in bird units onto the picture and, with the same strokes, onto a map of region ids.
 
-    region: what is painted, one of those that attributes are read at; of any other name, none of them.
+    region: the part that is painted; names other than those of `REGION_OF` are not recorded.
     """
 
     def __init__(self, background: Image.Image, matrix: np.ndarray, offset: np.ndarray, masks: bool):
@@ -297,7 +297,7 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def draw(attributes: dict[str, str], nuisance: Nuisance, rng: np.random.Generator, masks: bool = False) -> Drawing:
-    """One picture of a bird with these attributes, random by `rng` alone; `masks` does not change the picture."""
+    """A picture of a bird with these attributes, a function of `rng`; `masks` does not change the picture."""
     side = SIZE * SUPERSAMPLE
     angle = np.deg2rad(rng.uniform(-1, 1) * nuisance.rotation)
     unit = side * 0.43 * rng.uniform(*nuisance.scale)
@@ -354,7 +354,7 @@ def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
     return [name for name in ATTRIBUTES if a[name] != b[name]]
 
 
-FAMILY = 4  # species a family
+FAMILY = 4  # species per family
 
 
 def species(count: int = 100, seed: int = 0) -> list[dict[str, str]]:
@@ -390,7 +390,7 @@ class DrawnBirds:
     Args:
         split: "train" or "test"; their species, and the families of these, are disjoint.
         species: species in both splits together.
-        images_per_species: pictures of each.
+        images_per_species: pictures per species.
         seed: of the species and of the pictures.
         nuisance: how hard the pictures are, one of `NUISANCES`.
     """

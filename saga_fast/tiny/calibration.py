@@ -1,10 +1,10 @@
 """Third part of the recipe: the verdict, calibrated on the model's own readings.
 
-The language model has learned to judge what is written, and takes every difference that it writes for one that is
-there, or forgives it by chance. Here it answers about pictures that hide a part of what they are asked for, and of each
-answer that it samples the verdict alone is replaced by the truth. So it learns how often two pictures that it reads so
-show one bird, and its doubt comes from the pictures. The other tokens are its own samples at temperature 1: their
-expected gradient is zero, which keeps the reading what it was.
+The language model has learned to judge its own text: it takes every difference that it writes for real, or forgives it
+by chance. Here it answers about pictures that hide some attributes, and only the verdict of each sampled answer is
+replaced by the true one. So it learns how often two pictures with such descriptions show the same bird, and its
+uncertainty comes from the pictures. The other tokens are its own samples at temperature 1: their expected gradient is
+zero, so its descriptions do not change.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from saga_fast.tiny.tower import Log, learning_rate, render, training_attributes
 from saga_fast.towers import tower_of
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, top_p=1.0, max_new_tokens=220)
-VERDICT = 3  # its token's place from an answer's end: yes or no, `"}`, end of turn
+VERDICT = 3  # position of its token from an answer's end: yes or no, `"}`, end of turn
 APART = {0: 0.5, 1: 0.15, 2: 0.15, None: 0.2}  # share of pairs by how many attributes differ; None: strangers
 
 
 class Answers(NamedTuple):
-    """What the model says of n pairs that share a question. question: order, and whether the prompt is generic.
-    features: bf16, of 2n pictures. texts: of each pair, with the verdict that is true."""
+    """The model's answers about n pairs with the same prompt. question: order, and whether the prompt is generic.
+    features: bf16, of 2n pictures. texts: of each pair, with the true verdict."""
 
     question: tuple[Order, bool]
     features: VisualFeatures
@@ -68,7 +68,7 @@ def draw_pairs(count: int, rng: np.random.Generator) -> list[tuple[dict[str, str
 
 
 def with_verdict(text: str, key: str, same: bool) -> str | None:
-    """The answer with this verdict in place of its own; None for one that is no JSON as the model was taught it."""
+    """The answer with this verdict in place of its own; None for an answer that is not JSON in the trained form."""
     try:
         answer = json.loads(text)
     except ValueError:
@@ -79,7 +79,7 @@ def with_verdict(text: str, key: str, same: bool) -> str | None:
 
 
 def answers(mllm: Mllm, seed: int, count: int) -> Iterator[Answers]:
-    """What the model says of `count` pairs in each question, half of them in BENCHMARK pictures, half in HARD ones."""
+    """The model's answers about `count` pairs per prompt, half of them in BENCHMARK pictures, half in HARD ones."""
     for (number, order), generic in itertools.product(enumerate(ORDERS), (False, True)):
         prompt = PROMPT.as_generic() if generic else PROMPT
         for part, nuisance in enumerate((BENCHMARK, HARD)):
@@ -120,7 +120,7 @@ def loss(
 
 @dataclass(frozen=True)
 class Calibration:
-    """pairs: that the model answers about, in each question. batch: answers per step."""
+    """pairs: that the model answers about, per prompt. batch: answers per step."""
 
     pairs: int = 768
     steps: int = 300

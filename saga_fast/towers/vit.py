@@ -82,24 +82,24 @@ def load_vit(name: str | Path) -> PreTrainedModel:
             raise ValueError("trust_remote_code")
     except Exception as error:  # of any type: a configuration's class computes with the file's values
         if "trust_remote_code" in str(error):
-            raise release.refused(OWN_CODE) from error
+            raise release.error(OWN_CODE) from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise release.refused(f"is no model ({kind}{first_line(error)}); {_ACCEPTED}") from error
+        raise release.error(f"is no model ({kind}{first_line(error)}); {_ACCEPTED}") from error
     release.expect_no_adapter()
     if hasattr(config, "image_token_id"):
-        raise release.refused(
+        raise release.error(
             f"is a {config.model_type!r}, a multimodal language model; "
             "name it with --supervisor.model, and its tower is trained"
         )
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "patch_size"):
-        raise release.refused(f"is a {vision.model_type!r}, which has no patches; {_ACCEPTED}")
+        raise release.error(f"is a {vision.model_type!r}, which has no patches; {_ACCEPTED}")
     release.expect_safetensors()
     release.expect_weights()
     statistics = release.pixel_statistics()
     if hasattr(vision, "vision_use_head"):
         vision.vision_use_head = False
-    with release.telling("could not be loaded ({})"), quiet():
+    with release.errors_as("could not be loaded ({})"), quiet():
         model, loaded = AutoModel.from_pretrained(
             name, config=vision, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING
         )
@@ -108,7 +108,7 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     kept = model.state_dict()
     if missing := sorted(key for key in loaded["missing_keys"] if key in kept):
         some = f"{len(missing)} of its weights are in no file, the first is {missing[0]}"
-        raise release.refused(f"is not whole ({some}); restore it")
+        raise release.error(f"is not whole ({some}); restore it")
     model.config.update(statistics)
     if not Path(name).exists():  # a local folder is no source for others
         model.config.weights = {"source": str(name), "license": "unknown"}

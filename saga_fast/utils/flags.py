@@ -168,7 +168,7 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
 
 def _expect_values(default: Any, arguments: Sequence[str]) -> None:
     """Raises InputError for a switch with a value, which tyro would take for a separate word, naming both forms of the
-    switch; and for an empty path or text, as from an unset shell variable, which would mean the working directory, or
+    switch; and for an empty path or text, as from an unset shell variable, which would mean the working directory or
     the default."""
     switches: dict[str, tuple[str, str]] = {}
     texts: set[str] = set()

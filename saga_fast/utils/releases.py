@@ -60,14 +60,14 @@ class Release(NamedTuple):
     name: str | Path
     flag: str
 
-    def refused(self, what: str) -> InputError:
+    def error(self, what: str) -> InputError:
         return InputError(f"{self.flag}: {self.name} {what}")
 
     def malformed(self, file: str, what: str) -> InputError:
-        return self.refused(f"has a malformed {file} ({what}); restore the file")
+        return self.error(f"has a malformed {file} ({what}); restore the file")
 
     @contextmanager
-    def telling(self, what: str) -> Iterator[None]:
+    def errors_as(self, what: str) -> Iterator[None]:
         """Around calls of other libraries with the content of files: turns any exception into an InputError with the
         text `what`, whose {} is replaced by the cause. InputError and out-of-memory errors pass unchanged."""
         try:
@@ -75,37 +75,37 @@ class Release(NamedTuple):
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of any kind, as anything may be in those files
-            raise self.refused(what.format(f"{type(error).__name__}: {first_line(error)}")) from error
+            raise self.error(what.format(f"{type(error).__name__}: {first_line(error)}")) from error
 
     def find(self, file: str) -> str | None:
         """The path of `file` on this machine; None where the model has none."""
         try:
             return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
-            raise self.refused(f"gives no {file} ({first_line(error)})") from error
+            raise self.error(f"gives no {file} ({first_line(error)})") from error
 
     def expect_configuration(self, accepted: str) -> None:
-        """Raises InputError, which ends in `accepted`, for neither a folder nor a hub id of a model's configuration."""
+        """Raises InputError, which ends in `accepted`, unless the name is a folder or hub id with a configuration."""
         if os.path.isfile(self.name):
-            raise self.refused(f"is a file, no model; {accepted}")
+            raise self.error(f"is a file, no model; {accepted}")
         if os.path.isdir(self.name):
             if not os.path.isfile(os.path.join(self.name, CONFIG_NAME)):
                 self.expect_no_adapter()
-                raise self.refused(f"has no {CONFIG_NAME}, so it is no model; {accepted}")
+                raise self.error(f"has no {CONFIG_NAME}, so it is no model; {accepted}")
             return
         try:
             validate_repo_id(str(self.name))
             cached_file(self.name, CONFIG_NAME)
         except HFValidationError as error:
-            raise self.refused(f"is no model (neither a folder here nor a hub id, OWNER/NAME); {accepted}") from error
+            raise self.error(f"is no model (neither a folder here nor a hub id, OWNER/NAME); {accepted}") from error
         except (OSError, ValueError) as error:
             if "gated" in str(error):
                 what = "is gated; accept its terms on its page, then log in with `hf auth login`"
-                raise self.refused(what) from error
+                raise self.error(what) from error
             if CONFIG_NAME in str(error):
                 self.expect_no_adapter()
             what = f"is no model (no folder here; of the hub: {first_line(error)}); {accepted}"
-            raise self.refused(what) from error
+            raise self.error(what) from error
 
     def read_json(self, file: str) -> dict[str, Any] | None:
         """The JSON object in `file`, None where the model has none."""
@@ -114,7 +114,7 @@ class Release(NamedTuple):
         try:
             values = json.loads(read_regular(path, MAX_BYTES))
         except OSError as error:
-            raise self.refused(f"has a {file} that cannot be read ({error.strerror})") from error
+            raise self.error(f"has a {file} that cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
             raise self.malformed(file, first_line(error)) from error
         if not isinstance(values, dict):
@@ -122,20 +122,20 @@ class Release(NamedTuple):
         return values
 
     def expect_files(self) -> None:
-        """Raises InputError for a folder with links that lead nowhere, as a hub's cache copied without what it links
-        to, or with Git LFS's pointers in place of files: what is not there would be taken for missing."""
+        """Raises InputError for a folder with broken links, as of a hub's cache copied without their targets, or with
+        Git LFS pointers in place of files, which would count as missing."""
         for path in sorted(Path(self.name).iterdir()) if os.path.isdir(self.name) else ():
             if path.suffix not in FILES:
                 continue
             if not path.is_file():
                 mend = "copy the folder with what its links lead to (cp -rL)" if path.is_symlink() else "restore it"
-                raise self.refused(f"has a {path.name} that is no file; {mend}")
+                raise self.error(f"has a {path.name} that is no file; {mend}")
             try:
                 pointer = is_lfs_pointer(path)
             except OSError as error:
-                raise self.refused(f"has a {path.name} that cannot be read ({error.strerror}); mend it") from error
+                raise self.error(f"has a {path.name} that cannot be read ({error.strerror}); restore it") from error
             if pointer:
-                raise self.refused(f"has of its {path.name} the pointer of Git LFS alone; fetch it with git lfs pull")
+                raise self.error(f"has of its {path.name} the pointer of Git LFS alone; fetch it with git lfs pull")
 
     def expect_no_adapter(self, weights: Iterable[str] = ()) -> None:
         """Raises InputError for an adapter: without peft, transformers ignores it and runs the base model alone.
@@ -143,14 +143,14 @@ class Release(NamedTuple):
         weights: names of weights that the model has no place for.
         """
         if self.find(ADAPTER_CONFIG_NAME):
-            raise self.refused(f"holds {MERGE} ({ADAPTER_CONFIG_NAME} is there)")
+            raise self.error(f"holds {MERGE} ({ADAPTER_CONFIG_NAME} is there)")
         if adapter := next((key for key in weights if _ADAPTER.search(key)), None):
-            raise self.refused(f"holds {MERGE} (its weights have {adapter})")
+            raise self.error(f"holds {MERGE} (its weights have {adapter})")
 
     def expect_safetensors(self) -> None:
         """Raises InputError where the index of a sharded checkpoint names files that are no safetensors."""
         if bad := sorted(file for file in self._shards() or () if not file.endswith(".safetensors")):
-            raise self.refused(f"names {bad[0]!r} among its weights; {SAFETENSORS}")
+            raise self.error(f"names {bad[0]!r} among its weights; {SAFETENSORS}")
 
     def expect_weights(self) -> None:
         """Raises InputError for a file of weights that is missing, or not as long as its header says."""
@@ -158,13 +158,13 @@ class Release(NamedTuple):
         for file in shards or (SAFE_WEIGHTS_NAME,):
             if (path := self.find(file)) is None:
                 if shards:
-                    raise self.refused(f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} names {file}, which is missing)")
-                raise self.refused(f"has no weights in safetensors files; {SAFETENSORS}")
+                    raise self.error(f"is not whole ({SAFE_WEIGHTS_INDEX_NAME} names {file}, which is missing)")
+                raise self.error(f"has no weights in safetensors files; {SAFETENSORS}")
             try:
                 with safe_open(path, "pt"):
                     pass
             except (OSError, SafetensorError) as error:
-                raise self.refused(f"is not whole ({file}: {first_line(error)}); restore the file") from error
+                raise self.error(f"is not whole ({file}: {first_line(error)}); restore the file") from error
 
     def _shards(self) -> list[str] | None:
         """The files that a sharded checkpoint's index names; None where there is no index."""
@@ -212,7 +212,7 @@ class Release(NamedTuple):
         if abs(unit - 1) > 1e-3:
             if mean is None or std is None:
                 what = f"rescales channels by {unit / 255:g} in its {file}, which lacks image_mean or image_std"
-                raise self.refused(f"{what}: add them")
+                raise self.error(f"{what}: add them")
             mean, std = [x / unit for x in mean], [x / unit for x in std]
         return {key: values for key, values in (("image_mean", mean), ("image_std", std)) if values is not None}
 

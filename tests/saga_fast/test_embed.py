@@ -336,7 +336,7 @@ def test_a_damaged_index_says_which_file(encoder, pictures, tmp_path, name, how)
     [
         (["{pictures}"], "--index: missing"),
         (["{pictures}", "--index", "{tmp}/index", "--encoder", ""], "--encoder: empty; give a value"),
-        (["{pictures}", "--index", "{tmp}/index", "--encoder", "{tmp}"], "holds no config.json"),
+        (["{pictures}", "--index", "{tmp}/index", "--encoder", "{tmp}"], "has no config.json"),
         (["--index", "{tmp}/index"], "IMAGES: none found in nothing"),
         (["{tmp}/nowhere", "--index", "{tmp}/index"], "nowhere' does not exist"),
         (["{tmp}/*.png", "--index", "{tmp}/index"], "IMAGES: none found in"),

@@ -98,7 +98,7 @@ def test_names_that_are_no_text_are_printed_as_escapes(root, capsys):
     "arguments,message",
     [
         ([], "--encoder: missing"),
-        (["--encoder", "{root}"], "holds no config.json"),
+        (["--encoder", "{root}"], "has no config.json"),
         (["--encoder", "{root}/encoder", "--data.name", "folder"], "--data.root: missing"),
         (["--encoder", "{root}/encoder", "--json", "{root}/no/such/folder.json"], "--json: the folder of"),
         (["--encoder", "{root}/encoder", "--data.image-size", "64"], "64; this encoder reads 32 pixels a side, and no"),

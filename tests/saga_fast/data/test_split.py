@@ -96,7 +96,7 @@ def test_val_tests_where_there_is_no_test_and_else_is_left_out_and_counted(root)
 
 def test_classes_in_both_halves_are_told(root):
     (root / "my.csv").write_text(table(IMAGES).replace("tit", "barn owl"))
-    with pytest.warns(UserWarning, match="1 of 2 test classes are in the training half too, so the figures are not of"):
+    with pytest.warns(UserWarning, match="1 of 2 test classes are in the training half too, so the figures are not"):
         load_dataset("folder", root / "my.csv")
 
 

@@ -250,7 +250,7 @@ def test_a_broken_file_is_named_and_no_report_is_left(run, name, content, messag
 def test_a_page_that_cannot_be_written_is_named(run, capsys):
     (run / "report.html").mkdir()
     with pytest.raises(
-        InputError, match="report.html: cannot be written .Is a directory.; mend it, or copy the run els"
+        InputError, match="report.html: cannot be written .Is a directory.; repair it, or copy the run els"
     ):
         main([str(run)])
     assert not list(run.glob(".*"))

@@ -23,7 +23,7 @@ def test_spread_is_that_of_all_pairs():
 
 @pytest.mark.parametrize(
     "same,different,why",
-    [(1.0, 0.9, "right every time"), (0.0, 0.1, "25% of its answers"), (1.0, 0.0, "one verdict whatever it sees")],
+    [(1.0, 0.9, "right every time"), (0.0, 0.1, "25% of its answers"), (1.0, 0.0, "always gives the same verdict")],
 )
 def test_a_pass_without_a_contributing_pair_is_told_with_the_rewards(same, different, why):
     health = Health(pass_batches=5)
