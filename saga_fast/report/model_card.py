@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -18,6 +19,8 @@ DATA = {
     "inat-aves": "The birds of iNaturalist 2021 (train_mini)",
     "folder": "A folder of images, one folder a class",
 }
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 CARD = """---
 {metadata}
@@ -70,8 +73,9 @@ def model_card(
     """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: trained;
     weights: `source` and `license` of a tower's that is no MLLM's."""
     own, tower = config.data, config.encoder.tower
-    model = config.supervisor.model if tower is None else (weights or {}).get("source", tower)
-    published = model != TINY and not Path(model).exists()  # a folder's name says nothing to others
+    model = config.supervisor.model if tower is None else (weights or {}).get("source", "")
+    # A folder's name says nothing to others, also where it is gone by now; of a tower's folder no source is known.
+    published = bool(model) if tower else bool(HUB_ID.fullmatch(model)) and not Path(model).exists()
     metadata = ModelCardData(
         license=config.encoder.license,
         library_name="saga_fast",
@@ -89,7 +93,8 @@ def model_card(
     # Paths on the training machine stay private.
     settings["data"]["root"] = None
     settings["supervisor"]["model"] = model if tower is None and (published or model == TINY) else None
-    settings["encoder"]["tower"] = tower if tower is None or not Path(tower).exists() else None
+    settings["supervisor"]["prompt"] = Path(config.supervisor.prompt).name
+    settings["encoder"]["tower"] = tower if published else None
     return CARD.format(
         metadata=metadata.to_yaml(),
         embedding_dim=config.encoder.embedding_dim,

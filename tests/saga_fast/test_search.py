@@ -478,7 +478,7 @@ def test_an_index_from_before_there_were_attributes_gets_them_by_embedding_again
         (["--attribute", "=2"], "--attribute: '=2'; give NAME=WEIGHT"),
         (["--attribute", "legs=2", "--attribute", "legs=3"], "'legs=3' names it again"),
         (["--only", "leg"], "--only: 'leg' is no attribute of this encoder; did you mean 'legs'?"),
-        (["--only", ""], "--only: '' is no attribute"),
+        (["--only", ""], "--only: empty; give a value"),
         (["--only", "legs", "--attribute", "legs=2"], "--only: given with --attribute; choose one"),
         (["--show", "legs"], "--show: chooses what lights the page"),
         (["--explain", "--html", "--show", "lags"], "--show: 'lags' is no attribute of this encoder"),
