@@ -84,7 +84,7 @@ DIFFERENCES = [
 # default's 50 it is still rising when the steps that fit in minutes are over.
 SIZE = (
     *("--data.train-classes", "12", "--data.classes-per-batch", "8", "--data.images-per-class", "8"),
-    *("--rollout.pairs", "4", "--encoder.embedding-dim", "768", "--lambda.no-adaptive"),
+    *("--rollout.pairs", "4", "--encoder.embedding-dim", "768", "--lambda.no-adaptive", "--optim.pooler-lr", "2e-3"),
 )
 STEPS, TUNING_STEPS = 60, 30
 RATES, WEIGHTS = ("1e-4", "2e-4"), ("0.3", "1")

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # --help, and what is wrong with the flags, before t
         parse(sys.argv[1:])
 
 import dataclasses
+import itertools
 import math
 import shlex
 import time
@@ -62,7 +63,13 @@ from saga_fast.supervisor.prompt import Prompt
 from saga_fast.supervisor.prompt_file import load_prompt, stored_prompt
 from saga_fast.supervisor.replay import AnchorAttention, Group, ReplayResult
 from saga_fast.supervisor.rollout import Sampling
-from saga_fast.supervisor.supervisor import AttributePositions, Supervisor, anchor_layer_index, positions, prompt_prefix
+from saga_fast.supervisor.supervisor import (
+    AttributePositions,
+    Supervisor,
+    anchor_layer_index,
+    flat_positions,
+    prompt_prefix,
+)
 from saga_fast.supervisor.verdict import tokens_by_attribute
 from saga_fast.tiny import SUPERVISOR
 from saga_fast.towers import load_tower, tower_of
@@ -78,13 +85,13 @@ class Diverged(RuntimeError):
 class Training:
     """Models, optimizer and data of a run. autocast: makes a context for tower and pooler, never for the supervisor.
 
-    supervisor_or_none: None where neither of its terms has a weight. supervisor_sha256: of its weights, which no step
-    changes. batches: endless micro-batches of the training half.
+    supervisor_sha256: of the supervisor's weights, which no step changes; None without one. batches: micro-batches of
+    the training half, without end.
     """
 
     config: Config
     encoder: Encoder
-    supervisor_or_none: Supervisor | None
+    _supervisor: Supervisor | None
     dml: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -100,11 +107,16 @@ class Training:
         return self.encoder.device
 
     @property
+    def has_supervisor(self) -> bool:
+        """Whether λ_lm or λ_kl is above 0. A run without a supervisor trains by the metric loss alone."""
+        return self._supervisor is not None
+
+    @property
     def supervisor(self) -> Supervisor:
-        """Raises ValueError where the run has none; then no pairs are drawn either."""
-        if self.supervisor_or_none is None:
+        """Raises ValueError where the run has none."""
+        if self._supervisor is None:
             raise ValueError("lambda.lm and lambda.kl are 0, so there is no supervisor")
-        return self.supervisor_or_none
+        return self._supervisor
 
     @property
     def supervisor_weight(self) -> float:
@@ -146,8 +158,8 @@ class Pair(NamedTuple):
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Runs (or resumes) `config` in the folder `out`, which is locked meanwhile; returns what final.json holds. Raises
-    InputError, Diverged."""
+    """Runs (or resumes) `config` in the folder `out`, which is locked meanwhile; returns the content of final.json.
+    Raises InputError, Diverged."""
     out = Path(out)
     with run_lock(out):
         if resume:
@@ -161,9 +173,8 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
 def take_steps(
     t: Training, run: Run, validation_images: PixelLoader | None, test_images: PixelLoader
 ) -> dict[str, Any]:
-    """From the run's step to its end; returns what final.json holds. Raises InputError, Diverged."""
+    """Takes the remaining steps of the run; returns the content of final.json. Raises InputError, Diverged."""
     config = t.config
-    sampled = sampled_steps(run.total, config.log.samples_every)
     t.encoder.train()
     progress = tqdm(
         range(run.step, run.total),
@@ -174,15 +185,10 @@ def take_steps(
         dynamic_ncols=True,
         disable=distributed.rank() > 0,
     )
+    every = config.log.evaluate_every
     for step in run.steps(progress):
-
-        def sample(buffer: list[Pair], step: int = step) -> None:
-            if buffer and step in sampled and distributed.rank() == 0:
-                run.sample(step, describe(t.supervisor, t.encoder, buffer, t.autocast()), sheet(buffer))
-
-        log = optimizer_step(t, step, run.contribution_rate, sample)
+        log = optimizer_step(t, step, run.contribution_rate, partial(save_samples, t, run, step))
         log |= run.count(log)
-        every = config.log.evaluate_every
         if every and validation_images and (step + 1) % every == 0:
             held_out = embed_images(t.encoder.eval(), validation_images)
             log[SELECTION_METRIC] = score(held_out, validation_images.labels)["recall_at_1"]
@@ -199,7 +205,7 @@ def take_steps(
                 "lower the learning rates"
             )
 
-    if t.supervisor_or_none and t.supervisor.decoder.fingerprint() != t.supervisor_sha256:
+    if t.has_supervisor and t.supervisor.decoder.fingerprint() != t.supervisor_sha256:
         raise RuntimeError("the supervisor's weights changed during the run: it was not frozen")
     run.load_best()
     embeddings = embed_images(t.encoder.eval(), test_images)
@@ -207,34 +213,39 @@ def take_steps(
     return run.finish(after, t.supervisor_sha256, test_images, embeddings)
 
 
+def save_samples(t: Training, run: Run, step: int, buffer: list[Pair]) -> None:
+    """Writes rollouts and attention of the buffered pairs for the report, in some of the steps."""
+    if buffer and distributed.rank() == 0 and step in sampled_steps(run.total, t.config.log.samples_every):
+        run.sample(step, describe(t.supervisor, t.encoder, buffer, t.autocast()), sheet(buffer))
+
+
 def optimizer_step(
-    t: Training, step: int, contribution_rate: float, sample: Callable[[list[Pair]], None]
+    t: Training, step: int, contribution_rate: float, before_update: Callable[[list[Pair]], None]
 ) -> dict[str, float]:
     """One update of the encoder. Returns the step's line of metrics.jsonl, without what a run counts over its steps.
 
-    contribution_rate: share of the pairs drawn so far that contributed. sample: called with the buffer, before the
-    weights that rolled it out change.
+    contribution_rate: share of the pairs drawn so far that contributed. before_update: called with the buffer, under
+    the weights that rolled it out.
     """
     config, started = t.config, time.perf_counter()
     t.optimizer.zero_grad(set_to_none=True)
     buffer: list[Pair] = []
     draw, losses_dml = Draw(), []
-    while True:
+    for batch in itertools.islice(t.batches, config.rollout.max_batches):
         # ── A. Embed a micro-batch; metric loss, with its gradient ──────────────────────────────────────────────────
-        batch = next(t.batches)
         embeddings, features, loss_dml = embed_batch(t, batch)
         losses_dml.append(loss_dml)
-        if t.supervisor_or_none is None:
+        if not t.has_supervisor:
             break
 
         # ── B. Draw pairs and roll them out, without gradient, until K contribute ───────────────────────────────────
-        missing = config.rollout.pairs - len(buffer)
-        rows, drawn = rollout_batch(t, batch, features, (step << 20) + len(draw.pairs), missing, contribution_rate)
-        buffer += contributing_pairs(batch, len(losses_dml), features, rows, drawn)
+        first_id, missing = (step << 20) + len(draw.pairs), config.rollout.pairs - len(buffer)
+        pair_rows, drawn = rollout_batch(t, batch, features, first_id, missing, contribution_rate)
+        buffer += contributing_pairs(batch, len(losses_dml), features, pair_rows, drawn)
         draw.extend(drawn)
-        if len(buffer) >= config.rollout.pairs or len(losses_dml) == config.rollout.max_batches:
+        if len(buffer) >= config.rollout.pairs:
             break
-    # The metric loss is a mean over all micro-batches of the step, and how many there are is known only now.
+    # L_DML is the mean over the step's micro-batches, whose number is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
     t.balance.update(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
     for pair, classes in zip(draw.pairs, draw.classes):
@@ -252,7 +263,7 @@ def optimizer_step(
     if buffer and t.supervisor_weight > 0:
         log |= replay_buffer(t, buffer)
     gradient_supervisor = take_gradients(t.parameters)
-    sample(buffer)
+    before_update(buffer)
 
     # ── Add up, clip, update ────────────────────────────────────────────────────────────────────────────────────────
     log |= combine_gradients(t, gradient_dml, gradient_supervisor)
@@ -288,8 +299,8 @@ def rollout_batch(
     t: Training, batch: Batch, features: VisualFeatures, first_id: int, wanted: int, contribution_rate: float
 ) -> tuple[Tensor, Draw]:
     """Phase B: rolls out pairs of one micro-batch, same-class and different-class in turn, until `wanted` contribute.
-    Returns the pairs (n, 2) as rows of the batch, and the draw of the first of them. Pair i has the id first_id + i,
-    unique in the run."""
+    Returns all its pairs, as rows (n, 2) of the batch, and the draw, which covers the first of them. Pair i has the id
+    first_id + i, unique in the run."""
     config = t.config
     pairs = draw_pairs(batch.labels, config.rollout.pairs_per_batch, config.seed, first_id)
     classes = [(a, b) for a, b in batch.labels[pairs].tolist()]
@@ -299,22 +310,22 @@ def rollout_batch(
 
 
 def contributing_pairs(
-    batch: Batch, micro_batch: int, features: VisualFeatures, rows: Tensor, draw: Draw
+    batch: Batch, micro_batch: int, features: VisualFeatures, pair_rows: Tensor, draw: Draw
 ) -> list[Pair]:
-    """The contributing pairs of a draw, for the buffer. rows (n, 2): see `rollout_batch`."""
+    """The contributing pairs of a draw, for the buffer. pair_rows: as `rollout_batch` returns them."""
     image_ids = torch.tensor(batch.indices) + (micro_batch << 32)  # an image is augmented anew in each micro-batch
     return [
         Pair(
-            image_ids[rows_of_pair],
-            batch.pixels[rows_of_pair],
-            features.select(rows_of_pair.to(features.tokens.device)),
+            image_ids[rows],
+            batch.pixels[rows],
+            features.select(rows.to(features.tokens.device)),
             pair.completions,
             pair.rewards,
             pair.advantages,
             pair.credit,
             pair.log_probs,
         )
-        for rows_of_pair, pair in zip(rows, draw.pairs)
+        for rows, pair in zip(pair_rows, draw.pairs)
         if pair.contributes
     ]
 
@@ -332,14 +343,17 @@ def replay_buffer(t: Training, buffer: list[Pair]) -> dict[str, float]:
     if t.config.reads_attributes:
         attribute_positions = [t.supervisor.attribute_positions(pair.completions) for pair in own_pairs]
     if t.config.lambda_.kl > 0:
-        target_positions = [rewarded_positions(pair, found) for pair, found in zip(own_pairs, attribute_positions)]
+        target_positions = [rewarded_positions(*pair) for pair in zip(own_pairs, attribute_positions)]
     rewarded = sum(distributed.all_gather_object(sum(map(len, target_positions))))
     loss_lm = loss_kl = 0.0
     drift: list[float] = []
     if own_pairs:
-        # The features that the pairs were rolled out with: no weight has changed since.
+        # These are the features of the rollouts: no weight has changed since.
         leaves = VisualFeatures.of([torch.cat(level) for level in zip(*(pair.features.levels for pair in own_pairs))])
-        groups = [make_group(t, *found, sum(tokens)) for found in zip(own_pairs, attribute_positions, target_positions)]
+        groups = [
+            make_group(t, pair, positions, targets, sum(tokens))
+            for pair, positions, targets in zip(own_pairs, attribute_positions, target_positions)
+        ]
         result = policy_gradient(t, own_pairs, leaves, groups)
         loss_lm = result.loss.item()
         for pair, log_probs in zip(own_pairs, result.log_probs):
@@ -377,7 +391,7 @@ def make_group(
     if pair.credit is not None:
         scale = t.config.rollout.credit_weight / total_tokens
         add_attribute_credit(coefficients, pair.credit, attribute_positions, t.supervisor.prompt.attributes, scale)
-    return Group(pair.completions, coefficients, {g: positions(items) for g, items in target_positions.items()})
+    return Group(pair.completions, coefficients, {g: flat_positions(items) for g, items in target_positions.items()})
 
 
 def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> ReplayResult:
@@ -395,7 +409,7 @@ def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, gro
     packed = sum(prefix + sum(map(len, pair.completions)) for pair in buffer)
     result = t.oom.run("replay", min(packed, t.supervisor.plan.token_budget), replay_within, minimum=prefix)
     if weight > 0:
-        # An image may be in several pairs: it goes through the tower once, with the gradient of all.
+        # An image may be in several pairs: it goes through the tower once, with the sum of their gradients.
         image_ids, image = torch.cat([pair.images for pair in buffer]).unique(return_inverse=True)
         first = torch.stack([(image == i).nonzero()[0, 0] for i in range(len(image_ids))])
         pixels = torch.cat([pair.pixels for pair in buffer])[first].to(t.device)
@@ -431,7 +445,7 @@ def align_attention(
         query = [names.index(name) if queries > 1 else 0 for name, tokens in positions.items() for _ in tokens]
         targets.append(attention_targets(entry.weights, torch.tensor(query, device=beta.device), queries))
     beta = beta[[2 * entry.group + entry.image for entry in attention]]
-    # Two images a rewarded rollout: their divergences add up, rollouts are averaged.
+    # A rewarded rollout has two images: their divergences are added, and rollouts averaged.
     loss = alignment_kl(torch.stack(targets), beta).sum() / rewarded
     (t.config.lambda_.kl * t.supervisor_weight * loss).backward()
     return loss.item()
@@ -487,9 +501,9 @@ def norms_and_dot(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple
 
 
 def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tuple[PixelLoader | None, PixelLoader]]:
-    """Everything that an optimizer step needs, the run's folder, and the images of validation and test. Raises
-    InputError for what cannot be run, before the folder is made."""
-    torch.manual_seed(config.seed ^ config.seed >> 32)  # all 64 bits; of a seed, a CPU reads the lower 32
+    """The models and data of a run, its folder, and the images of validation (or None) and test. Raises InputError for
+    a configuration that cannot be run, before the folder is made."""
+    torch.manual_seed(config.seed ^ config.seed >> 32)  # all 64 bits, as a CPU generator takes only the lower 32
     device = distributed.device()
     bf16 = config.optim.precision == "bf16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
@@ -563,25 +577,25 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
 
 
 def make_encoder(config: Config, mllm: Mllm | None, prompt: Prompt | None) -> Encoder:
-    """The encoder to train, around a copy of the MLLM's own vision model or of one that stands alone."""
+    """The encoder to train, around a copy of the MLLM's own vision model or a separate one."""
     visual = mllm.visual if mllm else load_tower(str(config.encoder.tower))
     return Encoder.from_tower(visual, *encoder_shape(config, prompt))
 
 
 def encoder_shape(config: Config, prompt: Prompt | None) -> tuple[str, int, int, tuple[str, ...]]:
-    """What `Encoder` takes beside its tower."""
+    """The arguments of `Encoder` after its tower."""
     attributes = prompt.attributes if prompt and config.encoder.pooler == "attributes" else ()
     return config.encoder.pooler, config.encoder.embedding_dim, config.data.image_size, attributes
 
 
 def stored_encoder(config: Config, out: Path, prompt: Prompt | None) -> Encoder | None:
-    """An encoder as that of the run in `out`, whose checkpoint has the weights; None where an earlier version began the
-    run, which did not keep its tower's configuration. Raises InputError for one that is malformed."""
+    """An encoder of the shape of the run's in `out`, whose weights are in its checkpoint; None where the run's folder
+    does not hold the tower's configuration, as those of earlier versions. Raises InputError for a malformed one."""
     if (tower := record_of(out).get("tower")) is None:
         return None
     try:
         return Encoder(tower, *encoder_shape(config, prompt))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of any kind: the libraries' configurations check their fields
         cause = f"tower: describes none ({first_line(error)})"
         raise InputError(
             f"{str(out / 'config.json')!r}: {cause}; restore the file, or start a new run with another --out"
@@ -632,13 +646,13 @@ def plan_memory(
     step = Step(
         encoder,
         SupervisorParts.of(supervisor) if supervisor else None,
-        -(-batch // ranks),
-        -(-rollout.pairs // ranks),
-        dml,
-        8 if config.optim.states == "8bit" else 32,
-        config.encoder.checkpointing,
-        config.optim.precision == "bf16",
-        config.lambda_.dml > 0,
+        batch=-(-batch // ranks),
+        pairs=-(-rollout.pairs // ranks),
+        trained=dml,
+        states_bits=8 if config.optim.states == "8bit" else 32,
+        checkpointing=config.encoder.checkpointing,
+        autocast=config.optim.precision == "bf16",
+        embeds=config.lambda_.dml > 0,
     )
     predictor, free = Predictor(step), free_bytes(encoder.device)
     if supervisor is None:
@@ -659,7 +673,7 @@ def plan_memory(
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first share of the steps, then a cosine to zero."""
+    """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -32,8 +32,10 @@ class ClassBalancedSampler:
         for index, label in enumerate(labels):
             images.setdefault(label, []).append(index)
         if len(images) < classes_per_batch:
-            mend = "take no more" if len(images) > 1 else "add classes, as one has none to be told from"
-            raise InputError(f"classes_per_batch: {classes_per_batch}, the training set has {len(images)}; {mend}")
+            mend = f"pass --data.classes-per-batch {len(images)}" if len(images) > 1 else "add classes"
+            raise InputError(
+                f"data.classes-per-batch: {classes_per_batch}, where {len(images)} classes are left to train on; {mend}"
+            )
         if lone := [label for label, members in images.items() if len(members) < 2]:
             raise InputError(f"training set: class number {lone[0]} has 1 image; add another, for a pair, or remove it")
         self.classes_per_batch, self.images_per_class = classes_per_batch, images_per_class

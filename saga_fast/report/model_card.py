@@ -71,11 +71,14 @@ def model_card(
     weights: dict[str, str] | None = None,
 ) -> str:
     """Markdown with the hub's metadata on top. before, after: `retrieval_metrics` of the test half; steps: trained;
-    weights: `source` and `license` of a tower's that is no MLLM's."""
+    weights: `source` and `license` of a separate tower's; None for one from a folder, whose name says nothing to
+    others."""
     own, tower = config.data, config.encoder.tower
-    model = config.supervisor.model if tower is None else (weights or {}).get("source", "")
-    # A folder's name says nothing to others, also where it is gone by now; of a tower's folder no source is known.
-    published = bool(model) if tower else bool(HUB_ID.fullmatch(model)) and not Path(model).exists()
+    if tower is None:
+        model = config.supervisor.model
+        published = bool(HUB_ID.fullmatch(model)) and not Path(model).exists()  # a folder may be gone by now
+    else:
+        model, published = (weights or {}).get("source", ""), bool(weights)
     metadata = ModelCardData(
         license=config.encoder.license,
         library_name="saga_fast",

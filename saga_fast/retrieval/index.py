@@ -258,7 +258,8 @@ def make(kind: str, dimension: int) -> faiss.Index:
     try:
         index = faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
         if isinstance(index, faiss.IndexPreTransform):
-            steps = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
+            chain: Any = index.chain  # a std::vector, which faiss declares as a list
+            steps = [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
             inner = faiss.downcast_index(index.index)
         else:
             steps, inner = [], index

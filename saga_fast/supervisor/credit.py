@@ -16,7 +16,7 @@ from torch import Tensor
 from saga_fast.encoder import VisualFeatures
 from saga_fast.losses.policy import token_coefficients
 from saga_fast.supervisor.replay import Group
-from saga_fast.supervisor.supervisor import Supervisor, positions
+from saga_fast.supervisor.supervisor import Supervisor, flat_positions
 from saga_fast.supervisor.verdict import tokens_by_attribute
 
 
@@ -78,7 +78,7 @@ def attention_by_attribute(
     for g in rollouts:
         items = tokens_by_attribute(completions[g], supervisor.tokenizer, supervisor.prompt)
         if all(any(item.values()) for item in items):
-            attribute_token_positions[g] = positions(items)
+            attribute_token_positions[g] = flat_positions(items)
             names[g] = [[(name, len(tokens)) for name, tokens in item.items()] for item in items]
     none = [torch.zeros(len(completion)) for completion in completions]
     for entry in supervisor.replay(features.detach(), [Group(completions, none, attribute_token_positions)]).attention:

@@ -165,22 +165,20 @@ def expect_head_in_blocks(known: Pretrained) -> None:
 
 
 def _configuration(release: Release) -> PretrainedConfig:
+    accepted = "give a folder or hub id"
+    release.expect_configuration(accepted)
     if _uses_timm(release):
         timm.import_timm(f"supervisor.model: {release.name}")
     try:
         config = AutoConfig.from_pretrained(release.name, trust_remote_code=False)
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
-        if "config.json" in str(error):  # there is none, perhaps
-            release.expect_no_adapter()
-        if "gated" in str(error):
-            reason = "is gated; accept its terms on its page, then log in with `hf auth login`"
-        elif "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error):
             reason = OWN_CODE
         elif isinstance(error, ImportError):
             reason = f"needs a package that is not here ({first_line(error)}); {_TIMM}"
         else:
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-            reason = f"is no model ({kind}{first_line(error)}); give a folder or hub id"
+            reason = f"is no model ({kind}{first_line(error)}); {accepted}"
         raise release.refused(reason) from error
     # Where transformers knows the type it passes over the folder's code: not the model that its author meant.
     auto_map = (release.read_json("tokenizer_config.json") or {}).get("auto_map") or {}

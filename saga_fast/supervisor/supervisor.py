@@ -22,9 +22,9 @@ from saga_fast.utils.errors import InputError
 AttributePositions = tuple[dict[str, list[int]], dict[str, list[int]]]  # attribute → positions, of item 1 and of item 2
 
 
-def positions(written: AttributePositions) -> tuple[list[int], list[int]]:
-    """All of an answer that describes item 1, and item 2, attribute by attribute."""
-    first, second = ([at for tokens in item.values() for at in tokens] for item in written)
+def flat_positions(by_attribute: AttributePositions) -> tuple[list[int], list[int]]:
+    """The positions of all attributes of item 1, and of item 2, in the order of the attributes."""
+    first, second = ([position for tokens in item.values() for position in tokens] for item in by_attribute)
     return first, second
 
 

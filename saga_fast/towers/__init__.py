@@ -36,7 +36,7 @@ def tower_of(model: nn.Module) -> VisionTower:
 
 def tower_from_config(config: dict[str, Any]) -> VisionTower:
     """A tower with new weights; config: the result of `model.config.to_diff_dict()`."""
-    tower = tower_class(config.get("model_type", "qwen3_vl_vision"))
+    tower = tower_class(config["model_type"])
     return tower(tower.model_from_config(config))
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from saga_fast.towers.base import VisionTower
 from saga_fast.towers.projected import ProjectedTower
 from saga_fast.towers.timm import checkpoint_blocks, faults, import_timm
-from saga_fast.utils.errors import InputError
+from saga_fast.utils.errors import InputError, first_line
 
 
 class FastVlmTower(ProjectedTower):
@@ -48,7 +48,13 @@ class FastVlmTower(ProjectedTower):
 
     def project(self, x: Tensor) -> Tensor:
         config = self.model.config.vision_config
-        features = self.vit(x.contiguous(memory_format=torch.channels_last), do_pooling=False).last_hidden_state
+        try:
+            features = self.vit(x.contiguous(memory_format=torch.channels_last), do_pooling=False).last_hidden_state
+        except AssertionError as error:  # a network for images of one size
+            raise InputError(
+                f"data.image-size: {x.shape[-1]} is no size for timm's {config.architecture}, the tower of "
+                f"supervisor.model ({first_line(error)})"
+            ) from error
         if features.ndim != 4 or features.shape[1] != config.hidden_size:
             raise InputError(
                 f"supervisor.model: its tower, timm's {config.architecture}, gives features of shape "

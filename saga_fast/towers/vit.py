@@ -74,14 +74,13 @@ def load_vit(name: str | Path) -> PreTrainedModel:
     Weights must be safetensors, and a model's own code is never run. Raises InputError for anything else.
     """
     release = Release(name, "encoder.tower")
+    release.expect_configuration(_ACCEPTED)
     release.expect_files()
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "auto_map", None):
             raise ValueError("trust_remote_code")
     except Exception as error:  # of any kind: a configuration's class computes with what it finds
-        if "config.json" in str(error):  # there is none, perhaps
-            release.expect_no_adapter()
         if "trust_remote_code" in str(error):
             raise release.refused(OWN_CODE) from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "

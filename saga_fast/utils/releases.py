@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -81,6 +84,29 @@ class Release(NamedTuple):
             return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
             raise self.refused(f"gives no {file} ({first_line(error)})") from error
+
+    def expect_configuration(self, accepted: str) -> None:
+        """Raises InputError, which ends in `accepted`, for neither a folder nor a hub id of a model's configuration."""
+        if os.path.isfile(self.name):
+            raise self.refused(f"is a file, no model; {accepted}")
+        if os.path.isdir(self.name):
+            if not os.path.isfile(os.path.join(self.name, CONFIG_NAME)):
+                self.expect_no_adapter()
+                raise self.refused(f"has no {CONFIG_NAME}, so it is no model; {accepted}")
+            return
+        try:
+            validate_repo_id(str(self.name))
+            cached_file(self.name, CONFIG_NAME)
+        except HFValidationError as error:
+            raise self.refused(f"is no model (neither a folder here nor a hub id, OWNER/NAME); {accepted}") from error
+        except (OSError, ValueError) as error:
+            if "gated" in str(error):
+                what = "is gated; accept its terms on its page, then log in with `hf auth login`"
+                raise self.refused(what) from error
+            if CONFIG_NAME in str(error):
+                self.expect_no_adapter()
+            what = f"is no model (no folder here; of the hub: {first_line(error)}); {accepted}"
+            raise self.refused(what) from error
 
     def read_json(self, file: str) -> dict[str, Any] | None:
         """The JSON object in `file`, None where the model has none."""

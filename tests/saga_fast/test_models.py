@@ -19,6 +19,7 @@ from saga_fast.supervisor.mllm import load_mllm, read_pretrained
 from saga_fast.supervisor.prompt import PROMPTS
 from saga_fast.supervisor.rollout import Sampling
 from saga_fast.supervisor.supervisor import Supervisor
+from saga_fast.utils import releases
 from saga_fast.utils.errors import InputError
 
 from ..sweep import sweep
@@ -62,6 +63,16 @@ def test_what_is_said_is_what_is_loaded(family, head, tmp_path, capsys):
     assert sum(line.startswith(f"{card} GiB: peak") for line in lines for card in (8, 16, 24, 40, 80)) == 5
 
 
+def test_a_tower_for_images_of_one_size_is_refused_at_another(tmp_path):
+    folder = save("fastvlm-tied", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= {"architecture": "vit_tiny_patch16_224", "model_args": {}, "hidden_size": 192}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = "data.image-size: 32 is no size for timm's vit_tiny_patch16_224, the tower .* match model .224."
+    with pytest.raises(InputError, match=message):
+        models.main(["check", str(folder), *SMALL])
+
+
 def test_a_query_for_each_of_the_prompts_attributes_is_planned_with(tmp_path, capsys):
     folder = save("qwen3-vl", tmp_path / "m")
     lines = check(folder, capsys, "--encoder.pooler", "attributes", "--supervisor.prompt", "drawn-birds")
@@ -87,6 +98,8 @@ def test_a_card_that_is_too_small_is_said_to_be(tmp_path, capsys):
         ),
         ({}, ["--data.image-size", "36"], r"pixels: got 36x36; both sides must be multiples of patch x merge = 8"),
         ({}, ["--supervisor.prompt", "fish"], r"supervisor.prompt: 'fish' is unknown"),
+        ({}, ["--cards", "24", "nan"], "cards: nan; give a finite number, more than 0"),
+        ({}, ["--cards", "-3"], "cards: -3.0; give more than 0"),
         ({}, ["--rollout.pears", "3"], r"--rollout.pears: unknown flag; did you mean --rollout.pairs\?"),
     ],
 )
@@ -109,6 +122,30 @@ def test_a_folder_that_is_not_whole_ends_with_code_2_and_one_line(missing, tmp_p
     )
     assert run.returncode == 2 and re.fullmatch(r"error: [^\n]+\n", run.stderr.splitlines(True)[-1]), run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("{tmp}/nothing", "is no model .neither a folder here nor a hub id, OWNER/NAME.; give a folder or hub id"),
+        ("", "say `check` and a model.s folder or hub id"),
+        ("{tmp}", "{tmp} has no config.json, so it is no model; give a folder or hub id"),
+        ("{tmp}/file", "/file is a file, no model; give a folder or hub id"),
+        ("{tmp}/adapter", "/adapter holds an adapter that is not merged"),
+        ("runs/photo", "runs/photo is no model .no folder here; of the hub: .* not connect.; give a folder or hub id"),
+    ],
+)
+def test_what_is_no_model_is_told_from_what_is_missing(name, message, tmp_path, monkeypatch):
+    def offline(name, file, **_):
+        raise OSError("Could not connect")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    if "{tmp}" not in name:
+        monkeypatch.setattr(releases, "cached_file", offline)
+    with pytest.raises(InputError, match=message.replace("{tmp}", str(tmp_path))):
+        models.main(["check", name.format(tmp=tmp_path)])
 
 
 def test_several_reasons_are_all_named(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -320,7 +319,7 @@ def pictures(tmp_path) -> Path:
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
         (["--lambda.lm", "nan"], "lambda.lm: nan"),
         (["--rollout.temperature", "0"], "greedy rollouts are all alike"),
-        (["--data.species", "20"], "classes_per_batch: 16"),
+        (["--data.species", "20"], "data.classes-per-batch: 16, where 10 classes are left to train on"),
         (["--data.train-classes", "51"], "--data.train-classes: 51; the training half has 50 classes"),
         (["--data.train-classes", "0"], "data.train-classes: 0; give 1 or more"),
         (["--log.samples-every", "0"], "log.samples-every: 0; give 1 or more"),
@@ -334,7 +333,7 @@ def pictures(tmp_path) -> Path:
         (["folder", "--data.root", "{pictures}"], "--log.evaluate-every: holds out 2 of 2 training classes; pass None"),
         (
             ["folder", "--data.root", "{pictures}", "--log.evaluate-every", "None"],
-            "classes_per_batch: 16, the training set has 2",
+            "data.classes-per-batch: 16, where 2 classes are left to train on; pass --data.classes-per-batch 2",
         ),
         (
             ["--lambda.lm", "1", "--encoder.tower", "efficientnet-lite0"],
@@ -441,7 +440,7 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
     assert "dino" not in card, "where things lay on this machine is nobody's business"
     finished = {path.name: path.read_bytes() for path in (tmp_path / "run/encoder").iterdir()}
     broken = broken_off(tmp_path / "run", tmp_path / "broken", 0)
-    shutil.rmtree(tmp_path / "dino")  # moved away, or dropped from a cache: the run has what it needs of it
+    moved = (tmp_path / "dino").rename(tmp_path / "moved")  # or dropped from a cache: the run has what it needs of it
     assert trainer.train(*parse(["--out", str(broken), "--resume"])) == final
     assert {path.name: path.read_bytes() for path in (broken / "encoder").iterdir()} == finished
     described = json.loads((broken / "config.json").read_text())
@@ -449,6 +448,7 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
         (broken / "config.json").write_text(json.dumps(described | {"tower": tower}))
         with pytest.raises(InputError, match=r"config.json': tower: describes none \(.*\); restore the file"):
             trainer.train(*parse(["--out", str(broken), "--resume"]))
+    moved.rename(tmp_path / "dino")
     (photo := sorted(Path(photos[2]).rglob("*.png"))[0]).rename(photo.with_stem("another"))
     with pytest.raises(InputError, match="--data.root: the run was saved with another training set"):
         trainer.train(*parse(["--out", str(tmp_path / "run"), "--resume"]))

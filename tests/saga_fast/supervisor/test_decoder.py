@@ -117,7 +117,7 @@ def test_fingerprint_sees_a_single_bit():
 
 
 def test_clear_errors(tmp_path):
-    with pytest.raises(InputError, match="supervisor.model: .* is no model"):
+    with pytest.raises(InputError, match="supervisor.model: .* has no config.json, so it is no model; give"):
         load_mllm(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(InputError, match="is a 'qwen3', which reads no images"):

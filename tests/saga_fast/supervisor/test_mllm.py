@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from saga_fast.encoder import Encoder, VisualFeatures
 from saga_fast.runtime.memory import LiveBytes
@@ -19,6 +19,7 @@ from saga_fast.supervisor.pair import PairPrefix, PrefixCache
 from saga_fast.supervisor.prompt import ImageMarkup, build_prefix
 from saga_fast.supervisor.replay import Group, replay_groups
 from saga_fast.supervisor.rollout import Sampling, rollout_pairs
+from saga_fast.utils import releases
 from saga_fast.utils.errors import InputError
 from saga_kernels import NF4Weight, nf4_dequantize
 
@@ -108,7 +109,7 @@ def test_a_gated_model_says_where_to_ask(monkeypatch):
     def gated(*_, **__):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(releases, "cached_file", gated)
     with pytest.raises(InputError, match="meta/some is gated; accept its terms on its page, then log in"):
         load_mllm("meta/some")
 

@@ -165,7 +165,7 @@ def test_what_is_no_vision_model_is_refused_by_name(tmp_path):
         ("said", "has a malformed preprocessor_config.json .image_std is 'half'; accepted are three numbers"),
         ("odd", "(is no model|could not be loaded) \\("),
         ("text", "is a 'llama', which has no patches; give a folder or hub id of a vision model"),
-        ("empty", "is no model"),
+        ("empty", "has no config.json, so it is no model; give a folder or hub id of a vision model"),
         ("own", "brings code of its own, which is not run"),
         ("pickled", "has no weights in safetensors files; pickles"),
         ("torn", "is not whole .*; restore the file"),
