@@ -20,7 +20,7 @@ DATA = {
     "folder": "A folder of images, one folder a class",
 }
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 CARD = """---
 {metadata}
