@@ -25,7 +25,7 @@ import torch
 
 from saga_fast.encoder import Encoder, expect_finite
 from saga_fast.utils.errors import InputError, exit_on_input_error
-from saga_fast.utils.files import hidden
+from saga_fast.utils.files import expect_text, hidden
 from saga_fast.utils.flags import parse_flags
 
 TOLERANCE = 1e-4  # of each number of a unit vector
@@ -47,6 +47,7 @@ def export(encoder: Encoder, out: Path) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'saga-fast[onnx]'") from error
+    expect_text(out, "--out")
     if out.is_dir():
         raise InputError(f"--out: {str(out)!r} is a folder; name a file, such as {str(out / 'encoder.onnx')!r}")
     staging = hidden(out, "partial")

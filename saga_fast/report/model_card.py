@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -18,6 +19,8 @@ DATA = {
     "inat-aves": "The birds of iNaturalist 2021 (train_mini)",
     "folder": "A folder of images, one folder per class",
 }
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 CARD = """---
 {metadata}
@@ -73,7 +76,7 @@ def model_card(
     own, tower = config.data, config.encoder.tower
     if tower is None:
         model = config.supervisor.model
-        published = model != TINY and not Path(model).exists()
+        published = bool(HUB_ID.fullmatch(model)) and not Path(model).exists()  # a folder may be gone by now
     else:
         model, published = (weights or {}).get("source", ""), bool(weights)
     metadata = ModelCardData(
@@ -93,6 +96,7 @@ def model_card(
     # Paths on the training machine stay private.
     settings["data"]["root"] = None
     settings["supervisor"]["model"] = model if tower is None and (published or model == TINY) else None
+    settings["supervisor"]["prompt"] = Path(config.supervisor.prompt).name
     settings["encoder"]["tower"] = tower if published else None
     return CARD.format(
         metadata=metadata.to_yaml(),

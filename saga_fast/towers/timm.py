@@ -150,15 +150,15 @@ def load_timm(name: str) -> TimmNetwork:
     """
     source = create(name, pretrained=True)
     pretrained_cfg = source.pretrained_cfg
+    called = pretrained_cfg.get("hf_hub_id") or name
     config = TimmConfig(
         architecture=pretrained_cfg["architecture"],
         arguments=pretrained_cfg.get("model_args"),  # extra arguments in a folder's config.json
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
-        weights={
-            "source": pretrained_cfg.get("hf_hub_id") or name,
-            "license": pretrained_cfg.get("license") or "unknown",
-        },
+        weights=None  # where a folder lies on this machine says nothing to others
+        if called.startswith("local-dir:")
+        else {"source": called, "license": pretrained_cfg.get("license") or "unknown"},
     )
     model = TimmNetwork(config)
     model.network.load_state_dict(source.state_dict())

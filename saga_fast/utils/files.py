@@ -74,8 +74,18 @@ def recover(folder: Path) -> None:
         os.rename(old, os.path.realpath(folder))
 
 
+def expect_text(path: Path, flag: str) -> None:
+    """Raises InputError, naming `flag`, for a place whose name is not UTF-8, as safetensors, faiss and others write to
+    no such place."""
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{flag}: {str(path)!r} is not UTF-8 where it lies; name another, or rename it") from None
+
+
 def expect_replaceable(folder: Path, flag: str) -> None:
     """Raises InputError, naming `flag`, for a folder in whose place no other can be renamed, before there is one."""
+    expect_text(folder, flag)
     if os.path.ismount(folder):
         raise InputError(f"{flag}: {str(folder)!r} is a mount point, which stays as it is; name a folder in it")
     if folder.exists() and os.path.samefile(folder, os.curdir):

@@ -27,7 +27,7 @@ from saga_fast.towers import base, tower_of
 from saga_fast.utils.errors import InputError
 from saga_fast.utils.images import open_rgb
 
-from .small import save_encoder
+from .small import changed, save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +406,13 @@ def test_the_card_says_what_a_reader_needs():
     assert configuration["encoder"] == PRESETS["cub"].to_dict()["encoder"]
     tiny = ModelCard(model_card(PRESETS["drawn-birds"], before, after, 24))
     assert tiny.data.license == "apache-2.0" and tiny.data.base_model is None
+    for sections in (
+        {"supervisor": {"model": "/home/me/gone", "prompt": "/home/me/my.toml"}},
+        {"encoder": {"tower": "/home/me/gone"}, "lambda_": {"lm": 0.0, "kl": 0.0}},
+        {"encoder": {"tower": "timm:local-dir:/home/me"}, "lambda_": {"lm": 0.0, "kl": 0.0}},
+    ):
+        card = ModelCard(model_card(changed(PRESETS["cub"], **sections), before, after, 24))
+        assert card.data.base_model is None and "/home" not in str(card), "where things lay is nobody's business"
 
 
 def test_the_card_goes_to_the_hub_with_the_encoder(encoder, tmp_path, monkeypatch):

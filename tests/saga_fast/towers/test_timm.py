@@ -107,6 +107,7 @@ def test_weights_of_a_folder_as_timm_writes_it(tmp_path):
     model = load_tower(f"timm:local-dir:{tmp_path / 'model'}")
     assert all(torch.equal(value, model.network.state_dict()[name]) for name, value in source.state_dict().items())
     assert model.config.architecture == "test_vit" and len(model.config.image_mean) == 3
+    assert model.config.weights is None, "where a folder lies is nobody's business"
 
 
 def test_what_is_not_there_is_named(monkeypatch, tmp_path):

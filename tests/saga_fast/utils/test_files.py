@@ -120,6 +120,10 @@ def test_a_link_is_replaced_where_it_leads_to(tmp_path):
 def test_what_cannot_be_renamed_over_is_named(tmp_path, monkeypatch):
     expect_replaceable(tmp_path / "none", "--out")
     expect_replaceable(tmp_path, "--out")
+    (tmp_path / "link").symlink_to(tmp_path / "n\udce9")
+    for odd in (tmp_path / "n\udce9", tmp_path / "n\udce9/run", tmp_path / "link"):
+        with pytest.raises(InputError, match="^--out: .* is not UTF-8 where it lies; name another, or rename it"):
+            expect_replaceable(odd, "--out")
     monkeypatch.chdir(tmp_path)
     for folder in (Path("."), tmp_path):
         with pytest.raises(
