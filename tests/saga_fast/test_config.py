@@ -132,7 +132,7 @@ def test_an_empty_text_is_refused_whatever_flag_has_it(config):
 def test_an_empty_word_is_no_preset_and_no_model(tmp_path):
     with pytest.raises(InputError, match="^preset: '' is unknown; use one of drawn-birds"):
         parse(["", "--out", str(tmp_path / "run")])
-    with pytest.raises(InputError, match="^models: say `check` and a model's folder"):
+    with pytest.raises(InputError, match="^models: give `check`, a model's folder"):
         parse_check(["check", ""])
 
 

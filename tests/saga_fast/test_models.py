@@ -128,7 +128,7 @@ def test_a_folder_that_is_not_whole_ends_with_code_2_and_one_line(missing, tmp_p
     "name, message",
     [
         ("{tmp}/nothing", "is no model .neither a folder here nor a hub id, OWNER/NAME.; give a folder or hub id"),
-        ("", "say `check` and a model.s folder or hub id"),
+        ("", "give `check`, a model.s folder or hub id"),
         ("{tmp}", "{tmp} has no config.json, so it is no model; give a folder or hub id"),
         ("{tmp}/file", "/file is a file, no model; give a folder or hub id"),
         ("{tmp}/adapter", "/adapter holds an adapter that is not merged"),

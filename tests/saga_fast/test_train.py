@@ -77,7 +77,7 @@ def test_evaluate_measures_a_saved_encoder_alike(unbroken, tmp_path, capsys):
     evaluate.main(["--encoder", str(out / "encoder"), *data, "--json", str(tmp_path / "metrics.json")])
     assert json.loads((tmp_path / "metrics.json").read_text()).items() >= final["after"].items()
     assert "R@1" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds no config.json"):
+    with pytest.raises(InputError, match="has no config.json"):
         evaluate.main(["--encoder", str(tmp_path)])
 
 
@@ -186,7 +186,7 @@ def test_what_a_command_line_refuses_a_call_refuses_before_any_work(unbroken, tm
         trainer.train(small(), tmp_path)
     with pytest.raises(InputError, match="holds no run"):
         trainer.train(small(), tmp_path, resume=True)
-    with pytest.raises(InputError, match=r"--optim.clip: 2.0, and .* began with 1.0; a resumed run keeps that"):
+    with pytest.raises(InputError, match=r"--optim.clip: 2.0, but .* was started with 1.0; a resumed run keeps that"):
         trainer.train(small(optim={"clip": 2.0}), unbroken[0], resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -318,7 +318,7 @@ def pictures(tmp_path) -> Path:
         (["--supervisor.anchor-layer", "9"], "supervisor.anchor-layer: 9; the model's layers are 0 to 3"),
         (["--rollout.group-size", "1"], "at least 2 rollouts a pair"),
         (["--lambda.lm", "nan"], "lambda.lm: nan"),
-        (["--rollout.temperature", "0"], "greedy rollouts are all alike"),
+        (["--rollout.temperature", "0"], "greedy rollouts are all equal"),
         (["--data.species", "20"], "data.classes-per-batch: 16, where 10 classes are left to train on"),
         (["--data.train-classes", "51"], "--data.train-classes: 51; the training half has 50 classes"),
         (["--data.train-classes", "0"], "data.train-classes: 0; give 1 or more"),

@@ -46,7 +46,7 @@ WEIGHTS = {"one of four": [0, 0, 0, 1], "uneven": [5, 1, 0.2, 0]}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("kind", ["Flat", "IVF256,Flat", "HNSW32", "IVF256,SQ8", "PCA16,IVF128,Flat", "PQ11x4"])
+@pytest.mark.parametrize("kind", ["Flat", "IVF256,Flat", "HNSW32", "IVF256,SQ8", "OPQ3_15,IVF128,Flat", "PQ11x4"])
 def test_weighed_queries_are_re_ranked_until_the_nearest_stand(vectors, kind, weights):
     _, _, index = build(vectors, kind)
     queries, blocks = draw(50, 2), Blocks(SIZES)
