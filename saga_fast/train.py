@@ -526,17 +526,18 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A
     # resumed run reads its encoder from its own folder, so the tower's folder need not exist any more.
-    asked = prompt if config.uses_supervisor else None
-    kept = stored_encoder(config, out, prompt) if resume else None
+    stored = stored_encoder(config, out, prompt) if resume else None
     mllm = None
-    if asked or (config.encoder.tower is None and kept is None):
+    if config.uses_supervisor or (config.encoder.tower is None and stored is None):
         pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
-        if asked:
-            check_prompt(config, pretrained.mllm, asked)
+        if prompt and config.uses_supervisor:
+            check_prompt(config, pretrained.mllm, prompt)
         dtype = torch.bfloat16 if bf16 else torch.float32
         mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-    encoder = (make_encoder(config, mllm, prompt) if kept is None else kept).to(device)
-    supervisor = make_supervisor(config, mllm, encoder, asked) if mllm and asked else None
+    encoder = (make_encoder(config, mllm, prompt) if stored is None else stored).to(device)
+    supervisor = None
+    if mllm and prompt and config.uses_supervisor:
+        supervisor = make_supervisor(config, mllm, encoder, prompt)
     settings = {}
     if config.dml.loss == "potential-field":
         settings = dict(alpha=config.dml.alpha, delta=config.dml.delta, proxies_per_class=config.dml.proxies_per_class)
@@ -547,17 +548,7 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
     if config.encoder.checkpointing:
         encoder.tower.checkpoint_blocks()
 
-    groups = [
-        {"params": list(encoder.tower.parameters()), "lr": config.optim.encoder_lr},
-        {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
-        {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
-    ]
-    adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
-    if config.optim.states == "8bit":
-        from bitsandbytes.optim import AdamW8bit  # seconds to import
-
-        adamw = AdamW8bit
-    optimizer = adamw([g for g in groups if g["params"]], weight_decay=config.optim.weight_decay)
+    optimizer = make_optimizer(config, encoder, dml)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.optim.warmup)
     )
@@ -590,14 +581,14 @@ def encoder_shape(config: Config, prompt: Prompt | None) -> tuple[str, int, int,
 
 
 def stored_encoder(config: Config, out: Path, prompt: Prompt | None) -> Encoder | None:
-    """An encoder of the shape of the run's in `out`, whose weights are in its checkpoint; None where the run's folder
-    does not hold the tower's configuration, as those of earlier versions. Raises InputError for a malformed one."""
+    """An encoder with the configuration of the run in `out`, whose weights are in its checkpoint; None where an earlier
+    version wrote the run, without the tower's configuration. Raises InputError for a malformed one."""
     if (tower := record_of(out).get("tower")) is None:
         return None
     try:
         return Encoder(tower, *encoder_shape(config, prompt))
-    except Exception as error:  # of any kind: the libraries' configurations check their fields
-        cause = f"tower: describes none ({first_line(error)})"
+    except Exception as error:  # of any type: the libraries' configurations check their fields
+        cause = f"tower: not the configuration of one ({first_line(error)})"
         raise InputError(
             f"{str(out / 'config.json')!r}: {cause}; restore the file, or start a new run with another --out"
         ) from error
@@ -671,6 +662,21 @@ def plan_memory(
         if supervisor:
             print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
     return config
+
+
+def make_optimizer(config: Config, encoder: Encoder, dml: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate each for the tower, the pooler and the proxies of the metric loss."""
+    groups = [
+        {"params": list(encoder.tower.parameters()), "lr": config.optim.encoder_lr},
+        {"params": list(encoder.pooler.parameters()), "lr": config.optim.pooler_lr},
+        {"params": list(dml.parameters()), "lr": config.optim.proxy_lr, "weight_decay": 0.0},
+    ]
+    adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if config.optim.states == "8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds to import
+
+        adamw = AdamW8bit
+    return adamw([group for group in groups if group["params"]], weight_decay=config.optim.weight_decay)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
