@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
 
 def machine() -> dict[str, Any]:
     """Description of the machine and software, stored with the figures."""
@@ -21,10 +23,11 @@ def machine() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **({"driver": _driver(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
+        **({"driver": _said_by(*DRIVER), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in ("transformers", "triton")},
+        "commit": _said_by("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
     }
 
 
@@ -35,12 +38,13 @@ def card() -> str | None:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def _driver() -> str | None:
+def _said_by(*command: str) -> str | None:
+    """The first line that a command prints, if there is one."""
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
+    return said.split("\n")[0].strip() or None
 
 
 def _version(package: str) -> str | None:

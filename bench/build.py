@@ -1,6 +1,7 @@
 """The extension, in place, for this machine: `python -m bench.build`.
 
-With CUDA for this card alone, where there is one and a compiler for it; in C++ alone elsewhere, and where that fails.
+With CUDA for this card alone, where there is one and a compiler for it, if need be without Hopper's own instructions;
+in C++ alone elsewhere, and where that fails.
 Nothing is done where the extension that lies here was built by this of the same sources for the same machine.
 """
 
@@ -27,7 +28,11 @@ def fingerprint() -> str:
 
 
 def capability() -> str | None:
-    return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    """As TORCH_CUDA_ARCH_LIST has it; of Hopper with the instructions that no later GPU has."""
+    if not torch.cuda.is_available():
+        return None
+    found = "{}.{}".format(*torch.cuda.get_device_capability())
+    return {"9.0": "9.0a"}.get(found, found)
 
 
 def main() -> int:
@@ -39,7 +44,7 @@ def main() -> int:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
     ways = [{"SAGA_CUDA": "0"}]
     if (card := capability()) is not None:
-        ways.insert(0, {"TORCH_CUDA_ARCH_LIST": card})
+        ways = [{"TORCH_CUDA_ARCH_LIST": name} for name in dict.fromkeys((card, card.removesuffix("a")))] + ways
     for way in ways:
         if subprocess.run(command, cwd=REPOSITORY, env={**environment, **way}).returncode == 0:
             STAMP.parent.mkdir(parents=True, exist_ok=True)

@@ -74,11 +74,21 @@ PLAN = Plan(1 << 13)  # a group at a time, which a card of 80 GB can hold whole
 CONTEXT = 0.5 / 24  # of a card, what the driver takes for itself
 
 
+Note = Callable[[dict[str, Any]], None]
+
+
+def ignore(found: dict[str, Any]) -> None:
+    pass
+
+
 class Rig:
-    """A random model of `shape` on the device, taken apart as a run does, and whole for transformers."""
+    """A random model of `shape` on the device, taken apart as a run does, and whole for transformers.
+
+    note: is told the figures of a part that is not done yet."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
+        self.note: Note = ignore
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
@@ -420,9 +430,7 @@ def expandable() -> bool | None:
     return all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 
 
-def steps(
-    rig: Rig, room: int, checkpointing: bool, count: int, limit: float | None, note: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def steps(rig: Rig, room: int, checkpointing: bool, count: int, limit: float | None, note: Note) -> dict[str, Any]:
     """Steps as the memory plan has them in `room` bytes. limit: seconds of a phase. note: called after each."""
     supervisor, t = rig.supervisor, training(rig)
     settings = Step(
@@ -471,12 +479,12 @@ def steps(
 
 def step(rig: Rig) -> dict[str, Any]:
     """In all the memory that there is, nothing of the tower computed again."""
-    found = steps(rig, free_bytes(rig.device), False, STEPS, None, lambda found: None)
+    found = steps(rig, free_bytes(rig.device), False, STEPS, None, rig.note)
     assert not found["halved"], f"a phase did not fit: {found['halved']}"
     return found
 
 
-def on_card(rig: Rig, gib: float, limit: float, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def on_card(rig: Rig, gib: float, limit: float, note: Note) -> dict[str, Any]:
     """Two steps in what a card of `gib` leaves to a process, as the memory plan has them."""
     room = int(gib * (1 - CONTEXT) * GIB)
     if rig.device.type == "cuda":
@@ -501,14 +509,14 @@ def replay_one(rig: Rig) -> None:
 
 PARTS: dict[str, Callable[[Rig], dict[str, Any]]] = {
     "check": check,
-    "decode, 8 rows": partial(decode, pairs=1),
     "decode, 64 rows": partial(decode, pairs=8),
     "decode, 128 rows": partial(decode, pairs=16),
-    "decode, 64 rows, resident": partial(decode, pairs=8, resident=True),
-    "decode, 128 rows, resident": partial(decode, pairs=16, resident=True),
+    "step": step,
     "rollout": rollout,
     "replay": replays,
-    "step": step,
+    "decode, 64 rows, resident": partial(decode, pairs=8, resident=True),
+    "decode, 128 rows, resident": partial(decode, pairs=16, resident=True),
+    "decode, 8 rows": partial(decode, pairs=1),
     "generate": partial(generate, cache=None),
     "generate, static cache": partial(generate, cache="static"),
 }
@@ -539,8 +547,18 @@ def main() -> int:
             return 1
         return 0
     found: dict[str, Any] = {}
+
+    def write() -> None:
+        write_json(options.json, {"shape": options.shape, "cases": found, "ratios": ratios(found), "goals": GOALS})
+
     for name in options.parts:
         started = time.perf_counter()
+
+        def note(figures: dict[str, Any], name: str = name) -> None:
+            found[name] = {**figures, "under_way": True}
+            write()
+
+        rig.note = note
         try:
             found[name] = PARTS[name](rig)
         except Exception as problem:  # the other parts can be measured all the same
@@ -548,13 +566,13 @@ def main() -> int:
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"}
         summary = {key: value for key, value in found[name].items() if key not in ("kernels", "runs", "every_step")}
         print(f"{name} ({time.perf_counter() - started:.0f} s): {summary}", flush=True)
-        write_json(options.json, {"shape": options.shape, "cases": found, "ratios": ratios(found), "goals": GOALS})
+        write()
     return int(any("failed" in figures for figures in found.values()))
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
     """Seconds of each phase, and times the tokens a second of the fastest `generate`: what the goals are of."""
-    right = {name: figures for name, figures in found.items() if "failed" not in figures}
+    right = {name: figures for name, figures in found.items() if "failed" not in figures and "seconds" in figures}
     named = {"decode": "decode, 64 rows", "replay": "replay", "step": "step"}
     summary = {name: right[case]["seconds"] for name, case in named.items() if case in right}
     rivals = [figures["tokens_per_second"] for name, figures in right.items() if name.startswith("generate")]

@@ -8,7 +8,7 @@
 packages, and use nvcc, compute-sanitizer and rivals where those are. The extension is built in place, once for all
 three, and `saga_kernels` is found through a link, so nothing is installed. What is found is OUT/CARD/check.json and so
 on, written anew after every part, with the figures of each in a file of its own; the log is in build/. What is timed
-runs alone. `--dry-run` says what would be run; `--rehearse` runs what a CPU can, small.
+runs alone. `--dry-run` says what would be run; `--rehearse` runs what a CPU can, small, and takes its time.
 
 Exit code 0: every part passed; 1: one did not; 2: there is no GPU.
 """
@@ -28,17 +28,27 @@ from bench import card, machine
 from bench.parts import REPOSITORY, SITE, Part, Stage, carry_out, plan
 
 SECONDS = 232  # of a command, of the 240 that it may take
+SLOWER = 3  # times as long as on a machine with a GPU may a rehearsal take
 GB = 10**9
 BIG = 60 * GB  # of memory: all tests of the ops fit at once
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 TOOLS = ("memcheck", "racecheck")
-# By the worth of their figures: what comes last goes first where time is short.
+# By the worth of their figures: what comes last is what is not run where time is short.
 OPS = ("nf4", "decode", "attention", "sampling", "logprob", "swiglu", "norm", "rope", "advantage")
+FULL_SIZE = (
+    "check", "decode, 64 rows", "decode, 128 rows", "step", "rollout", "replay", "decode, 64 rows, resident",
+    "decode, 128 rows, resident", "decode, 8 rows",
+)  # fmt: skip
 AGAINST_CPU = {"tiny run": 150, "tiny step": 100, "bf16 step": 100, "graphs": 90}  # seconds at most
 
 
 def python(module: str, *arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", module, *arguments]
+
+
+def collected(word: str) -> Part:
+    """The tests that a command runs, found and imported, which takes no GPU."""
+    return Part(f"tests of {word}", [*PYTEST, "--collect-only", "-k", word, "tests/gpu"], 60)
 
 
 def check(out: Path, rehearse: bool) -> list[Stage]:
@@ -50,7 +60,7 @@ def check(out: Path, rehearse: bool) -> list[Stage]:
         for file in [out / f"{name.replace(' ', '_')}.json"]
     ]
     if rehearse:
-        return [Stage(parts)]
+        return [Stage([*parts, collected("8b")])]
     tests = [Part(f"test {op}", [*PYTEST, "-k", "8b", f"tests/gpu/test_{op}.py"], 110) for op in OPS]
     return [Stage([*parts, *tests], _at_once(len(parts) + len(tests)))]
 
@@ -58,7 +68,7 @@ def check(out: Path, rehearse: bool) -> list[Stage]:
 def sanitize(out: Path, rehearse: bool) -> list[Stage]:
     """Each kernel's smallest case: once as it is, which also compiles it, then under each tool."""
     if rehearse:
-        return []
+        return [Stage([collected("smallest")])]
 
     def of(op: str) -> list[str]:
         return [*PYTEST, "-k", "smallest", f"tests/gpu/test_{op}.py"]
@@ -79,18 +89,20 @@ def sanitize(out: Path, rehearse: bool) -> list[Stage]:
 
 
 def bench(out: Path, rehearse: bool) -> list[Stage]:
-    """One at a time, by worth."""
+    """One at a time, by worth. `generate` is left to `python -m bench.full_size`: it takes a minute."""
     small = ("--shape", "small") if rehearse else ()
-    whole, capped = out / "full_size.json", out / "full_size_24.json"
-    card = ("--card-gib", "24")
-    parts = [
-        Part("full size", python("bench.full_size", *small, "--json", whole), 95, writes=whole),
-        Part("full size, 24 GiB", python("bench.full_size", *small, *card, "--json", capped), 70, writes=capped),
-    ]
+    parts = []
+
+    def of(name: str, module: str, *arguments: str, seconds: float, file: str) -> None:
+        command = python(module, *arguments, "--json", out / file)
+        parts.append(Part(name, command, seconds, writes=out / file))
+
+    of("full size", "bench.full_size", *small, "--parts", *FULL_SIZE, seconds=125, file="full_size.json")
     if not rehearse:
-        for op in OPS:
-            file = out / f"{op}.json"
-            parts.append(Part(f"time {op}", python("bench.gpu", op, "--json", file), 45, writes=file))
+        of("time nf4", "bench.gpu", "nf4", seconds=35, file="nf4.json")
+    of("full size, 24 GiB", "bench.full_size", *small, "--card-gib", "24", seconds=85, file="full_size_24.json")
+    for op in () if rehearse else OPS[1:]:
+        of(f"time {op}", "bench.gpu", op, seconds=35, file=f"{op}.json")
     return [Stage(parts)]
 
 
@@ -110,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=CHECKS)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "bench/results", help="the card's folder goes there")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--seconds", type=float, help=f"for everything; {SECONDS}, and as long as it takes to rehearse")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="parts whose name holds one of these")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and with which limits")
     parser.add_argument("--rehearse", action="store_true", help="run what a CPU can run of it, small")
@@ -124,9 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage._replace(parts=[part for part in stage.parts if any(word in part.name for word in options.only)])
         for stage in CHECKS[options.what](out, options.rehearse)
     ]
-    stages.insert(0, Stage([Part("build", python("bench.build"), 115)], needed=True))
+    stages.insert(0, Stage([Part("build", python("bench.build"), 150)], needed=True))
+    if options.rehearse:
+        stages = [
+            stage._replace(parts=[p._replace(seconds=SLOWER * p.seconds) for p in stage.parts]) for stage in stages
+        ]
+    seconds = options.seconds or (sum(stage.worst for stage in stages) if options.rehearse else SECONDS)
     if options.dry_run:
-        print(*plan(stages, options.seconds), sep="\n")
+        print(*plan(stages, seconds), sep="\n")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     SITE.mkdir(parents=True, exist_ok=True)
@@ -135,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = REPOSITORY / f"build/gpu_check_{options.what}.log"
     log.unlink(missing_ok=True)
     about = {"command": options.what, "rehearsal": options.rehearse, "sanitizer": shutil.which("compute-sanitizer")}
-    failed = carry_out(stages, out / f"{options.what}.json", log, options.seconds, about)
+    failed = carry_out(stages, out / f"{options.what}.json", log, seconds, about)
     print(f"{machine()['gpu'] or 'no GPU'}: {failed or 'none'} of the parts did not pass; {out}, {log}")
     return int(failed > 0)
 

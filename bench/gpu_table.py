@@ -17,6 +17,13 @@ REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs/kernels.md"
 MARKS = "<!-- bench.gpu_table -->\n", "<!-- end -->\n"
 ROWS = (1, 8, 16, 32, 64, 128)
+PRODUCTS = 4  # of a layer
+WAYS = {  # of a product in `bench.gpu.nf4`, and what it is called here
+    "ours": "ours",
+    "ours, by wgmma": "ours by wgmma",
+    "cuBLAS, dense bfloat16": "cuBLAS on dense bf16",
+    "bitsandbytes, default": "bitsandbytes",
+}
 
 Figures = dict[str, Any]
 # The columns about a case of `bench.full_size`.
@@ -53,8 +60,8 @@ def table() -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for folder in sorted(path for path in (REPOSITORY / "bench/results").iterdir() if path.is_dir()):
         newest: dict[str, tuple[Figures, Figures]] = {}
-        for run in _runs(folder / "full_size.json"):
-            newest |= {name: (figures, run) for name, figures in run["cases"].items() if "failed" not in figures}
+        for run in (*_runs(folder / "full_size_before.json"), *_runs(folder / "full_size.json")):
+            newest |= {name: (figures, run) for name, figures in run["cases"].items() if _whole(figures)}
         for name, (what, says) in SAYS.items():
             if name in newest:
                 figures, run = newest[name]
@@ -68,11 +75,12 @@ def table() -> Iterator[str]:
                 seconds = f"; {run['seconds']:.1f} s" if "seconds" in run else ""
                 yield f"| a step within {run['card_gib']:g} GiB | {said}{seconds} | {_measured_on(run)} |"
         for run in _runs(folder / "nf4.json"):
-            for way in ("ours", "cuBLAS, dense bfloat16", "bitsandbytes, default"):
-                layer = {rows: _layer(run, rows, way) for rows in ROWS}
-                told = ", ".join(f"{layer[rows]:.0f}" for rows in ROWS)
-                name = {"ours": "ours", "cuBLAS, dense bfloat16": "cuBLAS on dense bf16"}.get(way, "bitsandbytes")
-                at = f"{', '.join(map(str, ROWS))} rows"
+            for way, name in WAYS.items():
+                layer = {rows: us for rows in ROWS if (us := _layer(run, rows, way)) is not None}
+                if not layer:
+                    continue
+                told = ", ".join(f"{us:.0f}" for us in layer.values())
+                at = f"{', '.join(map(str, layer))} rows"
                 yield f"| a layer's NF4 products, {name}, μs at {at} | {told} | {_measured_on(run)} |"
 
 
@@ -84,10 +92,16 @@ def _runs(file: Path) -> list[Figures]:
     return found.get("runs") or [found]
 
 
-def _layer(run: Figures, rows: int, way: str) -> float:
-    """Microseconds of all products of one layer."""
+def _whole(figures: Figures) -> bool:
+    """Of a case: it neither failed nor was broken off."""
+    return "failed" not in figures and "under_way" not in figures
+
+
+def _layer(run: Figures, rows: int, way: str) -> float | None:
+    """Microseconds of all products of one layer; None where one of them is missing."""
     cases = [case for case in run["cases"] if case["name"].endswith(f", {rows} rows")]
-    return sum(1e3 * case["implementations"][way]["ms"] for case in cases)
+    times = [case["implementations"].get(way, {}).get("ms") for case in cases]
+    return 1e3 * sum(times) if len(times) == PRODUCTS and None not in times else None
 
 
 def _measured_on(run: Figures) -> str:

@@ -62,6 +62,7 @@ def environment(part: Part) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(REPOSITORY / "build/triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(REPOSITORY / "build/inductor"),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # as saga_fast has it, before anything asks for memory
+        "OMP_NUM_THREADS": "4",  # as others run beside it
     }
     made = {**kept, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **part.environment}
     made.pop("TRITON_INTERPRET", None)
@@ -101,10 +102,6 @@ def run(part: Part, log: Path, seconds: float) -> dict[str, Any]:
     if part.writes is not None and part.writes.exists():
         figures["figures"] = part.writes.name
     return figures if verdict == PASSED else {**figures, "output": output[-TAIL:]}
-
-
-def _begin(part: Part, log: Path, deadline: float) -> dict[str, Any]:
-    return run(part, log, deadline - time.monotonic())
 
 
 def carry_out(stages: Sequence[Stage], file: Path, log: Path, seconds: float, about: Mapping[str, Any]) -> int:

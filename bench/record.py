@@ -348,10 +348,7 @@ def environment() -> dict[str, Any]:
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout.strip()
-    return {**machine(), "processor": cpu[0] if cpu else None, "threads": torch.get_num_threads(), "commit": commit}
+    return {**machine(), "processor": cpu[0] if cpu else None, "threads": torch.get_num_threads()}
 
 
 class Log:

@@ -13,6 +13,8 @@
 // s of a block uses positions 16t + 4s to 16t + 4s + 3 of both factors: per lane eight contiguous bytes of W, sixteen
 // of x.
 
+#include "nf4.h"
+
 #include <torch/library.h>
 
 #include <ATen/core/Tensor.h>
@@ -28,30 +30,26 @@
 
 namespace {
 
-constexpr int warp = 32, warps = 8, threads = warp * warps;
-constexpr int block = 64;      // weights that share an absmax
-constexpr int nested = 256;    // blocks that share an absmax of their own
-constexpr int strip = 32;      // rows of W per warp: two tiles of 16, so that x is read once for both
-constexpr int chunk = 2;       // blocks of a strip that are copied together
+using namespace saga;
+
+constexpr int warps = 8, threads = warp * warps;
+constexpr int strip = 32;  // rows of W per warp: two tiles of 16, so that x is read once for both
+constexpr int chunk = 2;   // blocks of a strip that are copied together
 constexpr int max_rows = 128, max_parts = 16;
 
 // Shared memory: the table, for each packed byte a pair of codes per lane; code2; each warp's scales of two chunks; and
 // each warp's copies of chunks, whose number is the kernel's `slots`.
-constexpr int table_row = warp * 4, table_bytes = 256 * table_row, code2_bytes = 256 * 4;
 constexpr int scales_bytes = 2 * chunk * strip * 4, row_bytes = chunk * block / 2, chunk_bytes = strip * row_bytes;
 constexpr int fixed_bytes = table_bytes + code2_bytes + warps * scales_bytes;
 
-__constant__ float quantiles[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+__constant__ float quantiles[16] = {NF4_QUANTILES};
 
 template <class T>
 struct Number;
 
 template <>
 struct Number<__nv_bfloat16> {
-  static constexpr float code_scale = 1.437f;  // of 20,000 in 1 to 2, the least rounding error of the codes
+  static constexpr float code_scale = code_scale_bfloat16;
   static __device__ uint32_t pair(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
@@ -67,7 +65,7 @@ struct Number<__nv_bfloat16> {
 
 template <>
 struct Number<__half> {
-  static constexpr float code_scale = 1.f;
+  static constexpr float code_scale = code_scale_float16;
   static __device__ uint32_t pair(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
@@ -79,13 +77,6 @@ struct Number<__half> {
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-};
-
-// A nested (out, in) `saga_kernels.NF4Weight`; one offset (offset_step 0), or one per group (offset_step 1).
-struct Weight {
-  const uint8_t *packed, *absmax;
-  const float *code2, *absmax2, *offset;
-  int offset_step, out, in;
 };
 
 __device__ void copy_16(const void* to, const void* from) {
@@ -141,14 +132,6 @@ struct Stream {
           code2[codes >> (8 * j) & 255] * absmax2 + offset * (1.f / Number<T>::code_scale);
   }
 };
-
-// The two codes of byte i of `word`, the first weight in the low half. at: four times the lane.
-__device__ uint32_t look_up(const uint8_t* table, uint32_t word, uint32_t at, int i) {
-  const uint32_t row = i == 0 ? word << 7 : word >> (8 * i - 7);
-  uint32_t place;  // row & 255 * table_row | at, in the one instruction that it takes
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(place) : "r"(row), "n"(255 * table_row), "r"(at));
-  return *reinterpret_cast<const uint32_t*>(table + place);
-}
 
 // A lane's decoded weights of a block: of two tiles the factor of each step, and the scale of four rows.
 struct Decoded {

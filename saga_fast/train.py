@@ -526,15 +526,15 @@ def set_up(config: Config, out: Path, resume: bool) -> tuple[Training, Run, tupl
 
     # Model: the MLLM's tower becomes the encoder's, its language model the frozen supervisor; or a tower alone. A
     # resumed run reads its encoder from its own folder, so the tower's folder need not exist any more.
-    stored = stored_encoder(config, out, prompt) if resume else None
+    kept = stored_encoder(config, out, prompt) if resume else None
     mllm = None
-    if config.uses_supervisor or (config.encoder.tower is None and stored is None):
+    if config.uses_supervisor or (config.encoder.tower is None and kept is None):
         pretrained = read_pretrained(SUPERVISOR if config.supervisor.model == TINY else config.supervisor.model)
         if prompt and config.uses_supervisor:
             check_prompt(config, pretrained.mllm, prompt)
         dtype = torch.bfloat16 if bf16 else torch.float32
         mllm = load_mllm(pretrained, config.supervisor.quantize, dtype, str(device), config.supervisor.quantize_head)
-    encoder = (make_encoder(config, mllm, prompt) if stored is None else stored).to(device)
+    encoder = (make_encoder(config, mllm, prompt) if kept is None else kept).to(device)
     supervisor = None
     if mllm and prompt and config.uses_supervisor:
         supervisor = make_supervisor(config, mllm, encoder, prompt)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from bench.gpu import Case, importable
 from saga_kernels import NF4Weight, nf4_dequantize, nf4_matmul
-from saga_kernels.gpu.nf4 import cost, dequantize_cost
+from saga_kernels.gpu.nf4 import cost, dequantize_cost, has_wgmma
 from saga_kernels.nf4 import BLOCK, CODE, NESTED_BLOCK
 
-ROWS = (1, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 8, 16, 32, 48, 64, 96, 128)
 LINEARS = {"q, k, v": (6144, 4096), "gate, up": (24_576, 4096), "o": (4096, 4096), "down": (4096, 12_288)}
 PARTS = {"q, k, v": (4096, 1024, 1024), "gate, up": (12_288, 12_288)}  # rows of what is concatenated
 TOLERANCE = 1e-2
@@ -50,6 +50,8 @@ def cases() -> Iterator[Case]:
         w = parts[0] if len(parts) == 1 else NF4Weight.concatenate(parts)
         dense, wide = nf4_dequantize(w), nf4_dequantize(w, dtype=torch.float32)
         runs = {"ours": lambda x, w=w: nf4_matmul(x, w), **_bitsandbytes(parts)}
+        if has_wgmma(dense.device):
+            runs["ours, by wgmma"] = lambda x, w=w: torch.ops.saga_kernels.nf4_matmul_wgmma(x, *w.tensors(), w.shape[0])
         runs["cuBLAS, dense bfloat16"] = lambda x, dense=dense: x @ dense.T
         for rows in ROWS:
             x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)

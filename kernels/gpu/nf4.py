@@ -5,7 +5,8 @@ once a block and looked up. A byte permutation takes four bytes at once out of e
 values split into planes of low and high bytes, four weights cost eight permutations, where selecting by the bits of
 the index would cost 15 selections a weight. Values are rounded exactly as bitsandbytes rounds them, in both ops.
 
-csrc/nf4_cuda.cu has a faster `nf4_matmul` for few rows, whose products are nearer to NF4's own values.
+csrc/nf4_cuda.cu has a faster `nf4_matmul` for few rows, whose products are nearer to NF4's own values, and
+csrc/nf4_wgmma.cu another, of the same values, by Hopper's own instructions.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ CODE = tl.constexpr(
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no libdevice
 
 MAX_ROWS = 128  # above, a dense matmul on dequantised weights is limited by arithmetic and wins
+# Rows of x that csrc/nf4_wgmma.cu takes over on sm_90a: none, until a figure in bench/results says that it is faster.
+WGMMA_ROWS = range(0)
 DEQUANTIZE_WARPS = 4
 REDUCE_BLOCK, REDUCE_WARPS = 1024, 4
 MAX_SPLIT = 8
@@ -122,9 +125,10 @@ def matmul(
     """
     rows, in_features = x.shape
     if blocks is None and parts is None and _compiled_fits(x, packed, absmax, code2, out_features):
-        return torch.ops.saga_kernels.nf4_matmul_few(
-            x.contiguous(), packed, absmax, code2, absmax2, offset, out_features
-        )
+        compiled = torch.ops.saga_kernels.nf4_matmul_few
+        if rows in WGMMA_ROWS and has_wgmma(x.device):
+            compiled = torch.ops.saga_kernels.nf4_matmul_wgmma
+        return compiled(x.contiguous(), packed, absmax, code2, absmax2, offset, out_features)
     if x.dtype == torch.float32 or not 0 < rows <= MAX_ROWS or in_features % 64 or not out_features:
         w = x.new_empty(out_features, in_features)
         dequantize(packed, absmax, code2, absmax2, offset, w)
@@ -172,6 +176,11 @@ def _compiled_fits(x: Tensor, packed: Tensor, absmax: Tensor, code2: Tensor | No
         and out_features > 0
         and x.data_ptr() % 16 == packed.data_ptr() % 16 == absmax.data_ptr() % 2 == 0
     )
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether csrc/nf4_wgmma.cu runs there: compiled, for sm_90a, and that is the device."""
+    return _device(device)[0] == 90 and hasattr(torch.ops.saga_kernels, "nf4_matmul_wgmma")
 
 
 def _scales_or_any(

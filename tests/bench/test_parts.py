@@ -110,6 +110,12 @@ def test_a_dry_run_tells_every_part_and_its_limit(what):
         assert any(f" {op} " in line for line in lines), f"{op} is in no part"
 
 
+def test_a_rehearsal_takes_its_time_and_collects_the_tests():
+    lines = python("bench.gpu_check", "sanitize", "--rehearse", "--dry-run").stdout.splitlines()
+    assert any("--collect-only" in line for line in lines)
+    assert lines[-1] == "in all 630 s at most, and broken off after 630"
+
+
 @pytest.mark.parametrize("word, most", [("8b", 24), ("smallest", 2)])
 def test_every_op_has_tests_for_both_commands_and_they_are_few(word, most):
     done = python("pytest", "-q", "--collect-only", "-k", word, "-p", "no:cacheprovider", "tests/gpu")

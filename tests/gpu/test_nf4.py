@@ -68,12 +68,46 @@ def test_8b_products_equal_float64_by_the_compiled_kernel_and_beyond_it(shape):
         assert_multiplies(shape, rows, torch.bfloat16)
 
 
+def by_wgmma(x, w):
+    """csrc/nf4_wgmma.cu, whatever `WGMMA_ROWS` says."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    assert nf4.has_wgmma(x.device), "the extension was not built for sm_90a"
+    return torch.ops.saga_kernels.nf4_matmul_wgmma(x, *w.tensors(), w.shape[0])
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_8b_products_by_wgmma_are_as_near_to_float64_and_the_same_bytes_every_time(name):
+    """Of concatenated weights, which have several offsets, where the 8B's are."""
+    width = LINEARS[name][1]
+    outs = PARTS.get(name, LINEARS[name][:1])
+    w = NF4Weight.concatenate([quantise((i + 1) * normal(out, width, seed=i)) for i, out in enumerate(outs)])
+    values = dequantized_by_reference(w, torch.float64)
+    for rows in (1, 17, 32, 33, 64, 65, 96, 97, 128):
+        x = normal(rows, width, seed=9)
+        y = by_wgmma(x, w)
+        assert_agrees(y, x.double() @ values.T, 2.2e-3)
+        assert_agrees(y, nf4_matmul(x, w).double(), 3e-3)  # both round the same sums
+        assert all(torch.equal(by_wgmma(x, w), y) for _ in range(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 32, 33, 64, 65, 96, 97, 128])
+@pytest.mark.parametrize("shape", [(4, 128), (76, 768), (1000, 512), (260, 2944), (4096, 4096)])
+def test_products_by_wgmma_equal_float64(shape, rows, dtype):
+    w, x = quantise(normal(*shape, dtype=dtype)), normal(rows, shape[1], dtype=dtype, seed=1)
+    oracle = x.double() @ dequantized_by_reference(w, torch.float64).T
+    assert_agrees(by_wgmma(x, w), oracle, 2.2e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
 def test_smallest_case_of_every_kernel():
-    """The compiled one of each number of rows that it is compiled for, once with parts to add up; and Triton's."""
+    """The compiled ones of each number of rows that they are compiled for, once with parts to add up; and Triton's."""
     for rows, width in ((1, 256), (9, 256), (17, 2048), (33, 256), (49, 256), (65, 256), (97, 256)):
         w, x = quantise(normal(76, width)), normal(rows, width, seed=1)
         values = dequantized_by_reference(w, torch.float64).cpu()
         assert_agrees(nf4_matmul(x, w).cpu(), x.double().cpu() @ values.T, 4e-3)
+        if nf4.has_wgmma(x.device):
+            assert_agrees(by_wgmma(x, w).cpu(), x.double().cpu() @ values.T, 4e-3)
     y = nf4.matmul(x, *w.tensors(), 76, nf4.config(97, width, 90), 2)
     assert_agrees(y.cpu(), x.double().cpu() @ values.T, 1e-2)
     assert_agrees(nf4_dequantize(w).cpu(), values, 4e-3)

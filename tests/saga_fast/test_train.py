@@ -446,7 +446,9 @@ def test_any_tower_by_name_is_trained_without_a_language_model(photos, tmp_path,
     described = json.loads((broken / "config.json").read_text())
     for tower in (3, {}, {"model_type": "dinov2", "hidden_size": "wide"}):
         (broken / "config.json").write_text(json.dumps(described | {"tower": tower}))
-        with pytest.raises(InputError, match=r"config.json': tower: not the configuration of one \(.*\); restore the file"):
+        with pytest.raises(
+            InputError, match=r"config.json': tower: not the configuration of one \(.*\); restore the file"
+        ):
             trainer.train(*parse(["--out", str(broken), "--resume"]))
     moved.rename(tmp_path / "dino")
     (photo := sorted(Path(photos[2]).rglob("*.png"))[0]).rename(photo.with_stem("another"))
