@@ -107,7 +107,7 @@ def test_skipping_may_not_leave_a_lone_image(tmp_path, capsys):
 
 
 def test_a_folder_of_ones_own_has_no_published_counts(tmp_path, capsys):
-    for name in "abc":
+    for name in "abcd":
         for i in range(2):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.new("L", (9, 9)).save(tmp_path / name / f"{i}.png")
