@@ -87,7 +87,12 @@ def launcher() -> list[str]:
     typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     if not dist.is_torchelastic_launched():
         return typed
-    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed[typed.index("-m") :]]
+    return [
+        "torchrun",
+        "--nproc-per-node",
+        os.environ["LOCAL_WORLD_SIZE"],
+        *(typed[typed.index("-m") :] if "-m" in typed else typed[-1:]),
+    ]
 
 
 def all_gather_object(value: Item) -> list[Item]:

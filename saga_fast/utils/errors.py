@@ -41,7 +41,8 @@ def warn_rank_zero(message: str) -> None:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr and exit code 2; other exceptions are bugs and keep their trace.
+    """Turn an `InputError` into its line on stderr and exit code 2, and Ctrl-C into exit code 130; other exceptions are
+    bugs and keep their trace.
 
     Of torchrun's processes the first prints at once. Each of the others waits up to `PATIENCE` for the first to print
     the same line, and prints its own if that does not happen, so that an error of all ranks appears once and an error
@@ -59,6 +60,9 @@ def exit_on_input_error() -> Iterator[None]:
         elif not _printed_by_first_rank(str(error)):
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)  # as shells say of a process that Ctrl-C ended
 
 
 def _store() -> Any:

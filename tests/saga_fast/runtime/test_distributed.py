@@ -105,6 +105,21 @@ def test_a_gpu_that_does_not_run_is_one_line(monkeypatch):
         distributed.device()
 
 
+@pytest.mark.parametrize(
+    "typed,command",
+    [
+        ("python -u -m saga_fast.train cub --seed 1", "torchrun --nproc-per-node 2 -m saga_fast.train"),
+        ("python -u saga_fast/train.py cub --seed 1", "torchrun --nproc-per-node 2 saga_fast/train.py"),
+    ],
+)
+def test_the_command_to_resume_is_the_one_that_was_typed(typed, command, monkeypatch):
+    monkeypatch.setattr(distributed.sys, "orig_argv", typed.split())
+    monkeypatch.setattr(distributed.sys, "argv", ["train.py", "cub", "--seed", "1"])
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert " ".join(distributed.launcher()) == command
+
+
 @pytest.mark.slow
 def test_collectives_of_three_ranks():
     ranks = command("-m", "tests.saga_fast.runtime.test_distributed", processes=3)  # what stands at this file's end

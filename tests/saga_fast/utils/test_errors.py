@@ -18,6 +18,13 @@ def test_names_that_are_no_text_can_be_printed(encoding, seen):
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, seen, b"")
 
 
+def test_ctrl_c_leaves_no_trace():
+    code = "from saga_fast.utils.errors import exit_on_input_error as e\nwith e():\n  raise KeyboardInterrupt"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
 def test_a_message_is_one_printable_line():
     assert printable("a\nb\x1b[2J\udce9\u2028猫") == "a\\nb\\x1b[2J\\udce9\\u2028猫"
     assert str(InputError("a\nb")) == "a\\nb" and len(str(InputError("x" * 10**6))) < 2000
