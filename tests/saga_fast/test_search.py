@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -284,7 +285,10 @@ def test_attributes_are_explained_and_weighed_on_request(apart):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_service(world):
     command = [sys.executable, "-m", "saga_fast.search", "--index", str(world[2]), "--serve", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Shells start background jobs, and these tests with them, with SIGINT ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heard)
     port = int(re.fullmatch(r"15 files at http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())[1])
     with pytest.raises(InputError, match=f"--serve: 127.0.0.1:{port} cannot be listened on .Address already in use"):
         server.serve(None, port)
