@@ -345,7 +345,8 @@ def parse_check(arguments: Sequence[str]) -> tuple[str, CheckArguments]:
     flags = arguments[2:] if known else ["--help"]
     description = "Check whether a model works as a supervisor, and how much memory it needs."
     program = "python -m saga_fast.models check ID_OR_FOLDER"
-    return arguments[1], parse_flags(CheckArguments(), flags, program, description)
+    parsed = parse_flags(CheckArguments(), flags, program, description)  # ends the process after --help
+    return arguments[1], parsed
 
 
 def parse(arguments: Sequence[str], restarted: bool | None = None) -> Invocation:

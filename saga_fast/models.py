@@ -118,7 +118,7 @@ def _memory(supervisor: Supervisor, encoder: Encoder, config: CheckArguments) ->
         except InputError as error:
             yield f"{card:g} GiB: too little; {str(error).removeprefix('memory: ')}"
         else:
-            yield f"{card:g} GiB: peak {footprint.peak / GIB:.2f}; {slots} pairs roll out at once, {plan}"
+            yield f"{card:g} GiB: peak {footprint.peak / GIB:.2f}; {slots} pairs roll out at once; replay with {plan}"
 
 
 def _count(number: int) -> str:

@@ -178,13 +178,13 @@ class Searcher:
         """The attributes of the vectors. Raises InputError where the encoder has none, or the index knows none."""
         if not self.encoder.attributes:
             raise InputError(
-                f"--explain and --attribute: the encoder of {str(self.folder)!r} has no block per attribute "
-                f"({self.encoder.pooler.kind} pooling); train one with --encoder.pooler attributes"
+                f"--explain, --attribute and --only: the encoder of {str(self.folder)!r} has no block per attribute "
+                f"({self.encoder.pooler.kind} pooling); train one with --encoder.pooler attributes and a supervisor"
             )
         if self.info.blocks is None:
             raise InputError(
-                f"--explain and --attribute: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as an "
-                "older version wrote it; embed again into the same folder, which keeps the vectors"
+                f"--explain, --attribute and --only: {str(self.folder / indices.INFO_FILE)!r} names no attributes, as "
+                "an older version wrote it; embed again into the same folder, which keeps the vectors"
             )
         if self.info.blocks != (sizes := self.encoder.block_sizes):
             file = self.folder / indices.INFO_FILE

@@ -247,7 +247,7 @@ def optimizer_step(
             break
     # L_DML is the mean over the step's micro-batches, whose number is known only now.
     gradient_dml = take_gradients(t.parameters, len(losses_dml))
-    # Verdicts and values of this draw count from the replay on.
+    # This draw's verdicts and values already weigh its own replay.
     t.balance.update(draw.same, [pair.rewards.mean().item() for pair in draw.pairs])
     for pair, classes in zip(draw.pairs, draw.classes):
         t.readings.add(pair.attribute_values or [], classes)
@@ -443,7 +443,7 @@ def align_attention(
     for entry in attention:
         positions = target_positions[entry.group][entry.rollout][entry.image]
         # The paper's pooler has one query, which learns from all attributes.
-        query = [names.index(name) if queries > 1 else 0 for name, tokens in positions.items() for _ in tokens]
+        query = [names.index(name) if queries > 1 else 0 for name, said in positions.items() for _ in said]
         targets.append(attention_targets(entry.weights, torch.tensor(query, device=beta.device), queries))
     beta = beta[[2 * entry.group + entry.image for entry in attention]]
     # A rewarded rollout has two images: their divergences are added, and rollouts averaged.
@@ -476,9 +476,10 @@ def combine_gradients(t: Training, dml: list[Tensor | None], supervisor: list[Te
         log[f"grad_{part}_dml"], log[f"grad_{part}_{other}"] = norm_dml, norm_other
         log[f"cosine_{part}_dml_{other}"] = product / (norm_dml * norm_other) if norm_dml * norm_other else 0.0
         if part == "tower" and t.config.lambda_.adaptive:
-            # λ_lm and the supervisor's weight are in the gradient already: they set the remaining ratio.
+            # λ_lm and the supervisor's weight are in the gradient already; as the weight changes from step to step, the
+            # running mean is of the norm without them.
             weight = t.config.lambda_.lm * t.supervisor_weight
-            log["scale_lm"] = scale = weight * t.balance.scale(norm_dml, norm_other)
+            log["scale_lm"] = scale = t.balance.scale(norm_dml, norm_other / weight)
     for parameter, a, b in zip(t.parameters, dml, supervisor):
         if b is not None and id(parameter) in tower and scale != 1:
             b = b.mul_(scale)
@@ -660,7 +661,7 @@ def plan_memory(
     if distributed.rank() == 0:
         print(f"memory of a step, {free / GIB:.1f} GiB are free\n{footprint.table()}")
         if supervisor:
-            print(f"{supervisor.slots} pairs roll out at once; {supervisor.plan}")
+            print(f"{supervisor.slots} pairs roll out at once; replay with {supervisor.plan}")
     return config
 
 
@@ -702,7 +703,7 @@ def main() -> None:
             if first_rank:
                 print(
                     f"\ninterrupted; go on with\n{resume_command}"
-                    if out.exists()
+                    if (out / "config.json").is_file()
                     else "\ninterrupted; nothing was saved yet"
                 )
             sys.exit(130)

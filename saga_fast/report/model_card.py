@@ -28,8 +28,7 @@ CARD = """---
 # Image-retrieval encoder
 
 Images in, unit vectors of {embedding_dim} numbers out; the inner product of two is their similarity. Trained for
-{steps} steps with SAGA ([arXiv 2606.15134](https://arxiv.org/abs/2606.15134)): {supervisor}
-The language model is not part of this encoder.
+{steps} steps {method}
 
 ## Use
 
@@ -83,13 +82,16 @@ def model_card(
         license=config.encoder.license,
         library_name="saga_fast",
         pipeline_tag="image-feature-extraction",
-        tags=["image-retrieval", "metric-learning", "saga"],
+        tags=["image-retrieval", "metric-learning", *(["saga"] if config.uses_supervisor else [])],
         base_model=model if published and " " not in model else None,
     )
-    supervisor = "the metric loss alone, without a supervisor."
+    method = "by a metric loss alone, with saga_fast."
     if config.uses_supervisor:
         name = f"`{model}`" if published else "the tiny model that comes with saga_fast" if model == TINY else "a model"
-        supervisor = f"{name} described and judged pairs of images, and its gradient taught this encoder."
+        method = (
+            f"with SAGA ([arXiv 2606.15134](https://arxiv.org/abs/2606.15134)): {name} described and judged\n"
+            "pairs of images, and its gradient taught this encoder. The language model is not part of it."
+        )
     rows = [f"| {when} training | " for when in ("before", "after")]
     rows = [row + " | ".join(f"{100 * m[key]:.2f}" for key in COLUMNS) + " |" for row, m in zip(rows, (before, after))]
     settings = config.to_dict()
@@ -102,7 +104,7 @@ def model_card(
         metadata=metadata.to_yaml(),
         embedding_dim=config.encoder.embedding_dim,
         steps=steps,
-        supervisor=supervisor,
+        method=method,
         image_size=own.image_size,
         data=DATA[own.name].format(species=own.species, images_per_species=own.images_per_species),
         table="\n".join([f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|", *rows]),
@@ -113,8 +115,8 @@ def model_card(
 
 def _terms(license: str) -> str:
     if license == "unknown":
-        return "Not stated. The terms of the model whose vision tower this was, and of the images, bind it."
-    return f"{license}; the terms of the model whose vision tower this was, and of the images, bind it too."
+        return "Not stated. The terms of the model whose vision tower this was, and of the images, apply."
+    return f"{license}. The terms of the model whose vision tower this was, and of the images, apply as well."
 
 
 def _began(weights: dict[str, str]) -> str:

@@ -80,6 +80,14 @@ class Plan:
     prefix_recompute: Recompute = "none"
     resident: bool = False
 
+    def __str__(self) -> str:
+        """The trainer's flags for this plan."""
+        resident = "on" if self.resident else "off"
+        return (
+            f"--rollout.token-budget {self.token_budget} --rollout.recompute {self.recompute} "
+            f"--rollout.prefix-recompute {self.prefix_recompute} --supervisor.resident {resident}"
+        )
+
 
 WHOLE = Plan()
 

@@ -516,6 +516,20 @@ def test_the_terms_add_up_and_their_norms_are_those_of_all_gradients_together(ad
     assert torch.equal(encoder.pooler.weight.grad, rest[2])
 
 
+def test_the_policy_gradients_norm_follows_a_weight_that_rises():
+    """Not the mean of the weights of earlier steps."""
+    encoder = torch.nn.Module()
+    encoder.tower, encoder.pooler = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+    dml, lm = torch.ones(4, 5), torch.full((4, 5), 7.0)
+    t = training(encoder, None, small(lambda_={"adaptive": True, "lm": 2.0}))
+    for right in (0.6, 0.62, 0.9):
+        t.balance.pairs, t.balance.rewards = [1e6, 1e6], [1e6 * right, 1e6 * right]
+        weight = 2.0 * t.supervisor_weight
+        trainer.combine_gradients(t, [dml.clone(), None, None, None], [weight * lm, None, None, None])
+        policy = encoder.tower.weight.grad - dml
+        assert weight > 0 and policy.norm().item() == pytest.approx(RATIO * weight * dml.norm().item(), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_every_term_trains_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """One query per attribute, attribute credit, balance: their state is in the checkpoint."""
