@@ -41,8 +41,8 @@ def warn_rank_zero(message: str) -> None:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr and exit code 2, and Ctrl-C into exit code 130; other exceptions are
-    bugs and keep their trace.
+    """Turn an `InputError` into its line on stderr and exit code 2, Ctrl-C into 130, and a closed
+    output into 141; other exceptions are bugs and keep their trace.
 
     Of torchrun's processes the first prints at once. Each of the others waits up to `PATIENCE` for the first to print
     the same line, and prints its own if that does not happen, so that an error of all ranks appears once and an error
@@ -63,6 +63,9 @@ def exit_on_input_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)  # as shells say of a process that Ctrl-C ended
+    except BrokenPipeError:  # the reader of the output is gone, as `head` is after some lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes there at the end of the process
+        sys.exit(141)  # as shells say of a process that SIGPIPE ended
 
 
 def _store() -> Any:
