@@ -156,7 +156,7 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
         frame = re.compile(r"[─-╿]|^ *-+ *$", re.MULTILINE)
         words = " ".join(frame.sub(" ", re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())).split())
         words = re.sub(r"^.*?Error parsing (\w*Arguments: )?| Argument helptext:.*| For full helptext.*", "", words)
-        raise InputError(words) from None
+        raise InputError(_plain(words)) from None
     if unknown:
         word, flags = unknown[0], [f"--{field.name}" for field in fields_of(default)]
         close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
@@ -164,6 +164,14 @@ def parse_flags(default: Arguments, arguments: Sequence[str], program: str, desc
         raise InputError(f"{word}: {'unknown flag' if word.startswith('-') else 'belongs to no flag'}; {hint}")
     check_ranges(parsed, "--")
     return parsed
+
+
+def _plain(words: str) -> str:
+    """tyro's message about a value that is no number, in the words of the other messages."""
+    either = r"no type matching \{None\}\|(?:INT|FLOAT) could be .*? - <class '(int|float)'>: "
+    words = re.sub(either, "", words)
+    words = re.sub(r"invalid literal for int\(\) with base 10: ('.*')$", r"\1; give a whole number", words)
+    return re.sub(r"could not convert string to float: ('.*')$", r"\1; give a number", words)
 
 
 def _expect_values(default: Any, arguments: Sequence[str]) -> None:

@@ -161,7 +161,9 @@ def test_each_number_of_several_has_the_range(tmp_path):
 def test_errors_are_the_same_line_on_any_terminal(encoding, tmp_path, monkeypatch):
     for flags, message in (
         (["--optim.clip", "-1"], "optim.clip: -1.0; give more than 0"),
-        (["--optim.clip", "a----b"], "--optim.clip: could not convert string to float: 'a----b'"),
+        (["--optim.clip", "a----b"], "--optim.clip: 'a----b'; give a number"),
+        (["--optim.steps", "abc"], "--optim.steps: 'abc'; give a whole number"),
+        (["--seed", "1.5"], "--seed: '1.5'; give a whole number"),
     ):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         with pytest.raises(InputError) as error:
