@@ -5,6 +5,12 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #define NF4_SHARED __host__ __device__
 #define NF4_DEVICE __device__ __forceinline__
 #else
@@ -45,6 +51,23 @@ __device__ __forceinline__ uint32_t look_up(const uint8_t* table, uint32_t word,
   uint32_t place;  // row & 255 * table_row | at, in the one instruction that it takes
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(place) : "r"(row), "n"(255 * table_row), "r"(at));
   return *reinterpret_cast<const uint32_t*>(table + place);
+}
+
+// y = x Wᵀ on x's device: dispatch(T{}, x, w, y) launches for T, the type of x, which it gets contiguous.
+template <class Dispatch>
+at::Tensor matmul(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax, const at::Tensor& code2,
+                  const at::Tensor& absmax2, const at::Tensor& offset, int64_t out_features, Dispatch dispatch) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor contiguous = x.contiguous();
+  const Weight w{packed.const_data_ptr<uint8_t>(), absmax.const_data_ptr<uint8_t>(), code2.const_data_ptr<float>(),
+                 absmax2.const_data_ptr<float>(),  offset.const_data_ptr<float>(),   offset.dim() ? 1 : 0,
+                 static_cast<int>(out_features),   static_cast<int>(x.size(1))};
+  at::Tensor y = at::empty({x.size(0), out_features}, x.options());
+  if (x.scalar_type() == at::kBFloat16)
+    dispatch(__nv_bfloat16{}, contiguous, w, y);
+  else
+    dispatch(__half{}, contiguous, w, y);
+  return y;
 }
 #endif
 

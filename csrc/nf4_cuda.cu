@@ -448,17 +448,10 @@ at::Tensor nf4_matmul_few(const at::Tensor& x, const at::Tensor& packed, const a
   TORCH_CHECK_VALUE(in_features % (chunk * block) == 0 && out_features % 4 == 0,
                     "packed: got (out, in) of ", out_features, ", ", in_features,
                     ", accepted are multiples of 4 and ", chunk * block);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor contiguous = x.contiguous();
-  const Weight w{packed.const_data_ptr<uint8_t>(), absmax.const_data_ptr<uint8_t>(), code2.const_data_ptr<float>(),
-                 absmax2.const_data_ptr<float>(),  offset.const_data_ptr<float>(),   offset.dim() ? 1 : 0,
-                 static_cast<int>(out_features),   static_cast<int>(in_features)};
-  at::Tensor y = at::empty({rows, out_features}, x.options());
-  if (x.scalar_type() == at::kBFloat16)
-    dispatch<__nv_bfloat16>(contiguous, w, y);
-  else
-    dispatch<__half>(contiguous, w, y);
-  return y;
+  return matmul(x, packed, absmax, code2, absmax2, offset, out_features,
+                [](auto type, const at::Tensor& x, const Weight& w, at::Tensor& y) {
+                  dispatch<decltype(type)>(x, w, y);
+                });
 }
 
 }  // namespace
