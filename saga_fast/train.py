@@ -396,7 +396,8 @@ def make_group(
 
 
 def policy_gradient(t: Training, buffer: list[Pair], leaves: VisualFeatures, groups: list[Group]) -> ReplayResult:
-    """Adds the gradient of λ_lm L_GRPO: through the frozen language model into the features, then through the tower."""
+    """Replays the buffer, and adds the gradient of λ_lm L_GRPO: through the frozen language model into the features,
+    then through the tower. With λ_lm = 0 the replay alone is left, whose attention L_KL needs."""
     weight = t.config.lambda_.lm * t.supervisor_weight
     for leaf in leaves.levels:
         leaf.requires_grad_(weight > 0)
